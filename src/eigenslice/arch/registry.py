@@ -1,0 +1,47 @@
+"""Tables by `config.model_type`; never by a model's name."""
+
+from typing import Any
+
+from eigenslice.arch.schema import Table
+from eigenslice.arch.tables import gpt_neox, llama, mistral, opt, phi, qwen2, qwen3
+from eigenslice.errors import UnsupportedModelError
+
+TABLES: dict[str, Table] = {
+    module.TABLE.model_type: module.TABLE for module in (gpt_neox, llama, mistral, opt, phi, qwen2, qwen3)
+}
+
+
+def table_of(model_type: str) -> Table:
+    """Return the table of a `model_type`.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    table = TABLES.get(model_type)
+    if table is None:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} has no architecture table, so eigenslice doesn't know what reads and "
+            "writes its residual stream",
+            allowed="model_type " + ", ".join(sorted(TABLES)),
+            next_step="slice a model of one of these types, or add a table (see ARCHITECTURE.md)",
+        )
+    return table
+
+
+def lookup(config: Any) -> Table:
+    """Return the table of a transformers config, if this very model can be sliced.
+
+    Raises:
+        UnsupportedModelError: there is no table for this `model_type`, or the config is a variant that breaks
+            the mathematics.
+    """
+    table = table_of(config.model_type)
+    reasons = [refusal.reason for refusal in table.refusals if refusal.when(config)]
+    if reasons:
+        raise UnsupportedModelError(
+            f"this {config.model_type!r} model can't be sliced: " + "; ".join(reasons),
+            allowed=f"{config.model_type!r} models where every norm stands before its sublayer and the whole residual "
+            "stream has one width",
+            next_step="choose another checkpoint of this family",
+        )
+    return table

@@ -1,0 +1,30 @@
+"""Phi-1, Phi-1.5, Phi-2: LayerNorm, attention and MLP in parallel behind one norm, a head with a bias."""
+
+from eigenslice.arch.schema import StockForm, Sublayer, Table
+
+TABLE = Table(
+    model_type="phi",
+    norm="layer",
+    eps="layer_norm_eps",
+    embeddings=("model.embed_tokens",),
+    layers="model.layers",
+    final_norm="model.final_layernorm",
+    head="lm_head",
+    attention=Sublayer(
+        norm="input_layernorm",
+        modules=("self_attn",),
+        readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        writers=("self_attn.dense",),
+        inner=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+    ),
+    mlp=Sublayer(
+        norm="input_layernorm",
+        modules=("mlp",),
+        readers=("mlp.fc1",),
+        writers=("mlp.fc2",),
+    ),
+    parallel=True,
+    dropout="resid_pdrop",
+    # transformers sizes the query and key norms by hidden_size / heads, which is no longer head_dim after slicing
+    stock=(StockForm(model_type="phi", applies=lambda c: not c.qk_layernorm),),
+)

@@ -1,0 +1,21 @@
+"""Qwen2: Llama with q/k/v biases.
+
+llama.cpp refuses Qwen2 at widths other than heads x head_dim and vLLM computes it wrongly, so the result is
+saved as Llama with attention bias and a zero bias on o_proj, wherever Llama's config accepts the width.
+"""
+
+from dataclasses import replace
+
+from eigenslice.arch.schema import StockForm
+from eigenslice.arch.tables import llama
+
+AS_LLAMA = StockForm(
+    model_type="llama",
+    applies=lambda c: all(kind == "full_attention" for kind in c.layer_types),
+    overrides={"attention_bias": True},
+    zero_biases=("self_attn.o_proj",),
+)
+
+TABLE = replace(
+    llama.TABLE, model_type="qwen2", stock=(AS_LLAMA, StockForm(model_type="qwen2", portable=False))
+)

@@ -1,0 +1,213 @@
+"""Opening what the user names: a folder, a hub id or a GGUF file."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from eigenslice.arch import lookup, table_of
+from eigenslice.checkpoint.weights import MemoryWeights, SafetensorsWeights, Weights
+from eigenslice.errors import CheckpointError, UnsupportedModelError
+
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "chat_template.jinja",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dense checkpoint, opened for reading.
+
+    Attributes:
+        name: As the user wrote it.
+        folder: Where its files are.
+        gguf: Name of the GGUF file in `folder`, if that is what it is.
+        config: transformers' config.
+        trust_remote_code: Whether the tokenizer may run code from the checkpoint.
+    """
+
+    name: str
+    folder: Path
+    gguf: str | None
+    config: Any
+    trust_remote_code: bool
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The tensors. A GGUF is dequantized by transformers, into memory, at the first call."""
+        if self.gguf is None:
+            return SafetensorsWeights(self.folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            self.folder, gguf_file=self.gguf, dtype=torch.float32, config=self.config
+        )
+        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+        return MemoryWeights(tensors, (self.folder / self.gguf,))
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """transformers' tokenizer.
+
+        Raises:
+            CheckpointError: there is none, or it can't be loaded.
+        """
+        kwargs = {"gguf_file": self.gguf} if self.gguf else {}
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, **kwargs
+            )
+        except Exception as error:  # transformers raises whatever the tokenizer's parts raise
+            raise CheckpointError(
+                f"{self.name} has no tokenizer that transformers can load ({_first_line(error)})",
+                allowed="a checkpoint with its tokenizer files, unless the calibration data are token ids "
+                "(a .safetensors file)",
+                next_step="copy the tokenizer files into the folder, or calibrate with token ids",
+            ) from error
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """The tokenizer's own files, where the checkpoint has them."""
+        if self.gguf:
+            return []
+        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig | None:
+        """The checkpoint's generation config, None if it has none."""
+        if self.gguf:
+            return GenerationConfig.from_model_config(self.config)
+        if (self.folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(self.folder)
+        return None
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the config and of each weight file, by file name."""
+        files = [*self.weights.files, *([] if self.gguf else [self.folder / "config.json"])]
+        digests = {}
+        for file in files:
+            with file.open("rb") as handle:
+                digests[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+        return digests
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+
+
+def _locate(name: str) -> tuple[Path, str | None]:
+    """Return the folder and, for a GGUF, the file's name in it."""
+    path = Path(name).expanduser()
+    if path.is_file() and path.suffix == ".gguf":
+        return path.parent, path.name
+    if path.is_dir():
+        return path, None
+    allowed = "a local folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
+    if path.exists():
+        raise CheckpointError(
+            f"{name} is neither a folder nor a .gguf file", allowed=allowed, next_step="pass one of these"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=HUB_FILES)), None
+    except HFValidationError as error:
+        raise CheckpointError(
+            f"{name} doesn't exist and is no hub id", allowed=allowed, next_step="check the path"
+        ) from error
+    except Exception as error:  # the hub client raises its own, requests' and the system's errors
+        raise CheckpointError(
+            f"{name} doesn't exist here and the hub didn't give it ({_first_line(error)})",
+            allowed=allowed,
+            next_step="check the spelling, the network, and for a gated model `hf auth login`",
+        ) from error
+
+
+def _raw_config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no config.json",
+            allowed="a folder as transformers saves it",
+            next_step="pass the folder that holds config.json and the weights",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} can't be read ({_first_line(error)})",
+            allowed='JSON with a "model_type"',
+            next_step="download or save the checkpoint again",
+        ) from error
+    return config
+
+
+def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
+        raise CheckpointError(
+            f"{folder} holds weights quantized by {method!r}, which can't be rotated",
+            allowed="float32, float16 or bfloat16 weights, or a GGUF file (it is dequantized)",
+            next_step="slice the unquantized checkpoint and quantize the result",
+        )
+
+
+def _load_config(folder: Path, gguf: str | None) -> Any:
+    if gguf is None:
+        raw = _raw_config(folder)
+        if raw["model_type"] == "eigenslice":
+            raise UnsupportedModelError(
+                f"{folder} is a sliced model already",
+                allowed="dense checkpoints",
+                next_step="slice the dense model with the widths you want",
+            )
+        table_of(raw["model_type"])
+        _refuse_quantized(folder, raw)
+    kwargs = {"gguf_file": gguf} if gguf else {}
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs)
+    except Exception as error:  # config classes validate with several exception types
+        raise CheckpointError(
+            f"transformers can't read the config of {folder / (gguf or 'config.json')} ({_first_line(error)})",
+            allowed="a config that transformers accepts",
+            next_step="check the file; a GGUF must be of an architecture that transformers can dequantize",
+        ) from error
+    if gguf:
+        # transformers marks a dequantized model as quantized, and then refuses to save it
+        config.__dict__.pop("quantization_config", None)
+    return config
+
+
+def open_source(name: str, trust_remote_code: bool = False) -> Source:
+    """Open a dense checkpoint without reading its weights.
+
+    Args:
+        name: A folder, a hub id or a `.gguf` file.
+        trust_remote_code: Let the tokenizer run code from the checkpoint.
+
+    Raises:
+        CheckpointError: it doesn't exist, is broken or is quantized.
+        UnsupportedModelError: its architecture, or variant of it, can't be sliced.
+    """
+    transformers_logging.disable_progress_bar()
+    folder, gguf = _locate(name)
+    config = _load_config(folder, gguf)
+    lookup(config)
+    return Source(name, folder, gguf, config, trust_remote_code)

@@ -1,0 +1,149 @@
+"""Reading tensors one at a time, by name; nothing is unpickled and nothing is read before it is asked for."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from eigenslice.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+class Weights(Protocol):
+    """Tensors by name."""
+
+    files: tuple[Path, ...]
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        """The tensor's dtype, None if it is none that can be sliced (integers, 8-bit floats)."""
+        ...
+
+    def load(self, name: str) -> Tensor: ...
+
+
+class MemoryWeights:
+    """Tensors that are in memory already (a dequantized GGUF)."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], files: tuple[Path, ...]) -> None:
+        self.files = files
+        self._tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return self._tensors[name].dtype
+
+    def load(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _broken(file: Path, why: object) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is not a readable safetensors file: {why}",
+        allowed="safetensors files as transformers and safetensors write them, complete and unchanged",
+        next_step="download or save this file again",
+    )
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The weight map of a sharded checkpoint; every shard must lie in the folder."""
+    path = folder / INDEX
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        shards = {str(name): str(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a shard index ({type(error).__name__}: {error})",
+            allowed='JSON with a "weight_map" from tensor names to file names',
+            next_step="download or save the checkpoint again",
+        ) from error
+    outside = sorted({shard for shard in shards.values() if Path(shard).name != shard})
+    if outside:
+        raise CheckpointError(
+            f"{path} points outside of its folder: {', '.join(outside[:3])}",
+            allowed="file names in the checkpoint's own folder",
+            next_step="download or save the checkpoint again",
+        )
+    missing = sorted({shard for shard in shards.values() if not (folder / shard).is_file()})
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the {len(set(shards.values()))} weight files its index names: "
+            + ", ".join(missing[:3]),
+            allowed="a complete checkpoint",
+            next_step="download the missing files",
+        )
+    return shards
+
+
+class SafetensorsWeights:
+    """Tensors of one safetensors file or of a sharded checkpoint, memory-mapped.
+
+    Raises:
+        CheckpointError: no weights, a broken file, a missing shard, or an index that points elsewhere.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        if (folder / INDEX).is_file():
+            index = _read_index(folder)
+            self.files = tuple(folder / shard for shard in sorted(set(index.values())))
+        elif (folder / SINGLE).is_file():
+            index, self.files = None, (folder / SINGLE,)
+        else:
+            pickles = sorted(p.name for p in folder.glob("*.bin"))
+            found = f", only {', '.join(pickles[:3])}, and pickles can run code" if pickles else ""
+            raise CheckpointError(
+                f"{folder} has no {SINGLE} and no {INDEX}{found}",
+                allowed="safetensors weights",
+                next_step="save the checkpoint as safetensors: load it with transformers and save_pretrained it"
+                if pickles
+                else "pass a folder with a complete checkpoint",
+            )
+        self._open = {}
+        self._file_of: dict[str, Path] = {}
+        for file in self.files:
+            try:
+                self._open[file] = safe_open(file, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise _broken(file, error) from error
+            self._file_of.update(dict.fromkeys(self._open[file].keys(), file))
+        for name, shard in (index or {}).items():
+            if self._file_of.get(name) != folder / shard:
+                raise _broken(folder / shard, f"it lacks tensor {name!r}, which the index promises")
+
+    def names(self) -> list[str]:
+        return list(self._file_of)
+
+    def _slice(self, name: str):
+        return self._open[self._file_of[name]].get_slice(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype | None:
+        return SAFETENSORS_DTYPES.get(self._slice(name).get_dtype())
+
+    def load(self, name: str) -> Tensor:
+        try:
+            return self._open[self._file_of[name]].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise _broken(self._file_of[name], error) from error

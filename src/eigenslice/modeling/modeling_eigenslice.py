@@ -1,0 +1,258 @@
+# Copyright 2026 the eigenslice authors. Licensed under the Apache License, Version 2.0.
+"""A sliced model of any architecture, for results that no config of transformers can hold.
+
+It is the source architecture's own model with narrower matrices. Attention, MLP, rotary embedding, masks and
+caches are transformers' own modules, called as they are. Ours are: the norm, which has no gain (it is folded
+into what reads it), and the decoder layer's additions, where the skip connection may pass a shortcut matrix.
+
+This file needs only torch and transformers. A copy of it travels in the folder of every such model, so that
+`trust_remote_code=True` loads it where eigenslice is not installed.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+
+
+class SlicedConfig(PreTrainedConfig):
+    """Config of a sliced model.
+
+    Args:
+        text_config: The dense model's config. (Named as transformers names the config of a wrapped decoder, so
+            that caches and `generate` find the number of layers, heads and so on.)
+        architecture: What reads and what writes the residual stream: the names of eigenslice's table.
+        site_widths: Width of the residual stream at each site, in the order in which the stream passes them:
+            one before each sublayer (parallel blocks have one site a block), the last one before the head.
+        shortcuts: Whether the skip connection of each site passes a matrix to the next site's basis.
+        norm_eps: Epsilon of the norms. (The stream is stored scaled so that this is the dense model's.)
+        reader_bias: Whether every reader has a bias (it holds the norm's folded shift) or only the dense ones.
+        head_bias: The same for the head.
+        centered_embedding: Whether one direction is removed from the token embeddings: what a LayerNorm's
+            mean subtraction is in the model's basis. Only for tied embeddings behind LayerNorms.
+    """
+
+    model_type = "eigenslice"
+    sub_configs_defaults = {"text_config": AutoConfig}  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    architecture: dict | None = None
+    site_widths: list[int] | None = None
+    shortcuts: bool = False
+    norm_eps: float = 1e-5
+    reader_bias: bool = False
+    head_bias: bool = False
+    centered_embedding: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.text_config is None:
+            # transformers builds an empty config to compare with when it saves one
+            self.text_config = {"model_type": "llama"}
+        super().__post_init__(**kwargs)
+        self.text_config.tie_word_embeddings = self.tie_word_embeddings  # pyright: ignore
+
+
+class SlicedRMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps), over a sliced stream, with a gain only where the embeddings are tied."""
+
+    def __init__(self, width: int, eps: float, gain: bool = False, like: torch.Tensor | None = None):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(like.new_ones(width)) if gain and like is not None else None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            x = x * self.weight
+        return x.to(hidden_states.dtype)
+
+
+class SlicedLayerMixin:
+    """The forward of a decoder layer, for any architecture: norm, sublayers, addition.
+
+    It is mixed into transformers' own layer class, so that everything that looks for that class (gradient
+    checkpointing, recording of hidden states, sharding) finds it.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        for site in range(len(self.sites)):
+            update = self.update(site, self.normalize(site, hidden_states), **kwargs)
+            hidden_states = self.skip(site, hidden_states) + update
+        return hidden_states
+
+    def normalize(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """What the sublayers of a site read."""
+        return self.get_submodule(self.sites[site][0]["norm"])(hidden_states)
+
+    def skip(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The stream at a site in the basis of the next one."""
+        return self.shortcuts[site](hidden_states) if self.shortcuts is not None else hidden_states
+
+    def update(self, site: int, normalized: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """What the sublayers of a site add to the stream. `kwargs` are the layer's: mask, cache, rotations."""
+        total = None
+        for sublayer in self.sites[site]:
+            output = self.run(sublayer, normalized, **kwargs)
+            output = nn.functional.dropout(output, self.residual_dropout, self.training)
+            total = output if total is None else total + output
+        return total
+
+    def run(self, sublayer: dict, normalized: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        first, *others = (self.get_submodule(name) for name in sublayer["modules"])
+        if sublayer["attention"]:
+            output, _ = first(normalized, **kwargs)
+        else:
+            output = first(normalized)
+        for module in others:
+            output = module(output)
+        return output
+
+
+class CenteredEmbeddingMixin:
+    """Token embedding that removes one direction, `center` (a unit vector), from what it returns.
+
+    A LayerNorm model's embeddings are centred before slicing, x - mean(x). A tied head needs the rows as they
+    were, so that the centring happens here, in the model's basis.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        x = super().forward(*args, **kwargs)  # pyright: ignore
+        return x - (x @ self.center)[..., None] * self.center
+
+
+def _derive(module: nn.Module, mixin: type, name: str) -> None:
+    """Give one module `mixin`'s forward on top of its own class."""
+    module.__class__ = type(name + type(module).__name__, (mixin, type(module)), {"__module__": __name__})
+
+
+def _resize(module: nn.Module, inputs: int | None, outputs: int | None, bias: bool) -> None:
+    """Change the widths of a linear layer or an embedding (None: unchanged)."""
+    weight = module.weight
+    if isinstance(module, nn.Embedding):
+        module.weight = nn.Parameter(weight.new_zeros(weight.shape[0], outputs))  # pyright: ignore
+        module.embedding_dim = outputs  # pyright: ignore
+        return
+    outputs, inputs = outputs or weight.shape[0], inputs or weight.shape[1]  # pyright: ignore
+    module.weight = nn.Parameter(weight.new_zeros(outputs, inputs))  # pyright: ignore
+    module.in_features, module.out_features = inputs, outputs  # pyright: ignore
+    if bias or module.bias is not None:
+        module.bias = nn.Parameter(weight.new_zeros(outputs))  # pyright: ignore
+
+
+def _sites(architecture: dict) -> list[list[dict]]:
+    attention = architecture["attention"] | {"attention": True}
+    mlp = architecture["mlp"] | {"attention": False}
+    return [[attention, mlp]] if architecture["parallel"] else [[attention], [mlp]]
+
+
+def _slice_layer(layer: nn.Module, config: SlicedConfig, widths: list[int]) -> None:
+    """Narrow one decoder layer. widths: at each of its sites, then at the next layer's first one."""
+    weight = next(layer.parameters())
+    sites = _sites(config.architecture)  # pyright: ignore
+    shortcuts = []
+    for sublayers, width, next_width in zip(sites, widths[:-1], widths[1:], strict=True):
+        for norm in {sublayer["norm"] for sublayer in sublayers}:
+            delattr(layer, norm)
+        setattr(layer, sublayers[0]["norm"], SlicedRMSNorm(width, config.norm_eps))
+        for sublayer in sublayers:
+            for name in sublayer["readers"]:
+                _resize(layer.get_submodule(name), width, None, config.reader_bias)
+            for name in sublayer["writers"]:
+                _resize(layer.get_submodule(name), None, next_width, False)
+        shortcuts.append(nn.Linear(width, next_width, bias=False, device=weight.device, dtype=weight.dtype))
+    _derive(layer, SlicedLayerMixin, "Sliced")
+    layer.sites = sites  # pyright: ignore
+    layer.shortcuts = nn.ModuleList(shortcuts) if config.shortcuts else None
+    dropout = config.architecture["dropout"]  # pyright: ignore
+    layer.residual_dropout = getattr(config.text_config, dropout) if dropout else 0.0  # pyright: ignore
+
+
+def _slice_model(model: nn.Module, config: SlicedConfig) -> None:
+    """Turn the dense architecture's freshly built model into the sliced one, in place."""
+    architecture, widths = config.architecture, config.site_widths
+    if architecture is None or widths is None:
+        raise ValueError(
+            "This config has no `architecture` or no `site_widths`: it is not the config of a model that "
+            "eigenslice saved. Load the folder that `eigenslice slice` wrote."
+        )
+    layers = model.get_submodule(architecture["layers"])
+    sites = len(_sites(architecture))
+    for index, layer in enumerate(layers):  # pyright: ignore
+        _slice_layer(layer, config, widths[index * sites : (index + 1) * sites + 1])
+    for name in architecture["embeddings"]:
+        _resize(model.get_submodule(name), None, widths[0], False)
+    embedding, head = (model.get_submodule(n) for n in (architecture["embeddings"][0], architecture["head"]))
+    if config.centered_embedding:
+        _derive(embedding, CenteredEmbeddingMixin, "Centered")
+        embedding.center = nn.Parameter(embedding.weight.new_zeros(widths[0]))  # pyright: ignore
+    _resize(head, widths[-1], None, config.head_bias)
+    parent, _, name = architecture["final_norm"].rpartition(".")
+    norm = SlicedRMSNorm(widths[-1], config.norm_eps, config.tie_word_embeddings, head.weight)  # pyright: ignore
+    setattr(model.get_submodule(parent), name, norm)
+
+
+class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
+    """The dense architecture's own causal language model with a sliced residual stream."""
+
+    config: SlicedConfig  # pyright: ignore
+    config_class = SlicedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    def __init__(self, config: SlicedConfig):
+        super().__init__(config)
+        self.model = AutoModelForCausalLM.from_config(config.text_config)
+        _slice_model(self.model, config)
+        layer = next(iter(self.model.get_submodule(config.architecture["layers"])))  # pyright: ignore
+        self._no_split_modules = [type(layer).__name__]
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, new_embeddings):
+        self.model.set_output_embeddings(new_embeddings)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ):
+        """As the dense architecture's own; arguments and result are transformers' usual ones."""
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
