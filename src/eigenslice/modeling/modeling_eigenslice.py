@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.configuration_utils import PreTrainedConfig
+from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.generation import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
@@ -37,7 +37,7 @@ class SlicedConfig(PreTrainedConfig):
     """
 
     model_type = "eigenslice"
-    sub_configs_defaults = {"text_config": AutoConfig}  # noqa: RUF012
+    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}  # noqa: RUF012
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     text_config: dict | PreTrainedConfig | None = None
@@ -51,9 +51,6 @@ class SlicedConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
-        if self.text_config is None:
-            # transformers builds an empty config to compare with when it saves one
-            self.text_config = {"model_type": "llama"}
         super().__post_init__(**kwargs)
         self.text_config.tie_word_embeddings = self.tie_word_embeddings  # pyright: ignore
 

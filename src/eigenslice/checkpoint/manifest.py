@@ -1,0 +1,74 @@
+"""`eigenslice.json`: how a result was made, so that it explains itself."""
+
+import math
+from typing import Any
+
+import torch
+
+from eigenslice._version import __version__
+from eigenslice.algebra.basis import Spectrum
+from eigenslice.data import Tokens
+from eigenslice.dense import DenseModel
+from eigenslice.forms import stock_type_of
+from eigenslice.options import SliceOptions
+from eigenslice.plan import Plan, count, layout
+
+NAME = "eigenslice.json"
+SAMPLED_VALUES = 48
+
+
+def site_summary(name: str, spectrum: Spectrum, width: int) -> dict[str, Any]:
+    """A site's spectrum in short: the share of energy kept, and eigenvalues at some ranks.
+
+    Args:
+        name: Which site.
+        spectrum: Its principal components.
+        width: How many of them are kept.
+    """
+    dense = len(spectrum.values)
+    steps = [round(math.exp(i / (SAMPLED_VALUES - 1) * math.log(dense))) for i in range(SAMPLED_VALUES)]
+    ranks = sorted({1, dense, min(width, dense), *steps})
+    total = float(spectrum.values.sum()) or 1.0
+    return {
+        "site": name,
+        "width": width,
+        "energy_kept": spectrum.energy(width),
+        "eigenvalues": {str(rank): float(spectrum.values[rank - 1]) / total for rank in ranks},
+    }
+
+
+def manifest(
+    options: SliceOptions,
+    dense: DenseModel,
+    plan: Plan,
+    tokens: Tokens,
+    dtype: torch.dtype,
+    spectra: list[dict[str, Any]],
+) -> dict[str, Any]:
+    """The manifest's content; every value is JSON."""
+    roles = count(layout(dense, plan))
+    stored = sum(roles.values())
+    return {
+        "eigenslice": __version__,
+        "model_type": stock_type_of(plan.stock),
+        "form": "stock" if plan.stock else "custom",
+        "basis": plan.basis,
+        "dense_width": dense.width,
+        "site_widths": list(plan.site_widths),
+        "tied": plan.tied,
+        "dtype": str(dtype).removeprefix("torch."),
+        "parameters": {
+            "dense": dense.parameters,
+            "stored": stored,
+            "kept": stored / dense.parameters,
+            "by_role": roles,
+        },
+        "source": {
+            "name": options.model,
+            "model_type": dense.table.model_type,
+            "sha256": dense.source.hashes,
+        },
+        "calibration": tokens.description,
+        "spectra": spectra,
+        "options": options.model_dump(mode="json"),
+    }

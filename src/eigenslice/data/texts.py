@@ -1,0 +1,182 @@
+"""Documents from presets, files and the hub."""
+
+import itertools
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from eigenslice.data.builtin import language_reference, library_docstrings
+from eigenslice.errors import CalibrationError
+
+Purpose = Literal["calibration", "evaluation"]
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A text data set on the hub, with the split for each purpose."""
+
+    path: str
+    config: str | None
+    field: str
+    calibration: str
+    evaluation: str
+    files: dict[str, str] | None = None
+    revision: str | None = None
+    stream: bool = False
+
+
+PRESETS = {
+    "wikitext2": HubText("Salesforce/wikitext", "wikitext-2-raw-v1", "text", "train", "test"),
+    # The parquet branch that the hub derives: the data set itself is a script, which datasets no longer runs
+    "ptb": HubText(
+        "ptb-text-only/ptb_text_only",
+        "penn_treebank",
+        "sentence",
+        "train",
+        "test",
+        revision="refs/convert/parquet",
+    ),
+    "c4": HubText(
+        "allenai/c4",
+        None,
+        "text",
+        "train",
+        "validation",
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        stream=True,
+    ),
+    "alpaca": HubText("tatsu-lab/alpaca", None, "text", "train[:90%]", "train[90%:]"),
+}
+BUILTIN = "builtin"
+ALLOWED = (
+    f"a preset ({BUILTIN}, {', '.join(PRESETS)}), a text, .json, .jsonl or .safetensors file, or a hub data set "
+    "as NAME[:CONFIG[:SPLIT]]"
+)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts and where they come from."""
+
+    texts: list[str] = field(repr=False)
+    description: str
+
+
+def load_documents(data: str, name: str | None, purpose: Purpose, characters: int, seed: int) -> Documents:
+    """Load texts.
+
+    Args:
+        data: Preset, file or hub data set.
+        name: Field of records that holds the text, or several joined by commas; None is the preset's, or "text".
+        purpose: Which split of a preset is meant.
+        characters: Enough text; large hub data sets are read only that far.
+        seed: Seed for the order in which large hub data sets are read.
+
+    Raises:
+        CalibrationError: nothing there, unreadable, wrong field, or no text.
+    """
+    path = Path(data).expanduser()
+    if data == BUILTIN:
+        texts = language_reference() if purpose == "calibration" else library_docstrings()
+        description = "Python language reference" if purpose == "calibration" else "Python library docstrings"
+    elif data in PRESETS:
+        texts = _load_hub(PRESETS[data], name, purpose, characters, seed)
+        description = f"{data} ({getattr(PRESETS[data], purpose)})"
+    elif path.is_file():
+        texts, description = _load_file(path, name), path.name
+    else:
+        parts = data.split(":")
+        hub = HubText(parts[0], (parts[1:2] or [None])[0] or None, "text", *2 * (parts[2:3] or ["train"]))
+        texts = _load_hub(
+            HubText(**{**hub.__dict__, "stream": "[" not in hub.calibration}), name, purpose, characters, seed
+        )
+        description = data
+    texts = [text for text in texts if text.strip()]
+    if not texts:
+        raise CalibrationError(
+            f"{data} holds no text",
+            allowed="at least one document that is not empty",
+            next_step="check the file, or --field",
+        )
+    return Documents(texts, description)
+
+
+def _load_file(path: Path, name: str | None) -> list[str]:
+    try:
+        content = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            return _texts(json.loads(content), name, str(path))
+        if path.suffix == ".jsonl":
+            records = [json.loads(line) for line in content.splitlines() if line.strip()]
+            return _texts(records, name, str(path))
+        return [content]
+    except (OSError, ValueError) as error:
+        raise CalibrationError(
+            f"{path} can't be read ({type(error).__name__}: {error})",
+            allowed="UTF-8 text; .json with a list of strings or records; .jsonl with one of these a line",
+            next_step="check the file's encoding and format",
+        ) from error
+
+
+def _texts(records: Any, name: str | None, where: str) -> list[str]:
+    """Strings as they are, records by their field."""
+    if not isinstance(records, Iterable) or isinstance(records, str | dict):
+        raise CalibrationError(
+            f"{where} holds a {type(records).__name__}",
+            allowed="a list of strings, or a list of records and --field",
+            next_step="convert it",
+        )
+    fields = (name or "text").split(",")
+    texts = []
+    for record in records:
+        if isinstance(record, str):
+            texts.append(record)
+            continue
+        keys = list(record) if isinstance(record, dict) else []
+        absent = [f for f in fields if not (isinstance(record, dict) and isinstance(record.get(f), str))]
+        if absent:
+            raise CalibrationError(
+                f"{where} has a record without text in field {', '.join(absent)}; it has {keys or type(record)}",
+                allowed="strings, or records that all have the field",
+                next_step="name the field with --field, or several as --field instruction,output",
+            )
+        texts.append("\n".join(record[f] for f in fields if record[f]))
+    return texts
+
+
+def _load_hub(hub: HubText, name: str | None, purpose: Purpose, characters: int, seed: int) -> list[str]:
+    import datasets
+
+    split = getattr(hub, purpose)
+    try:
+        rows = datasets.load_dataset(
+            hub.path,
+            hub.config,
+            data_files=hub.files,
+            split=split,
+            revision=hub.revision,
+            streaming=hub.stream,
+        )
+    except Exception as error:  # datasets raises its own, the hub's and the network's errors
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CalibrationError(
+            f"data set {hub.path} (split {split}) can't be loaded ({type(error).__name__}: {first})",
+            allowed=ALLOWED,
+            next_step="check the name and the network; without one, pass a file or 'builtin'",
+        ) from error
+    if not hub.stream:
+        return _texts(rows, name or hub.field, hub.path)
+    lengths = 0
+    shuffled = rows.shuffle(seed=seed, buffer_size=10_000)  # pyright: ignore
+
+    def enough(row: Any) -> bool:
+        nonlocal lengths
+        lengths += sum(len(value) for value in row.values() if isinstance(value, str))
+        return lengths < characters
+
+    return _texts(itertools.takewhile(enough, shuffled), name or hub.field, hub.path)

@@ -1,0 +1,190 @@
+"""Sequences of tokens, to calibrate on or to measure a perplexity on."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from eigenslice.data.texts import Purpose, load_documents
+from eigenslice.errors import CalibrationError
+from eigenslice.options import CalibrationOptions
+from eigenslice.stream import Batch
+
+CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read from large data sets
+BATCH_TOKENS = 4096  # a forward pass of more tokens isn't faster
+DEFAULT_TENSOR = "calibration"
+
+
+class EigensliceWarning(UserWarning):
+    """Something that works, but not as well as the user may expect."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Sequences and their description, which goes into the manifest.
+
+    Attributes:
+        batches: Sequences of equal length together, in their order.
+        description: Source, number of sequences and tokens.
+    """
+
+    batches: list[Batch]
+    description: dict[str, Any]
+
+    @property
+    def count(self) -> int:
+        """Tokens that count: no padding."""
+        return sum(batch.tokens for batch in self.batches)
+
+
+def calibration_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any) -> Tokens:
+    """Tokens to collect covariances on: random windows of a text, or token ids as they are.
+
+    Args:
+        options: What the user chose.
+        tokenizer: Gives the model's tokenizer; only called for texts.
+        config: The dense model's config: vocabulary, longest sequence, width.
+
+    Raises:
+        CalibrationError: no tokens, or token ids that the model can't take.
+        CheckpointError: texts, but no tokenizer.
+    """
+    tokens = _tokens(options, tokenizer, config, "calibration")
+    if tokens.count < 4 * config.hidden_size:
+        warnings.warn(
+            f"{tokens.count} calibration tokens are few for a width of {config.hidden_size}: with fewer than "
+            f"{4 * config.hidden_size}, the principal components follow chance. Raise --samples or --seqlen, or "
+            "pass more text.",
+            EigensliceWarning,
+            stacklevel=2,
+        )
+    return tokens
+
+
+def evaluation_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any) -> Tokens:
+    """Tokens to measure a perplexity on: the first windows of a text, in order; raises as calibration_tokens."""
+    return _tokens(options, tokenizer, config, "evaluation")
+
+
+def _tokens(
+    options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any, purpose: Purpose
+) -> Tokens:
+    path = Path(options.data).expanduser()
+    if path.suffix == ".safetensors" and path.is_file():
+        return _token_ids(path, options.field or DEFAULT_TENSOR, config)
+    length = options.seqlen
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and length > longest:
+        warnings.warn(
+            f"--seqlen {length} is more than the model's {longest} positions; using {longest}.",
+            EigensliceWarning,
+            stacklevel=3,
+        )
+        length = longest
+    wanted = options.samples * length
+    documents = load_documents(
+        options.data, options.field, purpose, wanted * CHARACTERS_PER_TOKEN, options.seed
+    )
+    ids = tokenizer()("\n\n".join(documents.texts), return_tensors="pt", verbose=False)["input_ids"][0]
+    windows = list(ids.split(length))
+    if len(windows) > 1 and len(windows[-1]) < length and (len(windows) > options.samples or len(windows[-1]) < 2):
+        windows.pop()
+    if len(windows[0]) < 2:
+        raise CalibrationError(
+            f"{options.data} holds {len(ids)} tokens",
+            allowed="at least 2 tokens, better 4 times the model's width",
+            next_step="pass more text",
+        )
+    if len(windows) < options.samples and purpose == "calibration":
+        warnings.warn(
+            f"{options.data} holds only {len(windows)} sequences of {length} tokens; "
+            f"{options.samples} were asked for.",
+            EigensliceWarning,
+            stacklevel=3,
+        )
+    if purpose == "calibration":
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed)).tolist()
+        windows = [windows[i] for i in order]
+    windows = windows[: options.samples]
+    description = {
+        "data": documents.description,
+        "sequences": len(windows),
+        "seqlen": length,
+        "tokens": sum(map(len, windows)),
+        "seed": options.seed,
+    }
+    return Tokens(_batches(windows), description)
+
+
+def _batches(windows: list[Tensor]) -> list[Batch]:
+    """Put neighbours of equal length together."""
+    batches: list[Batch] = []
+    pending: list[Tensor] = []
+    for window in windows:
+        full = pending and (len(pending) + 1) * len(window) > BATCH_TOKENS
+        if pending and (full or len(pending[0]) != len(window)):
+            batches.append(Batch(torch.stack(pending)))
+            pending = []
+        pending.append(window)
+    return [*batches, Batch(torch.stack(pending))]
+
+
+def _token_ids(path: Path, name: str, config: Any) -> Tokens:
+    """Read a matrix of token ids, and the mask beside it if the file has one."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+            ids = file.get_tensor(name) if name in names else None
+            mask = file.get_tensor("attention_mask") if "attention_mask" in names else None
+    except (SafetensorError, OSError) as error:
+        raise CalibrationError(
+            f"{path} is not a readable safetensors file: {error}",
+            allowed="a safetensors file with an integer matrix, sequences x tokens",
+            next_step="write the file again",
+        ) from error
+    if ids is None:
+        raise CalibrationError(
+            f"{path} has no tensor {name!r}; it has {', '.join(names)}",
+            allowed=f"a tensor {DEFAULT_TENSOR!r}, or the one that --field names",
+            next_step="name the tensor with --field",
+        )
+    wrong = _why_no_ids(ids, mask, config)
+    if wrong:
+        raise CalibrationError(
+            f"{path}: tensor {name!r} {wrong}",
+            allowed=f"an integer matrix, sequences x tokens, of ids from 0 to {config.vocab_size - 1}; beside it "
+            "an attention_mask of the same shape, 0 for padding, if sequences are padded",
+            next_step="write the token ids of this model's tokenizer",
+        )
+    rows = max(1, BATCH_TOKENS // ids.shape[1])
+    masks = [None] * ids.shape[0] if mask is None else mask.long().split(rows)
+    batches = [Batch(chunk.long(), m) for chunk, m in zip(ids.split(rows), masks, strict=False)]
+    tokens = Tokens(batches, {})
+    description = {
+        "data": f"{path.name}, tensor {name!r}",
+        "sequences": ids.shape[0],
+        "seqlen": ids.shape[1],
+        "tokens": tokens.count,
+    }
+    return Tokens(batches, description)
+
+
+def _why_no_ids(ids: Tensor, mask: Tensor | None, config: Any) -> str | None:
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 2:
+        return f"is {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
+    if ids.numel() == 0 or ids.shape[1] < 2:
+        return f"is empty or has sequences of less than 2 tokens: shape {tuple(ids.shape)}"
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= config.vocab_size:
+        return f"has ids from {low} to {high}"
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest and ids.shape[1] > longest:
+        return f"has sequences of {ids.shape[1]} tokens; the model takes {longest}"
+    if mask is not None and (mask.shape != ids.shape or not mask.any()):
+        return f"comes with an attention_mask of shape {tuple(mask.shape)} that marks {int(mask.sum())} tokens"
+    return None

@@ -1,0 +1,187 @@
+"""The forms a result can be saved in: a stock config of transformers where one fits, else the custom class."""
+
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig
+
+from eigenslice.arch import StockForm
+from eigenslice.dense import DenseModel, empty_model
+from eigenslice.errors import OptionsError
+from eigenslice.modeling import AUTO_MAP, SlicedConfig
+from eigenslice.plan import BasisKind, Plan, layout, widths
+
+FormChoice = Literal["auto", "stock", "custom"]
+
+
+def architecture(dense: DenseModel) -> dict[str, Any]:
+    """What the custom class has to know of a table."""
+    table = dense.table
+    sublayer = {
+        name: {
+            "norm": s.norm,
+            "modules": list(s.modules),
+            "readers": list(s.readers),
+            "writers": list(s.writers),
+        }
+        for name, s in (("attention", table.attention), ("mlp", table.mlp))
+    }
+    return sublayer | {
+        "embeddings": list(table.embeddings),
+        "layers": table.layers,
+        "final_norm": table.final_norm,
+        "head": table.head,
+        "parallel": table.is_parallel(dense.config),
+        "dropout": table.dropout,
+    }
+
+
+def _dense_config(dense: DenseModel) -> dict[str, Any]:
+    """The dense config without what belongs to its folder and its old weights."""
+    config = dense.config.to_dict()
+    for key in ("_name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"):
+        config.pop(key, None)
+    return config
+
+
+def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
+    """Config of the custom class."""
+    return SlicedConfig(
+        text_config=_dense_config(dense) | {"tie_word_embeddings": plan.tied},
+        architecture=architecture(dense),
+        site_widths=list(plan.site_widths),
+        shortcuts=plan.shortcuts,
+        norm_eps=dense.eps,
+        reader_bias=dense.reader_bias,
+        head_bias=dense.head_bias,
+        centered_embedding=plan.tied and dense.layer_norm,
+        tie_word_embeddings=plan.tied,
+        dtype=dtype,
+        architectures=["SlicedForCausalLM"],
+        auto_map=AUTO_MAP,
+    )
+
+
+def canonical_config(dense: DenseModel) -> SlicedConfig:
+    """Config under which the custom class is the dense model in canonical form."""
+    plan = Plan("global", widths(dense, "global", dense.width), tied=False, stock=None)
+    return custom_config(dense, plan, torch.float32)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """The rotary parameters as transformers 4 spells them (it ignores `rope_parameters` and takes 10000)."""
+    rope = values.get("rope_parameters")
+    if not rope:
+        return {}
+    legacy: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        legacy["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        legacy["rope_scaling"] = {k: v for k, v in rope.items() if k not in legacy}
+    return legacy
+
+
+def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a stock result.
+
+    Raises:
+        ValueError: the config class refuses this width.
+    """
+    form = plan.stock
+    assert form is not None
+    values = _dense_config(dense) | {"head_dim": _head_dim(dense.config)}
+    if form.model_type != dense.table.model_type:
+        fields = AutoConfig.for_model(form.model_type).to_dict()
+        values = {key: value for key, value in values.items() if key in fields}
+    values |= {
+        **form.overrides,
+        "model_type": form.model_type,
+        "hidden_size": plan.site_widths[0],
+        "tie_word_embeddings": plan.tied,
+    }
+    model_class = type(empty_model(_checked(values))).__name__
+    name = str(dtype).removeprefix("torch.")
+    return values | _legacy_rope(values) | {"architectures": [model_class], "dtype": name, "torch_dtype": name}
+
+
+def _checked(values: dict[str, Any]) -> Any:
+    """The config object of some values. Raises ValueError where its class refuses them."""
+    try:
+        config = AutoConfig.for_model(**values)
+        config.validate()
+    except Exception as error:  # each config class refuses in its own way
+        raise ValueError(str(error)) from error
+    return config
+
+
+def misfit(dense: DenseModel, plan: Plan) -> str | None:
+    """Why a stock form can't hold a plan; None if it can.
+
+    The config class validates the width; then transformers builds the model on the meta device, and its
+    parameters must be exactly those that will be written.
+    """
+    assert plan.stock is not None
+    if not plan.stock.applies(dense.config):
+        return "the type can't express this variant of the architecture"
+    if plan.tied and dense.layer_norm:
+        return "tied embeddings behind LayerNorms need the custom class (--untie gives the stock form)"
+    try:
+        values = stock_config(dense, plan, torch.float32)
+    except ValueError as error:
+        return str(error).strip().splitlines()[-1].strip()
+    state = {name: tuple(p.shape) for name, p in empty_model(_checked(values)).state_dict().items()}
+    if plan.tied:
+        state.pop(dense.table.head + ".weight", None)
+    ours = {name: shape for name, (_, shape) in layout(dense, plan).items()}
+    different = sorted(name for name in state.keys() | ours.keys() if state.get(name) != ours.get(name))
+    if different:
+        return (
+            f"{different[0]} would be {ours.get(different[0])}, the type has {state.get(different[0])} "
+            f"({len(different)} such tensors)"
+        )
+    return None
+
+
+def choose_form(dense: DenseModel, basis: BasisKind, width: int, tied: bool, choice: FormChoice) -> Plan:
+    """Complete a plan: the first stock form that fits, else the custom class.
+
+    Raises:
+        OptionsError: a stock result was asked for and none fits.
+    """
+    site_widths = widths(dense, basis, width)
+    custom = Plan(basis, site_widths, tied, None)
+    if choice == "custom":
+        return custom
+    reasons: list[str] = []
+    if basis == "per-block":
+        reasons.append("no stock config has the shortcuts of a per-block basis")
+    elif not dense.table.stock:
+        reasons.append(f"{dense.table.model_type!r} ties the attention's width to the hidden width")
+    else:
+        for form in dense.table.stock:
+            plan = Plan(basis, site_widths, tied, form)
+            why = misfit(dense, plan)
+            if why is None:
+                return plan
+            reasons.append(f"{form.model_type}: {why}")
+    if choice == "stock":
+        raise OptionsError(
+            f"no stock config can hold width {width}: " + "; ".join(reasons),
+            allowed="--form auto or --form custom, or another width",
+            next_step=_nearest_width(dense, width),
+        )
+    return custom
+
+
+def _nearest_width(dense: DenseModel, width: int) -> str:
+    heads = dense.config.num_attention_heads
+    return f"try --form custom, or a width that divides by the {heads} heads such as {width // heads * heads}"
+
+
+def stock_type_of(form: StockForm | None) -> str:
+    """The model_type a result is saved as."""
+    return form.model_type if form else SlicedConfig.model_type

@@ -1,0 +1,105 @@
+"""What the user can choose: one frozen object, the source of the flags' defaults and of the manifest."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from eigenslice.errors import OptionsError
+
+DtypeName = Literal["float32", "float16", "bfloat16"]
+
+
+class CalibrationOptions(BaseModel):
+    """Which tokens the covariances are collected on, or a perplexity is measured on.
+
+    Attributes:
+        data: A preset's name, a file, or a hub data set as NAME[:CONFIG[:SPLIT]].
+        field: Name of the text field of records, or of the tensor in a safetensors file.
+        samples: Number of sequences.
+        seqlen: Tokens per sequence.
+        seed: Seed of the sampling.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: str = "wikitext2"
+    field: str | None = None
+    samples: int = 128
+    seqlen: int = 2048
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _check(self) -> "CalibrationOptions":
+        if self.samples < 1 or self.seqlen < 2:
+            raise OptionsError(
+                f"--samples {self.samples} --seqlen {self.seqlen}",
+                allowed="at least 1 sequence of at least 2 tokens",
+                next_step="raise them; the paper uses 1024 sequences of 2048 tokens, 128 go a long way",
+            )
+        return self
+
+
+class SliceOptions(BaseModel):
+    """Everything that decides what a sliced model looks like.
+
+    Attributes:
+        model: A folder, a hub id or a .gguf file.
+        output: The folder to write; must not exist.
+        keep: Share of the dense model's stored parameters to keep, 0 < keep <= 1.
+        slicing: The paper's measure: the share of the hidden width to cut, 0 <= slicing < 1.
+        width: The hidden width to keep.
+        basis: One basis for all sites, or one for each with shortcuts (the paper).
+        untie: Store embedding and head separately even if the dense model ties them.
+        form: auto (stock if a config can hold the result), stock or custom.
+        calibration: See `CalibrationOptions`.
+        dtype: Stored dtype; None is the checkpoint's.
+        compute_dtype: Dtype of the forward pass; None is float32 on CPU and the checkpoint's on a GPU.
+        device: torch device; None is a GPU if there is one.
+        shard_gib: Size of an output file, in GiB.
+        trust_remote_code: Let the tokenizer run code from the checkpoint.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    output: Path
+    keep: float | None = None
+    slicing: float | None = None
+    width: int | None = None
+    basis: Literal["global", "per-block"] = "global"
+    untie: bool = False
+    form: Literal["auto", "stock", "custom"] = "auto"
+    calibration: CalibrationOptions = CalibrationOptions()
+    dtype: DtypeName | None = None
+    compute_dtype: DtypeName | None = None
+    device: str | None = None
+    shard_gib: float = 5.0
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "SliceOptions":
+        given = [f"--{n}" for n in ("keep", "slicing", "width") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise OptionsError(
+                " and ".join(given) + " together" if given else "no size was given",
+                allowed="exactly one of --keep, --slicing and --width",
+                next_step="for example --keep 0.75, for 75 % of the parameters",
+            )
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise OptionsError(
+                f"--keep {self.keep}",
+                allowed="more than 0 and at most 1",
+                next_step="for example --keep 0.75, for 75 % of the parameters",
+            )
+        if self.slicing is not None and not 0 <= self.slicing < 1:
+            raise OptionsError(
+                f"--slicing {self.slicing}",
+                allowed="at least 0 and less than 1",
+                next_step="for example --slicing 0.25, which cuts a quarter of the hidden width",
+            )
+        if not self.shard_gib > 0:
+            raise OptionsError(
+                f"--shard-size {self.shard_gib}", allowed="more than 0 (GiB)", next_step="the default is 5"
+            )
+        return self

@@ -1,0 +1,113 @@
+"""What a sliced model will look like, decided before a weight is touched, and what it will store."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from eigenslice.arch import StockForm
+from eigenslice.dense import DenseModel
+
+BasisKind = Literal["global", "per-block"]
+Role = Literal["embedding", "attention", "mlp", "norm", "head", "shortcut"]
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The widths of a sliced model and the form it is saved in.
+
+    Attributes:
+        basis: One basis for all sites, or one each.
+        site_widths: Width of the stream at each site; the last one is before the head.
+        tied: Whether embedding and head stay one matrix.
+        stock: The config class that holds it, None for the custom class.
+    """
+
+    basis: BasisKind
+    site_widths: tuple[int, ...]
+    tied: bool
+    stock: StockForm | None
+
+    @property
+    def shortcuts(self) -> bool:
+        """Whether the skip connections carry matrices."""
+        return self.basis == "per-block"
+
+
+def widths(dense: DenseModel, basis: BasisKind, width: int) -> tuple[int, ...]:
+    """Width at each site. Per-block, as in the paper, the last block's output keeps the dense width."""
+    sites = dense.blocks * len(dense.table.sites(dense.config))
+    return (width,) * sites + (width if basis == "global" else dense.width,)
+
+
+def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
+    """Role and shape of every stored parameter, by transformers' name of the dense model's.
+
+    Shortcuts, the norms that a stock config insists on and biases that hold a folded shift are included.
+    """
+    table, stock = dense.table, plan.stock
+    result: dict[str, tuple[Role, Shape]] = {}
+    for module in table.embeddings:
+        name = module + ".weight"
+        result[name] = ("embedding", (dense.shapes[name][0], plan.site_widths[0]))
+    if plan.tied and dense.layer_norm:
+        result[table.embeddings[0] + ".center"] = ("embedding", (plan.site_widths[0],))
+    sites = len(table.sites(dense.config))
+    for index in range(dense.blocks):
+        ends = plan.site_widths[index * sites : (index + 1) * sites + 1]
+        result |= _block_layout(dense, plan, f"{table.layers}.{index}.", ends)
+    final = plan.site_widths[-1]
+    if stock or plan.tied:
+        result[table.final_norm + ".weight"] = ("norm", (final,))
+    if stock and f"{table.final_norm}.bias" in dense.shapes:
+        result[table.final_norm + ".bias"] = ("norm", (final,))
+    vocabulary = dense.shapes[table.embeddings[0] + ".weight"][0]
+    if not plan.tied:
+        result[table.head + ".weight"] = ("head", (vocabulary, final))
+    if dense.head_bias:
+        result[table.head + ".bias"] = ("head", (vocabulary,))
+    return result
+
+
+def _block_layout(
+    dense: DenseModel, plan: Plan, prefix: str, ends: tuple[int, ...]
+) -> dict[str, tuple[Role, Shape]]:
+    """As `layout`, for one decoder layer; ends: the widths at its sites and at the next layer's first one."""
+    result: dict[str, tuple[Role, Shape]] = {}
+    for site, sublayers in enumerate(dense.table.sites(dense.config)):
+        width, following = ends[site : site + 2]
+        for sublayer in sublayers:
+            role: Role = "attention" if sublayer is dense.table.attention else "mlp"
+            for module in sublayer.readers:
+                outputs = dense.shapes[f"{prefix}{module}.weight"][0]
+                result[f"{prefix}{module}.weight"] = (role, (outputs, width))
+                if dense.reader_bias or f"{prefix}{module}.bias" in dense.shapes:
+                    result[f"{prefix}{module}.bias"] = (role, (outputs,))
+            for module in sublayer.writers:
+                inputs = dense.shapes[f"{prefix}{module}.weight"][1]
+                result[f"{prefix}{module}.weight"] = (role, (following, inputs))
+                zero = plan.stock is not None and module in plan.stock.zero_biases
+                if zero or f"{prefix}{module}.bias" in dense.shapes:
+                    result[f"{prefix}{module}.bias"] = (role, (following,))
+            for module in sublayer.inner:
+                start = f"{prefix}{module}."
+                result |= {n: (role, shape) for n, shape in dense.shapes.items() if n.startswith(start)}
+            for kind in ("weight", "bias"):
+                if plan.stock and f"{prefix}{sublayer.norm}.{kind}" in dense.shapes:
+                    result[f"{prefix}{sublayer.norm}.{kind}"] = ("norm", (width,))
+        if plan.shortcuts:
+            result[f"{prefix}shortcuts.{site}.weight"] = ("shortcut", (following, width))
+    return result
+
+
+def count(shapes: dict[str, tuple[Role, Shape]]) -> dict[Role, int]:
+    """Stored parameters by role."""
+    totals: dict[Role, int] = {}
+    for role, shape in shapes.values():
+        totals[role] = totals.get(role, 0) + math.prod(shape)
+    return totals
+
+
+def stored_parameters(dense: DenseModel, plan: Plan) -> int:
+    """Stored parameters of a sliced model: the honest size."""
+    return sum(count(layout(dense, plan)).values())
