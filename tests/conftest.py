@@ -1,0 +1,58 @@
+"""Fixtures: dense models are built once a session."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never ask the network
+
+from collections.abc import Callable  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
+
+import pytest  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from eigenslice.options import CalibrationOptions, SliceOptions  # noqa: E402
+from eigenslice.slicing import SliceResult, slice_model  # noqa: E402
+from tests import tiny  # noqa: E402
+
+Slicer = Callable[..., SliceResult]
+
+
+@pytest.fixture(scope="session")
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Gives the folder of a case's dense model."""
+    folders: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tiny.save(tiny.CASES[name].build(), tmp_path_factory.mktemp(name))
+        return folders[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of random token ids."""
+    return tiny.calibration_file(tmp_path_factory.mktemp("calibration"))
+
+
+@pytest.fixture
+def run_slice(dense_folder: Callable[[str], Path], calibration: Path, tmp_path: Path) -> Slicer:
+    """Slices a case's model into a fresh folder; keywords are options."""
+
+    def run(case: str, **options: Any) -> SliceResult:
+        output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
+        data = CalibrationOptions(data=str(calibration))
+        return slice_model(
+            SliceOptions(
+                **{"model": str(dense_folder(case)), "output": output, "calibration": data} | options
+            )
+        )
+
+    return run
+
+
+def load(folder: Path, **kwargs: Any) -> Any:
+    """Load a model as a user would."""
+    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
