@@ -1,8 +1,30 @@
-"""eigenslice makes transformer language models smaller and faster by SliceGPT (arXiv 2401.15024)."""
+"""eigenslice makes transformer language models smaller and faster by SliceGPT (arXiv 2401.15024).
+
+Importing it lets transformers' `AutoModelForCausalLM` load sliced models of every form.
+"""
 
 from eigenslice._version import __version__
-from eigenslice.modeling import register
+from eigenslice.errors import EigensliceError
+from eigenslice.evaluate import Perplexity, evaluate, perplexity
+from eigenslice.inspection import Inspection, inspect_model
+from eigenslice.modeling import SlicedConfig, SlicedForCausalLM, register
+from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.slicing import SliceResult, slice_model
 
 register()
 
-__all__ = ["__version__"]
+__all__ = [
+    "CalibrationOptions",
+    "EigensliceError",
+    "Inspection",
+    "Perplexity",
+    "SliceOptions",
+    "SliceResult",
+    "SlicedConfig",
+    "SlicedForCausalLM",
+    "__version__",
+    "evaluate",
+    "inspect_model",
+    "perplexity",
+    "slice_model",
+]

@@ -24,18 +24,18 @@ def make_plan(dense: DenseModel, options: SliceOptions) -> Plan:
         found, least = f"--width {width}", 2 if dense.layer_norm else 1
     else:
         assert options.slicing is not None  # SliceOptions checks that one of the three is given
-        width = _rounded((1 - options.slicing) * dense.width)
+        width = rounded((1 - options.slicing) * dense.width)
         found, least = f"--slicing {options.slicing} leaves width {width}", 2 if dense.layer_norm else 1
     if not least <= width <= dense.width:
         raise OptionsError(
             f"{found}; the model's hidden width is {dense.width}",
             allowed=f"a width from {least} to {dense.width}",
-            next_step=f"for example --width {_rounded(0.75 * dense.width)}",
+            next_step=f"for example --width {rounded(0.75 * dense.width)}",
         )
     return choose_form(dense, options.basis, width, tied, options.form)
 
 
-def _rounded(width: float) -> int:
+def rounded(width: float) -> int:
     """Down to a multiple of 8, as the official code does; very narrow models are not rounded."""
     whole = int(width + 1e-9)
     return whole if whole < ROUND else whole // ROUND * ROUND

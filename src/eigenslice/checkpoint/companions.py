@@ -26,12 +26,16 @@ def write_tokenizer(source: Source, folder: Path) -> bool:
 
 
 def _fix_tokenizer_class(path: Path) -> None:
-    """transformers 5 names its class TokenizersBackend, which 4.57 can't load; the older name works in both."""
+    """transformers 5 names its class TokenizersBackend, which 4.57 can't load; the older name works in both.
+
+    4.57's class of that name also returns token_type_ids, which decoders refuse, unless told not to.
+    """
     if not path.is_file():
         return
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
         for key in ("is_local", "local_files_only", "backend"):
             config.pop(key, None)
         write_json(path, config)

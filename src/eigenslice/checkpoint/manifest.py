@@ -52,6 +52,7 @@ def manifest(
         "eigenslice": __version__,
         "model_type": stock_type_of(plan.stock),
         "form": "stock" if plan.stock else "custom",
+        "portable": plan.stock is not None and plan.stock.portable,
         "basis": plan.basis,
         "dense_width": dense.width,
         "site_widths": list(plan.site_widths),

@@ -112,7 +112,7 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
-def _locate(name: str) -> tuple[Path, str | None]:
+def locate(name: str) -> tuple[Path, str | None]:
     """Return the folder and, for a GGUF, the file's name in it."""
     path = Path(name).expanduser()
     if path.is_file() and path.suffix == ".gguf":
@@ -207,7 +207,7 @@ def open_source(name: str, trust_remote_code: bool = False) -> Source:
         UnsupportedModelError: its architecture, or variant of it, can't be sliced.
     """
     transformers_logging.disable_progress_bar()
-    folder, gguf = _locate(name)
+    folder, gguf = locate(name)
     config = _load_config(folder, gguf)
     lookup(config)
     return Source(name, folder, gguf, config, trust_remote_code)

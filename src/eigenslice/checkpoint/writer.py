@@ -109,7 +109,9 @@ class ShardWriter:
         return self._folder / f".shard-{index}.safetensors"
 
     def _flush(self) -> None:
-        save_file(self._buffer, self._shard_name(len(self._shards)), metadata={"format": "pt"})
+        shard = self._shard_name(len(self._shards))
+        save_file(self._buffer, shard, metadata={"format": "pt"})
+        shard.chmod(0o644)  # safetensors writes files that only their owner can read
         self._shards.append(list(self._buffer))
         self._buffer, self._size = {}, 0
 

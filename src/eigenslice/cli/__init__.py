@@ -1,0 +1,35 @@
+"""The command line: one file a verb, each calls one function of the library."""
+
+import sys
+
+import typer
+
+from eigenslice.cli import eval as eval_verb
+from eigenslice.cli import inspect as inspect_verb
+from eigenslice.cli import slice as slice_verb
+from eigenslice.cli.console import errors
+from eigenslice.errors import EigensliceError
+
+app = typer.Typer(
+    name="eigenslice",
+    help="Make transformer language models smaller and faster: rotate, slice, no retraining.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.command("slice")(slice_verb.slice_)
+app.command("inspect")(inspect_verb.inspect)
+app.command("eval")(eval_verb.eval_)
+
+
+def main() -> None:
+    """Run the command line; an error of eigenslice's own ends in one message and exit code 2."""
+    try:
+        app()
+    except EigensliceError as error:
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was written")
+        sys.exit(130)

@@ -1,0 +1,52 @@
+"""`eigenslice inspect`."""
+
+import json
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from eigenslice.cli.console import output, progress_bar
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Whether a model can be sliced, its parameters by role, and what each slicing would store."""
+    from eigenslice.inspection import inspect_model
+
+    with progress_bar(quiet=True):
+        result = inspect_model(model, trust_remote_code)
+    if as_json:
+        output.print_json(json.dumps(result.as_dict()))
+        return
+    tied = "tied" if result.tied else "separate"
+    output.print(
+        f"{model}: supported ({result.model_type}); {result.blocks} blocks, {result.sites} sites of width "
+        f"{result.width}, embedding and head {tied}, {result.dtype}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    roles = Table("role", "parameters", "share")
+    for role, size in result.by_role.items():
+        roles.add_row(role, f"{size:,}", f"{100 * size / result.parameters:.1f} %")
+    roles.add_row("total", f"{result.parameters:,}", "100.0 %")
+    output.print(roles)
+    sizes = Table("slicing", "width", "basis", "head", "saved as", "parameters", "kept")
+    for row in result.sizes:
+        head = "tied" if row.tied else "separate"
+        sizes.add_row(
+            f"{100 * row.slicing:.0f} %",
+            str(row.width),
+            row.basis,
+            head,
+            row.saved_as,
+            f"{row.parameters:,}",
+            f"{100 * row.kept:.1f} %",
+        )
+    output.print(sizes)

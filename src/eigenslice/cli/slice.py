@@ -1,0 +1,109 @@
+"""`eigenslice slice`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from eigenslice.cli.console import errors, output, progress_bar
+
+
+def slice_(
+    model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the stored parameters to keep, such as 0.75.")
+    ] = None,
+    slicing: Annotated[
+        float | None, typer.Option(help="The paper's measure: share of the hidden width to cut.")
+    ] = None,
+    width: Annotated[int | None, typer.Option(help="Hidden width to keep.")] = None,
+    basis: Annotated[
+        Literal["global", "per-block"],
+        typer.Option(help="One basis for all sites, or one each with shortcuts (the paper)."),
+    ] = "global",
+    untie: Annotated[bool, typer.Option("--untie", help="Store embedding and head separately.")] = False,
+    form: Annotated[
+        Literal["auto", "stock", "custom"],
+        typer.Option(help="Save as a stock config of transformers, or as eigenslice's class."),
+    ] = "auto",
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Text to find the basis on: builtin, wikitext2, c4, alpaca, ptb, a file "
+            "(text, .json, .jsonl; .safetensors with token ids), or a hub data set NAME[:CONFIG[:SPLIT]]."
+        ),
+    ] = "wikitext2",
+    field: Annotated[
+        str | None, typer.Option(help="Text field of records (several: a,b), or tensor of a .safetensors.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Stored dtype [as the source].")
+    ] = None,
+    compute_dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Dtype of the forward pass [float32 on CPU, the source's on a GPU]."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
+    shard_size: Annotated[float, typer.Option(help="Size of an output file in GiB.")] = 5.0,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Slice a model into a new folder, of exactly one size: --keep, --slicing or --width."""
+    from eigenslice.options import CalibrationOptions, SliceOptions
+    from eigenslice.slicing import slice_model
+
+    options = SliceOptions(
+        model=model,
+        output=out,
+        keep=keep,
+        slicing=slicing,
+        width=width,
+        basis=basis,
+        untie=untie,
+        form=form,
+        calibration=CalibrationOptions(
+            data=calibration, field=field, samples=samples, seqlen=seqlen, seed=seed
+        ),
+        dtype=dtype,
+        compute_dtype=compute_dtype,
+        device=device,
+        shard_gib=shard_size,
+        trust_remote_code=trust_remote_code,
+    )
+    with progress_bar(quiet) as progress:
+        result = slice_model(options, progress)
+    if as_json:
+        output.print_json(json.dumps(result.manifest))
+        return
+    if quiet:
+        return
+    sizes, manifest = result.manifest["parameters"], result.manifest
+    output.print(
+        f"{out}: {sizes['dense'] / 1e6:.1f} M -> {sizes['stored'] / 1e6:.1f} M parameters "
+        f"({100 * sizes['kept']:.1f} %), width {manifest['dense_width']} -> {manifest['site_widths'][0]}, "
+        f"saved as {manifest['model_type']} ({manifest['form']})",
+        highlight=False,
+        soft_wrap=True,
+    )
+    if manifest["form"] == "custom":
+        errors.print(
+            "It loads by AutoModelForCausalLM after `import eigenslice`, or with trust_remote_code=True.",
+            highlight=False,
+            soft_wrap=True,
+        )
+    elif not manifest["portable"]:
+        errors.print(
+            f"This width can only be saved as {manifest['model_type']}, which llama.cpp refuses and vLLM gets "
+            "wrong; a width that divides by the number of heads is saved in a form that they run.",
+            style="yellow",
+            highlight=False,
+            soft_wrap=True,
+        )

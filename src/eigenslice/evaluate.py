@@ -1,0 +1,155 @@
+"""Perplexity: exp of the mean negative log-likelihood per predicted token.
+
+Each window of T tokens predicts its tokens 2 to T from those before them in the window. The mean is over all
+predicted tokens of all windows, so that a short last window counts by its tokens; end-of-text tokens count,
+padding doesn't.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from eigenslice.checkpoint.source import locate
+from eigenslice.data import evaluation_tokens
+from eigenslice.errors import ActivationError, CheckpointError
+from eigenslice.options import CalibrationOptions, DtypeName
+from eigenslice.stream import Batch
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity and what it was measured on.
+
+    Attributes:
+        perplexity: exp(loss).
+        loss: Mean negative log-likelihood in nats per predicted token.
+        tokens: Number of predicted tokens.
+        data: The description of the text.
+    """
+
+    perplexity: float
+    loss: float
+    tokens: int
+    data: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model to run, dense or sliced, and a function that gives its tokenizer."""
+
+    model: Any
+    tokenizer: Callable[[], Any]
+
+
+def load_model(
+    name: str, device: str | None = None, dtype: DtypeName | None = None, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load a model as its user would, by transformers.
+
+    Args:
+        name: A folder, a hub id or a .gguf file.
+        device: torch device; None is a GPU if there is one.
+        dtype: None is the stored one on a GPU and float32 on CPU.
+        trust_remote_code: Let the checkpoint run code.
+
+    Raises:
+        CheckpointError: transformers can't load it.
+    """
+    transformers_logging.disable_progress_bar()
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder, gguf = locate(name)
+    extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    wanted = dtype or ("float32" if device == "cpu" else "auto")
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=wanted, trust_remote_code=trust_remote_code, config=config, use_safetensors=True, **extra
+        )
+    except Exception as error:  # whatever configs, safetensors and models raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"transformers can't load {name} ({type(error).__name__}: {first})",
+            allowed="a checkpoint in safetensors, or a .gguf file, that AutoModelForCausalLM loads",
+            next_step="check the folder; a model with its own code needs --trust-remote-code",
+        ) from error
+
+    def tokenizer() -> Any:
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
+        except Exception as error:  # as above
+            raise CheckpointError(
+                f"{name} has no tokenizer that transformers can load",
+                allowed="a checkpoint with its tokenizer, or token ids (a .safetensors file) as --data",
+                next_step="copy the tokenizer files into the folder",
+            ) from error
+
+    return LoadedModel(model.to(device).eval(), tokenizer)
+
+
+def negative_log_likelihood(model: Any, batch: Batch) -> tuple[float, int]:
+    """Summed negative log-likelihood in nats, and the number of tokens predicted.
+
+    One sequence at a time, so that the logits of a large vocabulary fit.
+    """
+    total, tokens = 0.0, 0
+    for row in range(batch.input_ids.shape[0]):
+        ids = batch.input_ids[row : row + 1].to(model.device)
+        mask = None if batch.attention_mask is None else batch.attention_mask[row : row + 1].to(model.device)
+        kwargs = {} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits[0, :-1]
+        losses = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
+        if mask is not None:
+            losses = losses[(mask[0, 1:] * mask[0, :-1]).bool()]
+        total += float(losses.double().sum())
+        tokens += losses.numel()
+    return total, tokens
+
+
+def perplexity(
+    model: Any,
+    batches: list[Batch],
+    data: dict[str, Any] | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Perplexity:
+    """Measure a model on windows of tokens.
+
+    Raises:
+        ActivationError: the loss is NaN or infinite.
+    """
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for number, batch in enumerate(batches):
+            progress("evaluating", number, len(batches))
+            loss, count = negative_log_likelihood(model, batch)
+            total, tokens = total + loss, tokens + count
+    loss = total / tokens
+    if not math.isfinite(loss):
+        raise ActivationError(
+            f"the loss is {loss}",
+            allowed="a finite loss",
+            next_step="check the model's weights, or run with --dtype float32",
+        )
+    return Perplexity(math.exp(loss), loss, tokens, data or {})
+
+
+def evaluate(
+    name: str,
+    data: CalibrationOptions,
+    device: str | None = None,
+    dtype: DtypeName | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> Perplexity:
+    """Perplexity of a folder, a hub id or a .gguf file; arguments as `load_model`'s and `perplexity`'s."""
+    loaded = load_model(name, device, dtype, trust_remote_code)
+    config = loaded.model.config.get_text_config()
+    tokens = evaluation_tokens(data, loaded.tokenizer, config)
+    return perplexity(loaded.model, tokens.batches, tokens.description, progress)

@@ -1,0 +1,103 @@
+"""What a checkpoint holds and what slicing it would store."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from eigenslice.checkpoint.source import open_source
+from eigenslice.dense import DenseModel
+from eigenslice.forms import choose_form, stock_type_of
+from eigenslice.plan import BasisKind, Plan, count, layout, widths
+from eigenslice.planning import rounded
+
+SLICINGS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
+
+
+@dataclass(frozen=True)
+class SizeRow:
+    """What one slicing would store.
+
+    Attributes:
+        slicing: Share of the hidden width cut.
+        width: Hidden width kept.
+        basis: global or per-block.
+        tied: Whether embedding and head stay one matrix.
+        saved_as: model_type of the result; eigenslice is the custom class.
+        parameters: Stored parameters, tied weights once, shortcuts included.
+        kept: parameters / the dense model's.
+    """
+
+    slicing: float
+    width: int
+    basis: BasisKind
+    tied: bool
+    saved_as: str
+    parameters: int
+    kept: float
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `eigenslice inspect` shows."""
+
+    model: str
+    model_type: str
+    width: int
+    blocks: int
+    sites: int
+    tied: bool
+    dtype: str
+    parameters: int
+    by_role: dict[str, int]
+    sizes: list[SizeRow]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
+    """Look at a checkpoint without running it.
+
+    Args:
+        name: A folder, a hub id or a .gguf file.
+        trust_remote_code: Let the tokenizer run code from the checkpoint.
+
+    Raises:
+        CheckpointError: it can't be read.
+        UnsupportedModelError: it can't be sliced; the message says why.
+    """
+    dense = DenseModel(open_source(name, trust_remote_code))
+    rows = []
+    for basis in ("global", "per-block"):
+        for slicing in SLICINGS:
+            width = rounded((1 - slicing) * dense.width)
+            plan = choose_form(dense, basis, width, dense.tied and basis == "global", "auto")
+            stored = sum(count(layout(dense, plan)).values())
+            saved_as = stock_type_of(plan.stock)
+            kept = stored / dense.parameters
+            rows.append(SizeRow(slicing, width, basis, plan.tied, saved_as, stored, kept))
+    return Inspection(
+        model=name,
+        model_type=dense.table.model_type,
+        width=dense.width,
+        blocks=dense.blocks,
+        sites=len(widths(dense, "global", dense.width)),
+        tied=dense.tied,
+        dtype=str(dense.dtype).removeprefix("torch."),
+        parameters=dense.parameters,
+        by_role=_dense_roles(dense),
+        sizes=rows,
+    )
+
+
+def _dense_roles(dense: DenseModel) -> dict[str, int]:
+    """Parameters of the dense model by role; norms, which slicing folds away, have their own."""
+    full = Plan("global", widths(dense, "global", dense.width), dense.tied, None)
+    roles: dict[str, int] = {}
+    names = {name: role for name, (role, _) in layout(dense, full).items()}
+    for name, shape in dense.shapes.items():
+        role = names.get(name, "norm")
+        size = 1
+        for n in shape:
+            size *= n
+        roles[role] = roles.get(role, 0) + size
+    return roles
