@@ -9,11 +9,14 @@ from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import pytest  # noqa: E402
+import torch  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from eigenslice.options import CalibrationOptions, SliceOptions  # noqa: E402
 from eigenslice.slicing import SliceResult, slice_model  # noqa: E402
 from tests import tiny  # noqa: E402
+
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 Slicer = Callable[..., SliceResult]
 

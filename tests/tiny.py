@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 96
 WIDTH = 32
@@ -108,3 +109,16 @@ def calibration_file(folder: Path, rows: int = 12, tokens: int = 24) -> Path:
     path = folder / "calibration.safetensors"
     save_file({"calibration": random_ids(rows, tokens)}, path)
     return path
+
+
+def save_tokenizer(folder: Path) -> Path:
+    """Save a tokenizer of single characters, as transformers 5 writes it."""
+    words = ["<pad>", "<s>", "</s>", *(chr(code) for code in range(33, 33 + VOCABULARY - 3))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<pad>"
+    )
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    fast.save_pretrained(folder)
+    return folder

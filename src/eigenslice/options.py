@@ -50,6 +50,7 @@ class SliceOptions(BaseModel):
         slicing: The paper's measure: the share of the hidden width to cut, 0 <= slicing < 1.
         width: The hidden width to keep.
         basis: One basis for all sites, or one for each with shortcuts (the paper).
+        refit: Refit what reads the stream to predict what was cut (global basis; the paper's per-block has none).
         untie: Store embedding and head separately even if the dense model ties them.
         form: auto (stock if a config can hold the result), stock or custom.
         calibration: See `CalibrationOptions`.
@@ -68,6 +69,7 @@ class SliceOptions(BaseModel):
     slicing: float | None = None
     width: int | None = None
     basis: Literal["global", "per-block"] = "global"
+    refit: bool = True
     untie: bool = False
     form: Literal["auto", "stock", "custom"] = "auto"
     calibration: CalibrationOptions = CalibrationOptions()

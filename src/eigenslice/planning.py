@@ -45,11 +45,8 @@ def _plan_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> Plan
     """The widest plan that stores at most `keep` of the dense model's parameters."""
     assert options.keep is not None
     budget = options.keep * dense.parameters
-    if options.keep == 1 and options.basis == "global":
-        candidates = [dense.width]
-    else:
-        step = ROUND if dense.width >= 2 * ROUND else 1
-        candidates = list(range(dense.width // step * step, 0, -step))
+    step = ROUND if dense.width >= 2 * ROUND else 1
+    candidates = [dense.width, *range((dense.width - 1) // step * step, 0, -step)]
     smallest = None
     low, high = 0, len(candidates) - 1
     best = None

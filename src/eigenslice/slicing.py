@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from eigenslice.algebra.basis import (
     principal_components,
     tied_basis,
 )
-from eigenslice.algebra.covariance import SecondMoment
+from eigenslice.algebra.refit import reading_matrix
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
+from eigenslice.checkpoint.moments import MomentStore
 from eigenslice.checkpoint.manifest import manifest, site_summary
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_output, output_folder, write_json
@@ -28,6 +30,10 @@ from eigenslice.plan import Plan, layout
 from eigenslice.planning import make_plan
 from eigenslice.stream import Stream
 from eigenslice.transform import SiteBasis, identity_basis, slice_block
+
+HEAD_WEIGHT = 5.0
+"""How much the site before the head counts in a global basis. What is cut there is cut from the logits; measured
+on SmolLM2-135M at 3/4 of the width, 5 lowers the perplexity by 4 % against 1 before refitting (10 is no better)."""
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and of how many."""
@@ -69,8 +75,11 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
             for name, tensor in tensors.items():
                 writer.add(_stored_name(plan, name), tensor)
 
-        run = _slice_global if plan.basis == "global" else _slice_per_block
-        spectra = run(dense, plan, stream, tokens, write, progress)
+        if plan.basis == "global":
+            with MomentStore(folder) if options.refit else nullcontext() as moments:
+                spectra = _slice_global(dense, plan, stream, tokens, moments, write, progress)
+        else:
+            spectra = _slice_per_block(dense, plan, stream, tokens, write, progress)
         writer.finish()
         _write_config(dense, plan, dtype, folder)
         if plan.stock is None:
@@ -100,29 +109,40 @@ def _slice_global(
     plan: Plan,
     stream: Stream,
     tokens: Tokens,
+    moments: MomentStore | None,
     write: Callable[[Tensors], None],
     progress: Progress,
 ) -> list[dict[str, Any]]:
     """One basis for all sites: the principal components of the normalized stream, summed over the sites.
 
-    Two passes over the blocks: one runs them and collects, one slices them.
+    Two passes over the blocks: one runs them and collects, one slices them. With a store for the sites' moments,
+    readers are refitted.
     """
-    moment = SecondMoment(dense.width, dense.device)
-    for site in stream.walk(tokens.batches):
+    total = torch.zeros(dense.width, dense.width, dtype=torch.float64, device=dense.device)
+    for number, site in enumerate(stream.walk(tokens.batches)):
         progress("collecting", site.block, dense.blocks)
-        site.add_to(moment, normalized=True)
-    spectrum = principal_components(moment.matrix, dense.layer_norm)
-    width = plan.site_widths[0]
+        moment = site.moment(normalized=True).matrix
+        total += (HEAD_WEIGHT if site.folded is None else 1.0) * moment
+        if moments:
+            moments.put(number, moment)
+    spectrum = principal_components(total, dense.layer_norm)
     basis, tied_gain = _global_basis(dense, plan, spectrum)
+
+    def basis_of(site: int) -> SiteBasis:
+        if moments is None:
+            return basis
+        return replace(basis, reading=reading_matrix(basis.matrix, moments.get(site, dense.device)))
+
     write(_slice_embeddings(dense, plan, basis))
     sites = dense.table.sites(dense.config)
     for index in range(dense.blocks):
         progress("slicing", index, dense.blocks)
-        block = slice_block(sites, dense.block(index), [basis] * (len(sites) + 1), shortcuts=False)
-        write(_block_names(dense, index, block | _stock_extras(dense, plan, index, width)))
-    write(_slice_head(dense, plan, basis, tied_gain))
+        bases = [*(basis_of(index * len(sites) + i) for i in range(len(sites))), basis]
+        block = slice_block(sites, dense.block(index), bases, shortcuts=False)
+        write(_block_names(dense, index, block | _stock_extras(dense, plan, index, basis.width)))
+    write(_slice_head(dense, plan, basis_of(dense.blocks * len(sites)), tied_gain))
     progress("slicing", dense.blocks, dense.blocks)
-    return [site_summary("all sites", spectrum, width)]
+    return [site_summary("all sites", spectrum, basis.width)]
 
 
 def _global_basis(

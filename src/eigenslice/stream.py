@@ -60,12 +60,9 @@ class Site:
     eps: float
 
     def moment(self, normalized: bool) -> SecondMoment:
-        """Second moment of the stream here, padding not counted; see `add_to`."""
+        """Second moment of the stream here, as it is or as the norm leaves it; padding doesn't count."""
         hidden = self.activations[0].hidden
-        return self.add_to(SecondMoment(hidden.shape[-1], hidden.device), normalized)
-
-    def add_to(self, moment: SecondMoment, normalized: bool) -> SecondMoment:
-        """Add the stream here to a second moment: as it is, or as the norm leaves it."""
+        moment = SecondMoment(hidden.shape[-1], hidden.device)
         for a in self.activations:
             moment.add(normalize(a.hidden, self.eps) if normalized else a.hidden, a.mask)
         return moment

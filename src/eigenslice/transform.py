@@ -21,9 +21,11 @@ class SiteBasis:
 
     Attributes:
         matrix: Q, (D, width), orthonormal columns, float64.
+        reading: T, (D, width): what readers read instead of Q once they are refitted; None is Q.
     """
 
     matrix: Tensor
+    reading: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -35,8 +37,8 @@ class SiteBasis:
         return math.sqrt(self.width / self.matrix.shape[0])
 
     def read(self, weight: Tensor) -> Tensor:
-        """Weight (out, D) of a layer that reads the normalized stream: W Q / c."""
-        return weight @ self.matrix / self.scale
+        """Weight (out, D) of a layer that reads the normalized stream: W Q / c, refitted W T / c."""
+        return weight @ (self.matrix if self.reading is None else self.reading) / self.scale
 
     def write(self, weight: Tensor) -> Tensor:
         """Weight (D, in) or bias (D,) of a layer that writes the stream: c Q^T W."""

@@ -23,6 +23,9 @@ def slice_(
         Literal["global", "per-block"],
         typer.Option(help="One basis for all sites, or one each with shortcuts (the paper)."),
     ] = "global",
+    refit: Annotated[
+        bool, typer.Option(help="Let readers predict what was cut from what is kept (global basis).")
+    ] = True,
     untie: Annotated[bool, typer.Option("--untie", help="Store embedding and head separately.")] = False,
     form: Annotated[
         Literal["auto", "stock", "custom"],
@@ -67,6 +70,7 @@ def slice_(
         slicing=slicing,
         width=width,
         basis=basis,
+        refit=refit,
         untie=untie,
         form=form,
         calibration=CalibrationOptions(

@@ -1,0 +1,211 @@
+"""Slicing below full width: against the reference, honest sizes, the manifest, and what is in the folder."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from eigenslice.algebra.refit import RIDGE
+from eigenslice.errors import OptionsError, OutputError
+from eigenslice.slicing import HEAD_WEIGHT
+from tests import reference, tiny
+from tests.conftest import Slicer, load
+
+WIDTH = 20
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_per_block_is_the_papers_algorithm(
+    case: str, run_slice: Slicer, dense_folder: Callable[[str], Path], calibration: Path
+) -> None:
+    result = run_slice(case, width=WIDTH, basis="per-block")
+    ids = tiny.random_ids(2, 20, seed=5)
+    model = load(dense_folder(case), dtype=torch.float64)
+    expected = reference.per_block_logits(model, load_file(calibration)["calibration"], ids, WIDTH)
+    with torch.no_grad():
+        assert relative(load(result.output)(ids).logits, expected) < 1e-3
+
+
+RMS_OR_UNTIED = [name for name, case in tiny.CASES.items() if not (case.tied and case.model_type in ("opt", "phi", "gpt_neox"))]
+
+
+@pytest.mark.parametrize("refit", [False, True], ids=["plain", "refit"])
+@pytest.mark.parametrize("form", ["auto", "custom"])
+@pytest.mark.parametrize("case", RMS_OR_UNTIED)
+def test_global_is_projection_onto_one_subspace(
+    case: str, form: str, refit: bool, run_slice: Slicer, dense_folder: Callable[[str], Path], calibration: Path
+) -> None:
+    result = run_slice(case, width=WIDTH, form=form, refit=refit)
+    ids = tiny.random_ids(2, 20, seed=5)
+    model = load(dense_folder(case), dtype=torch.float64)
+    # a stock LayerNorm needs one of its dimensions for the constant vector
+    kept = WIDTH - 1 if result.manifest["form"] == "stock" and case.startswith("phi") else WIDTH
+    tokens = load_file(calibration)["calibration"]
+    tied = tiny.CASES[case].tied
+    ridge = RIDGE if refit else None
+    expected = reference.global_logits(model, tokens, ids, kept, HEAD_WEIGHT, tied, ridge)
+    with torch.no_grad():
+        assert relative(load(result.output)(ids).logits, expected) < 1e-3
+
+
+@pytest.mark.parametrize("case", ["opt", "phi-tied", "gpt_neox-tied"])
+def test_tied_behind_layer_norms_differs_from_untied_by_the_cut_only(
+    case: str, run_slice: Slicer, dense_folder: Callable[[str], Path]
+) -> None:
+    """The wider, the nearer to the dense model; tied costs a dimension and the gain outside of the subspace."""
+    ids = tiny.random_ids(2, 20, seed=5)
+    dense = load(dense_folder(case))
+    with torch.no_grad():
+        expected = dense(ids).logits
+        errors = [relative(load(run_slice(case, width=w).output)(ids).logits, expected) for w in (16, 24, 31, 32)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4 < errors[-2]
+
+
+@pytest.mark.parametrize("basis", ["global", "per-block"])
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_counted_parameters_are_the_stored_ones(
+    case: str, basis: str, run_slice: Slicer, dense_folder: Callable[[str], Path]
+) -> None:
+    result = run_slice(case, width=24, basis=basis)
+    counts = result.manifest["parameters"]
+    stored = stored_tensors(result.output)
+    assert counts["stored"] == sum(map(math.prod, stored.values())) == sum(counts["by_role"].values())
+    assert counts["stored"] == load(result.output).num_parameters()
+    assert counts["dense"] == load(dense_folder(case)).num_parameters()
+    assert counts["kept"] == counts["stored"] / counts["dense"]
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.8, 0.5])
+@pytest.mark.parametrize("basis", ["global", "per-block"])
+@pytest.mark.parametrize("case", ["llama", "qwen2-tied", "opt", "phi", "gpt_neox"])
+def test_keep_is_a_share_of_the_stored_parameters(
+    case: str, basis: str, keep: float, run_slice: Slicer
+) -> None:
+    result = run_slice(case, keep=keep, basis=basis)
+    kept = result.manifest["parameters"]["kept"]
+    assert kept <= keep
+    width = result.manifest["site_widths"][0]
+    if width + 8 <= tiny.WIDTH:  # and the next wider one wouldn't fit
+        assert run_slice(case, width=width + 8, basis=basis).manifest["parameters"]["kept"] > keep
+
+
+def test_keep_of_everything_keeps_full_width(run_slice: Slicer) -> None:
+    assert run_slice("llama", keep=1.0).manifest["site_widths"][0] == tiny.WIDTH
+
+
+def test_slicing_is_the_papers_measure(run_slice: Slicer) -> None:
+    assert run_slice("llama", slicing=0.25).manifest["site_widths"] == [24] * 7
+    widths = run_slice("llama", slicing=0.25, basis="per-block").manifest["site_widths"]
+    assert widths == [24] * 6 + [tiny.WIDTH]
+
+
+def test_llama_at_a_width_its_config_refuses_becomes_mistral(run_slice: Slicer) -> None:
+    result = run_slice("llama", width=22)
+    assert result.manifest["model_type"] == "mistral"
+    assert json.loads((result.output / "config.json").read_text())["sliding_window"] is None
+
+
+def test_llama_with_biases_at_such_a_width_becomes_custom(run_slice: Slicer) -> None:
+    assert run_slice("llama-biased", width=22).manifest["form"] == "custom"
+
+
+def test_qwen2_at_such_a_width_stays_qwen2_and_says_it_is_not_portable(run_slice: Slicer) -> None:
+    manifest = run_slice("qwen2", width=22).manifest
+    assert (manifest["model_type"], manifest["portable"]) == ("qwen2", False)
+
+
+def test_the_same_options_give_the_same_bytes(run_slice: Slicer) -> None:
+    files = [run_slice("qwen2-tied", width=24).output / "model.safetensors" for _ in range(2)]
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_stored_in_the_models_dtype(dtype: str, run_slice: Slicer, tmp_path: Path) -> None:
+    model = tiny.CASES["llama"].build(getattr(torch, dtype))
+    result = run_slice("llama", model=str(tiny.save(model, tmp_path / "half")), width=tiny.WIDTH)
+    assert result.manifest["dtype"] == dtype
+    config = json.loads((result.output / "config.json").read_text())
+    assert config["dtype"] == config["torch_dtype"] == dtype
+    assert {t.dtype for t in load_file(result.output / "model.safetensors").values()} == {getattr(torch, dtype)}
+    ids = tiny.random_ids(2, 10)
+    with torch.no_grad():
+        sliced = load(result.output, dtype=torch.float32)(ids).logits
+        assert relative(sliced, model.float()(ids).logits) < 0.03
+
+
+def test_shards_load(run_slice: Slicer) -> None:
+    whole, sharded = run_slice("opt", width=24), run_slice("opt", width=24, shard_gib=1e-5)
+    assert len(list(sharded.output.glob("model-*.safetensors"))) > 3
+    ids = tiny.random_ids(2, 10)
+    with torch.no_grad():
+        assert torch.equal(load(whole.output)(ids).logits, load(sharded.output)(ids).logits)
+
+
+def test_manifest_explains_the_result(
+    run_slice: Slicer, dense_folder: Callable[[str], Path], calibration: Path
+) -> None:
+    result = run_slice("llama", width=24, basis="per-block")
+    manifest = json.loads((result.output / "eigenslice.json").read_text())
+    assert manifest == json.loads(json.dumps(result.manifest))
+    weights = (dense_folder("llama") / "model.safetensors").read_bytes()
+    assert manifest["source"]["sha256"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
+    assert manifest["calibration"]["tokens"] == 12 * 24
+    assert manifest["options"]["width"] == 24
+    assert len(manifest["spectra"]) == 6
+    for site in manifest["spectra"]:
+        values = list(site["eigenvalues"].values())
+        assert values == sorted(values, reverse=True)
+        assert 0 < site["energy_kept"] < 1
+
+
+def test_rotary_base_is_written_for_older_transformers(run_slice: Slicer, tmp_path: Path) -> None:
+    config = tiny.LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}}
+    folder = tiny.save(tiny.tiny_model("llama", config), tmp_path / "rope")
+    written = json.loads((run_slice("llama", model=str(folder), width=24).output / "config.json").read_text())
+    assert written["rope_theta"] == 5000.0
+    assert written["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
+    phi = json.loads((run_slice("phi", width=24).output / "config.json").read_text())
+    assert (phi["rope_theta"], phi["partial_rotary_factor"]) == (10000.0, 0.5)
+
+
+def test_input_is_never_written_to(run_slice: Slicer, dense_folder: Callable[[str], Path]) -> None:
+    before = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in dense_folder("llama").rglob("*")}
+    run_slice("llama", width=24)
+    assert before == {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in dense_folder("llama").rglob("*")}
+
+
+def test_existing_output_is_refused(run_slice: Slicer, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        run_slice("llama", width=24, output=tmp_path / "there")
+
+
+@pytest.mark.parametrize("size", [{"width": 0}, {"width": 33}, {"width": -8}, {"keep": 0.001}])
+def test_sizes_that_no_width_reaches_are_refused(size: dict, run_slice: Slicer) -> None:
+    with pytest.raises(OptionsError, match=r"allowed:.*\n.*next:"):
+        run_slice("llama", **size)
+
+
+def test_stock_on_request_is_refused_where_none_fits(run_slice: Slicer) -> None:
+    with pytest.raises(OptionsError, match="no stock config can hold width 24"):
+        run_slice("opt", width=24, form="stock")

@@ -1,0 +1,91 @@
+"""The stream is transformers' residual stream, block by block; padding doesn't count."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eigenslice.checkpoint.source import open_source
+from eigenslice.dense import DenseModel
+from eigenslice.errors import ActivationError
+from eigenslice.stream import Batch, Stream
+from tests import tiny
+from tests.conftest import load
+
+
+def site_inputs(model: Any, names: list[str], ids: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
+    """What the dense model's norms are given, in float64, in the order in which they run."""
+    seen: list[torch.Tensor] = []
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].double().view(*ids.shape, -1)))
+        for name in names
+    ]
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def norms(dense: DenseModel) -> list[str]:
+    """Names of the norms at the dense model's sites."""
+    sites = dense.table.sites(dense.config)
+    blocks = [f"{dense.table.layers}.{i}.{site[0].norm}" for i in range(dense.blocks) for site in sites]
+    return [*blocks, dense.table.final_norm]
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("case", tiny.CASES)
+def test_moments_are_those_of_the_dense_models_norm_inputs(
+    case: str, padded: bool, dense_folder: Callable[[str], Path]
+) -> None:
+    folder = dense_folder(case)
+    dense = DenseModel(open_source(str(folder)))
+    ids = tiny.random_ids(3, 18)
+    mask = None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, :5] = 0
+        mask[2, :11] = 0
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    expected = site_inputs(load(folder), norms(dense), ids, mask)
+    stream = Stream(dense, torch.device("cpu"), torch.float32)
+    count = 0
+    for site, x in zip(stream.walk([Batch(ids, mask)]), expected, strict=True):
+        rows = x[real]
+        if dense.layer_norm:
+            rows = rows - rows.mean(-1, keepdim=True)
+        moment = site.moment(normalized=False)
+        assert moment.tokens == int(real.sum())
+        torch.testing.assert_close(moment.matrix, rows.T @ rows, rtol=1e-4, atol=1e-3)
+        normal = rows / (rows.square().mean(-1, keepdim=True) + dense.eps).sqrt()
+        torch.testing.assert_close(
+            site.moment(normalized=True).matrix, normal.T @ normal, rtol=1e-4, atol=1e-3
+        )
+        count += 1
+    assert count == len(norms(dense))
+
+
+def test_batches_of_different_length_add_up(dense_folder: Callable[[str], Path]) -> None:
+    dense = DenseModel(open_source(str(dense_folder("llama"))))
+    batches = [Batch(tiny.random_ids(2, 18)), Batch(tiny.random_ids(1, 9, seed=11))]
+
+    def moments(some: list[Batch]) -> list[torch.Tensor]:
+        stream = Stream(dense, torch.device("cpu"), torch.float32)
+        return [site.moment(normalized=True).matrix for site in stream.walk(some)]
+
+    for both, first, second in zip(moments(batches), moments(batches[:1]), moments(batches[1:]), strict=True):
+        torch.testing.assert_close(both, first + second, rtol=1e-6, atol=1e-6)
+
+
+def test_nan_names_the_block(dense_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tiny.save(tiny.CASES["llama"].build(), tmp_path / "nan")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    stream = Stream(DenseModel(open_source(str(folder))), torch.device("cpu"), torch.float32)
+    with pytest.raises(ActivationError, match=r"block 1 .*NaN or infinite"):
+        list(stream.walk([Batch(tiny.random_ids(1, 8))]))
