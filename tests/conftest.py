@@ -4,17 +4,17 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never ask the network
 
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import Any  # noqa: E402
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from transformers import AutoModelForCausalLM  # noqa: E402
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from eigenslice.options import CalibrationOptions, SliceOptions  # noqa: E402
-from eigenslice.slicing import SliceResult, slice_model  # noqa: E402
-from tests import tiny  # noqa: E402
+from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.slicing import SliceResult, slice_model
+from tests import tiny
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
@@ -48,9 +48,7 @@ def run_slice(dense_folder: Callable[[str], Path], calibration: Path, tmp_path: 
         output = tmp_path / f"out-{len(list(tmp_path.iterdir()))}"
         data = CalibrationOptions(data=str(calibration))
         return slice_model(
-            SliceOptions(
-                **{"model": str(dense_folder(case)), "output": output, "calibration": data} | options
-            )
+            SliceOptions(**{"model": str(dense_folder(case)), "output": output, "calibration": data} | options)
         )
 
     return run

@@ -48,9 +48,7 @@ def test_folders_are_evaluated_by_name(run_slice: Slicer, tmp_path: Path) -> Non
     ids = tiny.random_ids(2, 20)
     save_file({"held_out": ids}, tmp_path / "ids.safetensors")
     output = run_slice("opt", width=24).output
-    result = evaluate(
-        str(output), CalibrationOptions(data=str(tmp_path / "ids.safetensors"), field="held_out")
-    )
+    result = evaluate(str(output), CalibrationOptions(data=str(tmp_path / "ids.safetensors"), field="held_out"))
     losses = torch.cat([token_losses(output, row) for row in ids])
     assert math.isclose(result.loss, float(losses.mean()), rel_tol=1e-5)
 

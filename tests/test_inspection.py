@@ -10,9 +10,7 @@ from tests.conftest import Slicer, load
 
 
 @pytest.mark.parametrize("case", ["llama-tied", "qwen2", "opt", "phi", "gpt_neox"])
-def test_sizes_are_those_of_the_results(
-    case: str, run_slice: Slicer, dense_folder: Callable[[str], Path]
-) -> None:
+def test_sizes_are_those_of_the_results(case: str, run_slice: Slicer, dense_folder: Callable[[str], Path]) -> None:
     inspection = inspect_model(str(dense_folder(case)))
     assert inspection.parameters == load(dense_folder(case)).num_parameters()
     assert inspection.parameters == sum(inspection.by_role.values())

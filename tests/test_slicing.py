@@ -44,14 +44,21 @@ def test_per_block_is_the_papers_algorithm(
         assert relative(load(result.output)(ids).logits, expected) < 1e-3
 
 
-RMS_OR_UNTIED = [name for name, case in tiny.CASES.items() if not (case.tied and case.model_type in ("opt", "phi", "gpt_neox"))]
+RMS_OR_UNTIED = [
+    name for name, case in tiny.CASES.items() if not (case.tied and case.model_type in ("opt", "phi", "gpt_neox"))
+]
 
 
 @pytest.mark.parametrize("refit", [False, True], ids=["plain", "refit"])
 @pytest.mark.parametrize("form", ["auto", "custom"])
 @pytest.mark.parametrize("case", RMS_OR_UNTIED)
 def test_global_is_projection_onto_one_subspace(
-    case: str, form: str, refit: bool, run_slice: Slicer, dense_folder: Callable[[str], Path], calibration: Path
+    case: str,
+    form: str,
+    refit: bool,
+    run_slice: Slicer,
+    dense_folder: Callable[[str], Path],
+    calibration: Path,
 ) -> None:
     result = run_slice(case, width=WIDTH, form=form, refit=refit)
     ids = tiny.random_ids(2, 20, seed=5)
@@ -97,9 +104,7 @@ def test_counted_parameters_are_the_stored_ones(
 @pytest.mark.parametrize("keep", [1.0, 0.8, 0.5])
 @pytest.mark.parametrize("basis", ["global", "per-block"])
 @pytest.mark.parametrize("case", ["llama", "qwen2-tied", "opt", "phi", "gpt_neox"])
-def test_keep_is_a_share_of_the_stored_parameters(
-    case: str, basis: str, keep: float, run_slice: Slicer
-) -> None:
+def test_keep_is_a_share_of_the_stored_parameters(case: str, basis: str, keep: float, run_slice: Slicer) -> None:
     result = run_slice(case, keep=keep, basis=basis)
     kept = result.manifest["parameters"]["kept"]
     assert kept <= keep

@@ -20,7 +20,9 @@ def site_inputs(model: Any, names: list[str], ids: torch.Tensor, mask: torch.Ten
     """What the dense model's norms are given, in float64, in the order in which they run."""
     seen: list[torch.Tensor] = []
     hooks = [
-        model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0].double().view(*ids.shape, -1)))
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args: seen.append(args[0].double().view(*ids.shape, -1))
+        )
         for name in names
     ]
     with torch.no_grad():
@@ -62,9 +64,7 @@ def test_moments_are_those_of_the_dense_models_norm_inputs(
         assert moment.tokens == int(real.sum())
         torch.testing.assert_close(moment.matrix, rows.T @ rows, rtol=1e-4, atol=1e-3)
         normal = rows / (rows.square().mean(-1, keepdim=True) + dense.eps).sqrt()
-        torch.testing.assert_close(
-            site.moment(normalized=True).matrix, normal.T @ normal, rtol=1e-4, atol=1e-3
-        )
+        torch.testing.assert_close(site.moment(normalized=True).matrix, normal.T @ normal, rtol=1e-4, atol=1e-3)
         count += 1
     assert count == len(norms(dense))
 

@@ -14,7 +14,7 @@ from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from eigenslice.algebra.norms import centre_rows, centre_writer, fold_into_reader
 from eigenslice.arch import Table, lookup
@@ -40,7 +40,7 @@ def _checkpoint_names(source: Source, model: Any) -> dict[str, str]:
         return {name: name for name in state}
     transforms = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     names, unknown = {}, []
     for stored in source.weights.names():
         name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
@@ -163,9 +163,7 @@ class DenseModel:
         tensors = {}
         for index, module in enumerate(self.table.embeddings):
             weight = self._weight(module)
-            tensors[module + ".weight"] = (
-                centre_rows(weight) if self.layer_norm and (centre or index > 0) else weight
-            )
+            tensors[module + ".weight"] = centre_rows(weight) if self.layer_norm and (centre or index > 0) else weight
         return tensors
 
     def head(self) -> tuple[Tensor, Tensor | None]:

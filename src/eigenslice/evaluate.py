@@ -68,10 +68,16 @@ def load_model(
     folder, gguf = locate(name)
     extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     wanted = dtype or ("float32" if device == "cpu" else "auto")
+    model: Any
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=wanted, trust_remote_code=trust_remote_code, config=config, use_safetensors=True, **extra
+            folder,
+            dtype=wanted,
+            trust_remote_code=trust_remote_code,
+            config=config,
+            use_safetensors=True,
+            **extra,
         )
     except Exception as error:  # whatever configs, safetensors and models raise
         first = (str(error).strip().splitlines() or [""])[0]

@@ -46,6 +46,7 @@ def _dense_config(dense: DenseModel) -> dict[str, Any]:
 
 def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
     """Config of the custom class."""
+    values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
     return SlicedConfig(
         text_config=_dense_config(dense) | {"tie_word_embeddings": plan.tied},
         architecture=architecture(dense),
@@ -57,8 +58,7 @@ def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedCo
         centered_embedding=plan.tied and dense.layer_norm,
         tie_word_embeddings=plan.tied,
         dtype=dtype,
-        architectures=["SlicedForCausalLM"],
-        auto_map=AUTO_MAP,
+        **values,
     )
 
 

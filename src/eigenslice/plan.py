@@ -69,9 +69,7 @@ def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     return result
 
 
-def _block_layout(
-    dense: DenseModel, plan: Plan, prefix: str, ends: tuple[int, ...]
-) -> dict[str, tuple[Role, Shape]]:
+def _block_layout(dense: DenseModel, plan: Plan, prefix: str, ends: tuple[int, ...]) -> dict[str, tuple[Role, Shape]]:
     """As `layout`, for one decoder layer; ends: the widths at its sites and at the next layer's first one."""
     result: dict[str, tuple[Role, Shape]] = {}
     for site, sublayers in enumerate(dense.table.sites(dense.config)):

@@ -18,8 +18,8 @@ from eigenslice.algebra.basis import (
 )
 from eigenslice.algebra.refit import reading_matrix
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
-from eigenslice.checkpoint.moments import MomentStore
 from eigenslice.checkpoint.manifest import manifest, site_summary
+from eigenslice.checkpoint.moments import MomentStore
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_output, output_folder, write_json
 from eigenslice.data import Tokens, calibration_tokens
@@ -145,9 +145,7 @@ def _slice_global(
     return [site_summary("all sites", spectrum, basis.width)]
 
 
-def _global_basis(
-    dense: DenseModel, plan: Plan, spectrum: Spectrum
-) -> tuple[SiteBasis, torch.Tensor | None]:
+def _global_basis(dense: DenseModel, plan: Plan, spectrum: Spectrum) -> tuple[SiteBasis, torch.Tensor | None]:
     """The kept basis for a plan's form, and the final norm's gain where the embeddings stay tied."""
     width = plan.site_widths[0]
     if plan.tied:

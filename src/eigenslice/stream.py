@@ -121,8 +121,8 @@ class Stream:
     def _embed(self, batches: list[Batch]) -> list[Activations]:
         self._assign(self._inner, self.dense.embeddings())
         parent, _, leaf = self.dense.table.layers.rpartition(".")
-        recorders = nn.ModuleList(_Recorder() for _ in range(self.dense.blocks))
-        setattr(self._inner.get_submodule(parent), leaf, recorders)
+        recorders = [_Recorder() for _ in range(self.dense.blocks)]
+        setattr(self._inner.get_submodule(parent), leaf, nn.ModuleList(recorders))
         shared: dict[torch.Size, list[dict[str, Any]]] = {}
         result = []
         for batch in batches:
@@ -133,6 +133,7 @@ class Stream:
             if mask is None:  # the same for all batches of this shape
                 kwargs = shared.setdefault(ids.shape, kwargs)
             hidden = recorders[0].hidden
+            assert hidden is not None  # the model has called its first layer
             result.append(Activations(hidden, None if mask is None else mask.bool(), kwargs))
         setattr(self._inner.get_submodule(parent), leaf, self._layers)
         for module in self.dense.table.embeddings:
@@ -169,6 +170,5 @@ class Stream:
                 raise ActivationError(
                     f"{where} NaN or infinite activations in {str(self.dtype).removeprefix('torch.')}",
                     allowed="finite numbers",
-                    next_step="check the checkpoint's weights; if they are finite, run with "
-                    "--compute-dtype float32",
+                    next_step="check the checkpoint's weights; if they are finite, run with --compute-dtype float32",
                 )

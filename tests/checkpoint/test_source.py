@@ -54,9 +54,7 @@ def test_a_relative_path_and_a_home_folder_open(folder: Path, monkeypatch: pytes
 
 def test_hashes_are_those_of_config_and_weights(folder: Path) -> None:
     (folder / "notes.txt").write_text("no part of the model")
-    expected = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("config.json", SINGLE)
-    }
+    expected = {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in ("config.json", SINGLE)}
     assert open_source(str(folder)).hashes == expected
 
 
@@ -125,9 +123,7 @@ def test_a_model_type_that_is_no_name_is_refused(model_type: Any, folder: Path) 
 @pytest.mark.parametrize(
     "values", [{"hidden_size": "wide"}, {"num_attention_heads": 5}, {"rms_norm_eps": []}], ids=repr
 )
-def test_a_config_that_transformers_refuses_is_refused_with_its_reason(
-    values: dict[str, Any], folder: Path
-) -> None:
+def test_a_config_that_transformers_refuses_is_refused_with_its_reason(values: dict[str, Any], folder: Path) -> None:
     edit_json(folder / "config.json", **values)
     check_message(refused(folder), str(folder / "config.json"), "transformers can't read the config")
 
@@ -139,9 +135,7 @@ def test_an_unknown_architecture_is_refused_by_name(folder: Path) -> None:
     assert "llama" in error.allowed
 
 
-def test_an_unsliceable_variant_is_refused_with_the_reason(
-    dense_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_an_unsliceable_variant_is_refused_with_the_reason(dense_folder: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy_of(dense_folder("opt"), tmp_path / "model")
     edit_json(folder / "config.json", do_layer_norm_before=False)
     check_message(refused(folder, UnsupportedModelError), "'opt'", "do_layer_norm_before=false")
@@ -151,9 +145,7 @@ def test_an_unsliceable_variant_is_refused_with_the_reason(
     ("quantization", "method"),
     [({"quant_method": "gptq", "bits": 4}, "'gptq'"), ({"bits": 4}, "'unknown'"), ("mine", "'unknown'")],
 )
-def test_a_quantized_checkpoint_is_refused_by_its_method(
-    quantization: Any, method: str, folder: Path
-) -> None:
+def test_a_quantized_checkpoint_is_refused_by_its_method(quantization: Any, method: str, folder: Path) -> None:
     edit_json(folder / "config.json", quantization_config=quantization)
     error = refused(folder)
     check_message(error, str(folder), "quantized", method)

@@ -65,9 +65,7 @@ def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.float8_e4m3fn, torch.bool])
-def test_integers_and_8_bit_floats_have_no_dtype_that_can_be_sliced(
-    dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_integers_and_8_bit_floats_have_no_dtype_that_can_be_sliced(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2, 2).to(dtype)}, tmp_path / SINGLE)
     assert SafetensorsWeights(tmp_path).dtype("a") is None
 
@@ -122,9 +120,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     assert "one.safetensors" not in error.found
 
 
-@pytest.mark.parametrize(
-    "shard", ["../x.safetensors", "sub/x.safetensors", "/x.safetensors", "..", "."], ids=repr
-)
+@pytest.mark.parametrize("shard", ["../x.safetensors", "sub/x.safetensors", "/x.safetensors", "..", "."], ids=repr)
 def test_an_index_that_leaves_its_folder_is_refused(shard: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     (folder / "sub").mkdir(parents=True)

@@ -58,9 +58,7 @@ def test_what_fits_is_one_file_without_index(tmp_path: Path) -> None:
         (1, ["a", "b", "c", "d"]),
     ],
 )
-def test_a_file_is_filled_to_the_limit_in_the_order_of_writing(
-    limit: int, shards: list[str], tmp_path: Path
-) -> None:
+def test_a_file_is_filled_to_the_limit_in_the_order_of_writing(limit: int, shards: list[str], tmp_path: Path) -> None:
     write(tmp_path, limit)
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     assert names(tmp_path) == sorted([*files, INDEX])

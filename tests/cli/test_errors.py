@@ -48,7 +48,7 @@ def slice_fails(fails: Failure, output: Path, calibration: Path) -> Failure:
         (["--keep", 0], "--keep 0.0"),
         (["--keep", 1.01], "--keep 1.01"),
         (["--keep", "nan"], "--keep nan"),
-        (["--keep", 0.001], "--keep 0.001 is 29 parameters; the narrowest model tried stores"),
+        (["--keep", 0.001], "--keep 0.001 is 31 parameters; the narrowest model tried stores"),
         (["--width", 0], "--width 0; the model's hidden width is 32"),
         (["--width", -8], "--width -8"),
         (["--width", 33], "--width 33; the model's hidden width is 32"),
@@ -65,9 +65,7 @@ def slice_fails(fails: Failure, output: Path, calibration: Path) -> Failure:
     ],
     ids=lambda value: "-".join(str(v).strip("-") for v in value) if isinstance(value, list) else "",
 )
-def test_options_that_can_not_be_met(
-    arguments: list[object], found: str, slice_fails: Failure, model: Path
-) -> None:
+def test_options_that_can_not_be_met(arguments: list[object], found: str, slice_fails: Failure, model: Path) -> None:
     assert found in slice_fails(model, *arguments)
 
 
@@ -76,9 +74,7 @@ def test_a_gpu_where_there_is_none(slice_fails: Failure, model: Path) -> None:
     assert "cuda" in slice_fails(model, "--device", "cuda")
 
 
-def test_layer_norm_models_keep_at_least_two(
-    slice_fails: Failure, dense_folder: Callable[[str], Path]
-) -> None:
+def test_layer_norm_models_keep_at_least_two(slice_fails: Failure, dense_folder: Callable[[str], Path]) -> None:
     assert "--width 1;" in slice_fails(dense_folder("phi"), "--width", 1)
 
 
@@ -117,9 +113,7 @@ def test_an_unsupported_architecture(slice_fails: Failure, model: Path) -> None:
     assert "model_type 't5' has no architecture table" in slice_fails(model)
 
 
-def test_an_unsupported_variant(
-    slice_fails: Failure, dense_folder: Callable[[str], Path], tmp_path: Path
-) -> None:
+def test_an_unsupported_variant(slice_fails: Failure, dense_folder: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy_of(dense_folder("opt"), tmp_path / "opt")
     edit_json(folder / "config.json", do_layer_norm_before=False)
     assert "do_layer_norm_before=false" in slice_fails(folder)
@@ -184,9 +178,7 @@ def test_weights_that_are_missing(slice_fails: Failure, model: Path) -> None:
     assert "lacks 1 tensors (model.norm.weight)" in slice_fails(model)
 
 
-def test_no_tokenizer_for_a_text(
-    slice_fails: Failure, dense_folder: Callable[[str], Path], text: Path
-) -> None:
+def test_no_tokenizer_for_a_text(slice_fails: Failure, dense_folder: Callable[[str], Path], text: Path) -> None:
     message = slice_fails(dense_folder("llama"), "--calibration", text)
     assert "has no tokenizer that transformers can load" in message
 

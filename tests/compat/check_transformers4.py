@@ -8,28 +8,30 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from eigenslice import CalibrationOptions, SliceOptions, slice_model  # noqa: E402
-from tests import tiny  # noqa: E402
+from tests import tiny
+
+from eigenslice import CalibrationOptions, SliceOptions, slice_model
 
 TEXT = "atextwithoutspaces"
 OLD = """
 import sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, __version__
 assert __version__.startswith("4.57"), __version__
-for folder in sys.argv[1:]:
+for folder in sys.argv[2:]:
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    inputs = AutoTokenizer.from_pretrained(folder)("%s", return_tensors="pt")
+    inputs = AutoTokenizer.from_pretrained(folder)(sys.argv[1], return_tensors="pt")
     with torch.no_grad():
         logits = model(torch.arange(3, 40)[None]).logits
     tokens = model.generate(**inputs, max_new_tokens=5, do_sample=False, pad_token_id=0)
     torch.save({"logits": logits, "ids": inputs["input_ids"], "tokens": tokens}, folder + "/old.pt")
-""" % TEXT
+"""
 ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
 SCALED = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}}
 
@@ -53,10 +55,10 @@ def main() -> None:
                 width = 22 if name == "qwen3" else 24
                 slice_model(SliceOptions(model=str(dense), output=output, width=width, calibration=data))
                 folders.append(output)
-        subprocess.run([sys.argv[1], "-c", OLD, *map(str, folders)], check=True)
+        subprocess.run([sys.argv[1], "-c", OLD, TEXT, *map(str, folders)], check=True)
         for folder in folders:
             old = torch.load(folder / "old.pt", weights_only=True)
-            model = AutoModelForCausalLM.from_pretrained(folder).eval()
+            model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
             inputs = AutoTokenizer.from_pretrained(folder)(TEXT, return_tensors="pt")
             with torch.no_grad():
                 logits = model(torch.arange(3, 40)[None]).logits

@@ -17,9 +17,7 @@ RECORDS = [
 ]
 
 
-def documents(
-    path: Path | str, field: str | None = None, characters: int = 10_000, seed: int = 0
-) -> Documents:
+def documents(path: Path | str, field: str | None = None, characters: int = 10_000, seed: int = 0) -> Documents:
     return load_documents(str(path), field, "calibration", characters, seed)
 
 
@@ -78,9 +76,7 @@ def test_empty_documents_are_left_out(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
 @pytest.mark.parametrize("field", ["quest", "question,quest", "number"])
-def test_a_wrong_field_is_refused_and_the_fields_there_are_listed(
-    name: str, field: str, tmp_path: Path
-) -> None:
+def test_a_wrong_field_is_refused_and_the_fields_there_are_listed(name: str, field: str, tmp_path: Path) -> None:
     path = file(tmp_path, name, RECORDS)
     error = refused(path, field)
     check_message(error, str(path), field.split(",")[-1], *RECORDS[0])
@@ -126,9 +122,7 @@ def test_a_file_without_text_is_refused(name: str, content: Any, tmp_path: Path)
     check_message(refused(path), str(path), "holds no text")
 
 
-@pytest.mark.parametrize(
-    "data", ["no/such/file.txt", "nobody/nothing-of-this-name", "nobody/nothing:config:test"]
-)
+@pytest.mark.parametrize("data", ["no/such/file.txt", "nobody/of-this-name", "nobody/nothing:config:test"])
 def test_what_is_neither_file_nor_data_set_is_refused(data: str) -> None:
     error = refused(data)
     check_message(error, data.partition(":")[0], "test" if ":" in data else "train")

@@ -208,9 +208,7 @@ def test_batches_hold_at_most_so_many_tokens(tmp_path: Path) -> None:
     assert len(sizes) == 4  # 81 windows are 4050 tokens: 3 times, and the rest
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.int64, torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint32]
-)
+@pytest.mark.parametrize("dtype", ["int64", "int32", "int16", "uint8", "uint16", "uint32"])
 def test_token_ids_are_used_as_they_are_and_in_order(dtype: str, tmp_path: Path) -> None:
     ids = random_ids(7, 9)
     tokens = from_ids(ids_file(tmp_path, calibration=ids.to(getattr(torch, dtype))))
@@ -227,9 +225,8 @@ def test_many_token_ids_come_in_batches(tmp_path: Path) -> None:
     mask[::3, :10] = 0
     tokens = from_ids(ids_file(tmp_path, calibration=ids, attention_mask=mask))
     assert rows(tokens) == ids.tolist()
-    assert torch.equal(
-        torch.cat([b.attention_mask for b in tokens.batches if b.attention_mask is not None]), mask
-    )
+    masks = [batch.attention_mask for batch in tokens.batches if batch.attention_mask is not None]
+    assert torch.equal(torch.cat(masks), mask)
     assert [len(batch.input_ids) for batch in tokens.batches] == [81, 81, 38]
     assert tokens.count == int(mask.sum())
 

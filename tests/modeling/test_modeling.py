@@ -52,9 +52,7 @@ def test_greedy_generation_with_cache_without_cache_and_padded_agree(
 
 
 @pytest.mark.parametrize(("case", "options"), CUSTOM)
-def test_gradient_checkpointing_gives_the_same_gradients(
-    case: str, options: dict, run_slice: Slicer
-) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(case: str, options: dict, run_slice: Slicer) -> None:
     model = load(run_slice(case, width=24, **options).output)
     ids = tiny.random_ids(2, 10)
 
@@ -86,9 +84,7 @@ def test_bfloat16_stays_near_float32(case: str, options: dict, run_slice: Slicer
 
 
 @pytest.mark.parametrize(("case", "options"), CUSTOM)
-def test_saving_and_loading_again_keeps_the_model(
-    case: str, options: dict, run_slice: Slicer, tmp_path: Path
-) -> None:
+def test_saving_and_loading_again_keeps_the_model(case: str, options: dict, run_slice: Slicer, tmp_path: Path) -> None:
     model = load(run_slice(case, width=24, **options).output)
     model.save_pretrained(tmp_path / "again")
     ids = tiny.random_ids(2, 10)
@@ -131,7 +127,8 @@ assert "eigenslice" not in sys.modules
 
 
 @pytest.mark.parametrize(
-    ("case", "trust"), [("llama", "no"), ("qwen2", "no"), ("phi", "no"), ("opt", "trust"), ("gpt_neox", "trust")]
+    ("case", "trust"),
+    [("llama", "no"), ("qwen2", "no"), ("phi", "no"), ("opt", "trust"), ("gpt_neox", "trust")],
 )
 def test_loads_where_eigenslice_is_not_installed(
     case: str, trust: str, run_slice: Slicer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -70,9 +70,7 @@ class Source:
         """
         kwargs = {"gguf_file": self.gguf} if self.gguf else {}
         try:
-            return AutoTokenizer.from_pretrained(
-                self.folder, trust_remote_code=self.trust_remote_code, **kwargs
-            )
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **kwargs)
         except Exception as error:  # transformers raises whatever the tokenizer's parts raise
             raise CheckpointError(
                 f"{self.name} has no tokenizer that transformers can load ({_first_line(error)})",

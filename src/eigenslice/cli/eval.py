@@ -47,8 +47,7 @@ def eval_(
     for model, result in zip(models, results, strict=True):
         ratio = f"  x{result.perplexity / results[0].perplexity:.3f}" if len(models) > 1 else ""
         output.print(
-            f"perplexity {result.perplexity:.4f}{ratio}  over {result.tokens} tokens of "
-            f"{result.data['data']}  {model}",
+            f"perplexity {result.perplexity:.4f}{ratio}  over {result.tokens} tokens of {result.data['data']}  {model}",
             highlight=False,
             markup=False,
             soft_wrap=True,

@@ -12,9 +12,7 @@ from eigenslice.cli.console import errors, output, progress_bar
 def slice_(
     model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
-    keep: Annotated[
-        float | None, typer.Option(help="Share of the stored parameters to keep, such as 0.75.")
-    ] = None,
+    keep: Annotated[float | None, typer.Option(help="Share of the stored parameters to keep, such as 0.75.")] = None,
     slicing: Annotated[
         float | None, typer.Option(help="The paper's measure: share of the hidden width to cut.")
     ] = None,
@@ -73,9 +71,7 @@ def slice_(
         refit=refit,
         untie=untie,
         form=form,
-        calibration=CalibrationOptions(
-            data=calibration, field=field, samples=samples, seqlen=seqlen, seed=seed
-        ),
+        calibration=CalibrationOptions(data=calibration, field=field, samples=samples, seqlen=seqlen, seed=seed),
         dtype=dtype,
         compute_dtype=compute_dtype,
         device=device,

@@ -90,11 +90,7 @@ def load_documents(data: str, name: str | None, purpose: Purpose, characters: in
     elif path.is_file():
         texts, description = _load_file(path, name), path.name
     else:
-        parts = data.split(":")
-        hub = HubText(parts[0], (parts[1:2] or [None])[0] or None, "text", *2 * (parts[2:3] or ["train"]))
-        texts = _load_hub(
-            HubText(**{**hub.__dict__, "stream": "[" not in hub.calibration}), name, purpose, characters, seed
-        )
+        texts = _load_hub(_parse_hub(data), name, purpose, characters, seed)
         description = data
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -104,6 +100,15 @@ def load_documents(data: str, name: str | None, purpose: Purpose, characters: in
             next_step="check the file, or --field",
         )
     return Documents(texts, description)
+
+
+def _parse_hub(data: str) -> HubText:
+    """A hub data set as the user writes it: NAME[:CONFIG[:SPLIT]]."""
+    path, _, rest = data.partition(":")
+    config, _, split = rest.partition(":")
+    split = split or "train"
+    # a part of a split, such as train[:10%], can't be streamed
+    return HubText(path, config or None, "text", split, split, stream="[" not in split)
 
 
 def _load_file(path: Path, name: str | None) -> list[str]:

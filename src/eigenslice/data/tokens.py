@@ -71,9 +71,7 @@ def evaluation_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any],
     return _tokens(options, tokenizer, config, "evaluation")
 
 
-def _tokens(
-    options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any, purpose: Purpose
-) -> Tokens:
+def _tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any, purpose: Purpose) -> Tokens:
     path = Path(options.data).expanduser()
     if path.suffix == ".safetensors" and path.is_file():
         return _token_ids(path, options.field or DEFAULT_TENSOR, config)
@@ -87,9 +85,7 @@ def _tokens(
         )
         length = longest
     wanted = options.samples * length
-    documents = load_documents(
-        options.data, options.field, purpose, wanted * CHARACTERS_PER_TOKEN, options.seed
-    )
+    documents = load_documents(options.data, options.field, purpose, wanted * CHARACTERS_PER_TOKEN, options.seed)
     ids = tokenizer()("\n\n".join(documents.texts), return_tensors="pt", verbose=False)["input_ids"][0]
     windows = list(ids.split(length))
     if len(windows) > 1 and len(windows[-1]) < length and (len(windows) > options.samples or len(windows[-1]) < 2):
@@ -102,8 +98,7 @@ def _tokens(
         )
     if len(windows) < options.samples and purpose == "calibration":
         warnings.warn(
-            f"{options.data} holds only {len(windows)} sequences of {length} tokens; "
-            f"{options.samples} were asked for.",
+            f"{options.data} holds only {len(windows)} sequences of {length} tokens; {options.samples} were asked for.",
             EigensliceWarning,
             stacklevel=3,
         )

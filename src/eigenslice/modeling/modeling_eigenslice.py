@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
 
 
@@ -52,7 +52,8 @@ class SlicedConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        self.text_config.tie_word_embeddings = self.tie_word_embeddings  # pyright: ignore
+        config: Any = self.text_config
+        config.tie_word_embeddings = self.tie_word_embeddings
 
 
 class SlicedRMSNorm(nn.Module):
@@ -71,12 +72,21 @@ class SlicedRMSNorm(nn.Module):
         return x.to(hidden_states.dtype)
 
 
-class SlicedLayerMixin:
+class SlicedLayerMixin(nn.Module):
     """The forward of a decoder layer, for any architecture: norm, sublayers, addition.
 
     It is mixed into transformers' own layer class, so that everything that looks for that class (gradient
     checkpointing, recording of hidden states, sharding) finds it.
+
+    Attributes:
+        sites: The sublayers at each site: their names in the table, and whether they are attention.
+        shortcuts: One matrix a site, or None.
+        residual_dropout: Dropout on what a sublayer adds, as in the dense layer (training only).
     """
+
+    sites: list[list[dict]]
+    shortcuts: nn.ModuleList | None
+    residual_dropout: float
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         for site in range(len(self.sites)):
@@ -94,14 +104,14 @@ class SlicedLayerMixin:
 
     def update(self, site: int, normalized: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """What the sublayers of a site add to the stream. `kwargs` are the layer's: mask, cache, rotations."""
-        total = None
-        for sublayer in self.sites[site]:
-            output = self.run(sublayer, normalized, **kwargs)
-            output = nn.functional.dropout(output, self.residual_dropout, self.training)
-            total = output if total is None else total + output
-        return total
+        outputs = [
+            nn.functional.dropout(self.run(sublayer, normalized, **kwargs), self.residual_dropout, self.training)
+            for sublayer in self.sites[site]
+        ]
+        return outputs[0] if len(outputs) == 1 else outputs[0] + outputs[1]
 
     def run(self, sublayer: dict, normalized: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """One sublayer: its modules, one after the other."""
         first, *others = (self.get_submodule(name) for name in sublayer["modules"])
         if sublayer["attention"]:
             output, _ = first(normalized, **kwargs)
@@ -112,35 +122,38 @@ class SlicedLayerMixin:
         return output
 
 
-class CenteredEmbeddingMixin:
+class CenteredEmbeddingMixin(nn.Module):
     """Token embedding that removes one direction, `center` (a unit vector), from what it returns.
 
     A LayerNorm model's embeddings are centred before slicing, x - mean(x). A tied head needs the rows as they
     were, so that the centring happens here, in the model's basis.
     """
 
+    center: nn.Parameter
+
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        x = super().forward(*args, **kwargs)  # pyright: ignore
+        x = super().forward(*args, **kwargs)
         return x - (x @ self.center)[..., None] * self.center
 
 
-def _derive(module: nn.Module, mixin: type, name: str) -> None:
+def _derive(module: Any, mixin: type, name: str) -> None:
     """Give one module `mixin`'s forward on top of its own class."""
     module.__class__ = type(name + type(module).__name__, (mixin, type(module)), {"__module__": __name__})
 
 
-def _resize(module: nn.Module, inputs: int | None, outputs: int | None, bias: bool) -> None:
-    """Change the widths of a linear layer or an embedding (None: unchanged)."""
+def _resize_embedding(module: Any, width: int) -> None:
+    module.weight = nn.Parameter(module.weight.new_zeros(module.weight.shape[0], width))
+    module.embedding_dim = width
+
+
+def _resize(module: Any, inputs: int | None, outputs: int | None, bias: bool = False) -> None:
+    """Change the widths of a linear layer (None: unchanged), and give it a bias if it has none and is to."""
     weight = module.weight
-    if isinstance(module, nn.Embedding):
-        module.weight = nn.Parameter(weight.new_zeros(weight.shape[0], outputs))  # pyright: ignore
-        module.embedding_dim = outputs  # pyright: ignore
-        return
-    outputs, inputs = outputs or weight.shape[0], inputs or weight.shape[1]  # pyright: ignore
-    module.weight = nn.Parameter(weight.new_zeros(outputs, inputs))  # pyright: ignore
-    module.in_features, module.out_features = inputs, outputs  # pyright: ignore
+    outputs, inputs = outputs or weight.shape[0], inputs or weight.shape[1]
+    module.weight = nn.Parameter(weight.new_zeros(outputs, inputs))
+    module.in_features, module.out_features = inputs, outputs
     if bias or module.bias is not None:
-        module.bias = nn.Parameter(weight.new_zeros(outputs))  # pyright: ignore
+        module.bias = nn.Parameter(weight.new_zeros(outputs))
 
 
 def _sites(architecture: dict) -> list[list[dict]]:
@@ -149,10 +162,10 @@ def _sites(architecture: dict) -> list[list[dict]]:
     return [[attention, mlp]] if architecture["parallel"] else [[attention], [mlp]]
 
 
-def _slice_layer(layer: nn.Module, config: SlicedConfig, widths: list[int]) -> None:
+def _slice_layer(layer: Any, config: Any, widths: list[int]) -> None:
     """Narrow one decoder layer. widths: at each of its sites, then at the next layer's first one."""
     weight = next(layer.parameters())
-    sites = _sites(config.architecture)  # pyright: ignore
+    sites = _sites(config.architecture)
     shortcuts = []
     for sublayers, width, next_width in zip(sites, widths[:-1], widths[1:], strict=True):
         for norm in {sublayer["norm"] for sublayer in sublayers}:
@@ -162,16 +175,16 @@ def _slice_layer(layer: nn.Module, config: SlicedConfig, widths: list[int]) -> N
             for name in sublayer["readers"]:
                 _resize(layer.get_submodule(name), width, None, config.reader_bias)
             for name in sublayer["writers"]:
-                _resize(layer.get_submodule(name), None, next_width, False)
+                _resize(layer.get_submodule(name), None, next_width)
         shortcuts.append(nn.Linear(width, next_width, bias=False, device=weight.device, dtype=weight.dtype))
     _derive(layer, SlicedLayerMixin, "Sliced")
-    layer.sites = sites  # pyright: ignore
+    layer.sites = sites
     layer.shortcuts = nn.ModuleList(shortcuts) if config.shortcuts else None
-    dropout = config.architecture["dropout"]  # pyright: ignore
-    layer.residual_dropout = getattr(config.text_config, dropout) if dropout else 0.0  # pyright: ignore
+    dropout = config.architecture["dropout"]
+    layer.residual_dropout = getattr(config.text_config, dropout) if dropout else 0.0
 
 
-def _slice_model(model: nn.Module, config: SlicedConfig) -> None:
+def _slice_model(model: nn.Module, config: Any) -> None:
     """Turn the dense architecture's freshly built model into the sliced one, in place."""
     architecture, widths = config.architecture, config.site_widths
     if architecture is None or widths is None:
@@ -179,26 +192,27 @@ def _slice_model(model: nn.Module, config: SlicedConfig) -> None:
             "This config has no `architecture` or no `site_widths`: it is not the config of a model that "
             "eigenslice saved. Load the folder that `eigenslice slice` wrote."
         )
-    layers = model.get_submodule(architecture["layers"])
+    layers: Any = model.get_submodule(architecture["layers"])
     sites = len(_sites(architecture))
-    for index, layer in enumerate(layers):  # pyright: ignore
+    for index, layer in enumerate(layers):
         _slice_layer(layer, config, widths[index * sites : (index + 1) * sites + 1])
     for name in architecture["embeddings"]:
-        _resize(model.get_submodule(name), None, widths[0], False)
-    embedding, head = (model.get_submodule(n) for n in (architecture["embeddings"][0], architecture["head"]))
+        _resize_embedding(model.get_submodule(name), widths[0])
+    embedding: Any = model.get_submodule(architecture["embeddings"][0])
+    head: Any = model.get_submodule(architecture["head"])
     if config.centered_embedding:
         _derive(embedding, CenteredEmbeddingMixin, "Centered")
-        embedding.center = nn.Parameter(embedding.weight.new_zeros(widths[0]))  # pyright: ignore
+        embedding.center = nn.Parameter(embedding.weight.new_zeros(widths[0]))
     _resize(head, widths[-1], None, config.head_bias)
     parent, _, name = architecture["final_norm"].rpartition(".")
-    norm = SlicedRMSNorm(widths[-1], config.norm_eps, config.tie_word_embeddings, head.weight)  # pyright: ignore
+    norm = SlicedRMSNorm(widths[-1], config.norm_eps, config.tie_word_embeddings, head.weight)
     setattr(model.get_submodule(parent), name, norm)
 
 
 class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
     """The dense architecture's own causal language model with a sliced residual stream."""
 
-    config: SlicedConfig  # pyright: ignore
+    config: SlicedConfig
     config_class = SlicedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -213,8 +227,7 @@ class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AutoModelForCausalLM.from_config(config.text_config)
         _slice_model(self.model, config)
-        layer = next(iter(self.model.get_submodule(config.architecture["layers"])))  # pyright: ignore
-        self._no_split_modules = [type(layer).__name__]
+        self._no_split_modules = self.model._no_split_modules and [f"Sliced{n}" for n in self.model._no_split_modules]
         self.post_init()
 
     def get_input_embeddings(self):

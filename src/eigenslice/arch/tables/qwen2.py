@@ -16,6 +16,4 @@ AS_LLAMA = StockForm(
     zero_biases=("self_attn.o_proj",),
 )
 
-TABLE = replace(
-    llama.TABLE, model_type="qwen2", stock=(AS_LLAMA, StockForm(model_type="qwen2", portable=False))
-)
+TABLE = replace(llama.TABLE, model_type="qwen2", stock=(AS_LLAMA, StockForm(model_type="qwen2", portable=False)))
