@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from eigenslice.checkpoint.source import locate
 from eigenslice.data import evaluation_tokens
+from eigenslice.device import resolve_device
 from eigenslice.errors import ActivationError, CheckpointError
 from eigenslice.options import CalibrationOptions, DtypeName
 from eigenslice.stream import Batch
@@ -64,10 +65,10 @@ def load_model(
         CheckpointError: transformers can't load it.
     """
     transformers_logging.disable_progress_bar()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    target = resolve_device(device)
     folder, gguf = locate(name)
     extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
-    wanted = dtype or ("float32" if device == "cpu" else "auto")
+    wanted = dtype or ("float32" if target.type == "cpu" else "auto")
     model: Any
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
@@ -97,7 +98,7 @@ def load_model(
                 next_step="copy the tokenizer files into the folder",
             ) from error
 
-    return LoadedModel(model.to(device).eval(), tokenizer)
+    return LoadedModel(model.to(target).eval(), tokenizer)
 
 
 def negative_log_likelihood(model: Any, batch: Batch) -> tuple[float, int]:

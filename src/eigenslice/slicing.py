@@ -24,6 +24,7 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_output, output_folder, write_json
 from eigenslice.data import Tokens, calibration_tokens
 from eigenslice.dense import DenseModel, Tensors
+from eigenslice.device import resolve_device
 from eigenslice.forms import custom_config, stock_config
 from eigenslice.options import SliceOptions
 from eigenslice.plan import Plan, layout
@@ -58,7 +59,7 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
         EigensliceError: bad input or options; nothing has been written then.
     """
     check_output(options.output)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = resolve_device(options.device)
     source = open_source(options.model, options.trust_remote_code)
     dense = DenseModel(source, device)
     plan = make_plan(dense, options)

@@ -1,11 +1,13 @@
 """A GGUF file opens as the model that it was written from."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from gguf import GGMLQuantizationType
+from transformers import AutoTokenizer
 
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
@@ -13,6 +15,7 @@ from eigenslice.errors import CheckpointError
 from tests import tiny
 from tests.checkpoint.files import weight_of
 from tests.checkpoint.gguf_file import NORMAL, write_gguf
+from tests.conftest import Slicer, load
 from tests.messages import check_message
 
 
@@ -70,9 +73,15 @@ def test_only_the_file_is_hashed(llama: Any, tmp_path: Path) -> None:
     assert list(source.hashes) == ["tiny.gguf"]
 
 
-def test_the_config_can_be_saved_again(llama: Any, tmp_path: Path) -> None:
-    config = open_source(str(write_gguf(llama, tmp_path / "tiny.gguf"))).config
-    assert "quantization_config" not in config.to_dict()
+def test_a_sliced_gguf_is_a_checkpoint_as_any_other(llama: Any, run_slice: Slicer, tmp_path: Path) -> None:
+    """transformers marks what it dequantized as quantized, and then refuses to load or save it."""
+    path = write_gguf(llama, tmp_path / "tiny.gguf")
+    output = run_slice("llama", model=str(path), width=tiny.WIDTH).output
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    assert AutoTokenizer.from_pretrained(output)("abc!")["input_ids"] == [95, 70, 4]
+    ids = tiny.random_ids(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(load(output)(ids).logits, llama(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("cut", [1, 5000], ids=["by-a-byte", "by-thousands"])
