@@ -14,12 +14,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from eigenslice.checkpoint.source import locate
+from eigenslice.checkpoint.source import locate, refuse_missing
 from eigenslice.data import evaluation_tokens
 from eigenslice.device import resolve_device
-from eigenslice.errors import ActivationError, CheckpointError
+from eigenslice.errors import ActivationError, CalibrationError, CheckpointError
 from eigenslice.options import CalibrationOptions, DtypeName
 from eigenslice.stream import Batch
+
+LARGEST_LOSS = 700.0  # exp() of more is no float
 
 
 @dataclass(frozen=True)
@@ -69,15 +71,15 @@ def load_model(
     folder, gguf = locate(name)
     extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     wanted = dtype or ("float32" if target.type == "cpu" else "auto")
-    model: Any
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=wanted,
             trust_remote_code=trust_remote_code,
             config=config,
             use_safetensors=True,
+            output_loading_info=True,
             **extra,
         )
     except Exception as error:  # whatever configs, safetensors and models raise
@@ -87,6 +89,9 @@ def load_model(
             allowed="a checkpoint in safetensors, or a .gguf file, that AutoModelForCausalLM loads",
             next_step="check the folder; a model with its own code needs --trust-remote-code",
         ) from error
+
+    model, loading = loaded
+    refuse_missing(name, loading)
 
     def tokenizer() -> Any:
         try:
@@ -129,7 +134,8 @@ def perplexity(
     """Measure a model on windows of tokens.
 
     Raises:
-        ActivationError: the loss is NaN or infinite.
+        ActivationError: the loss is NaN or too large.
+        CalibrationError: there is no token to predict.
     """
     total, tokens = 0.0, 0
     with torch.no_grad():
@@ -137,11 +143,17 @@ def perplexity(
             progress("evaluating", number, len(batches))
             loss, count = negative_log_likelihood(model, batch)
             total, tokens = total + loss, tokens + count
+    if not tokens:
+        raise CalibrationError(
+            "no token can be predicted: the mask leaves no two neighbours",
+            allowed="sequences with at least 2 tokens that are not padding",
+            next_step="check the attention_mask beside the token ids",
+        )
     loss = total / tokens
-    if not math.isfinite(loss):
+    if not loss < LARGEST_LOSS:
         raise ActivationError(
             f"the loss is {loss}",
-            allowed="a finite loss",
+            allowed=f"a loss below {LARGEST_LOSS} nats per token, so that its exponential is a number",
             next_step="check the model's weights, or run with --dtype float32",
         )
     return Perplexity(math.exp(loss), loss, tokens, data or {})

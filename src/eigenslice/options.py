@@ -1,5 +1,6 @@
 """What the user can choose: one frozen object, the source of the flags' defaults and of the manifest."""
 
+import math
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,8 @@ class CalibrationOptions(BaseModel):
                 allowed="at least 1 sequence of at least 2 tokens",
                 next_step="raise them; the paper uses 1024 sequences of 2048 tokens, 128 go a long way",
             )
+        if not 0 <= self.seed < 2**63:
+            raise OptionsError(f"--seed {self.seed}", allowed="0 to 2^63 - 1", next_step="the default is 0")
         return self
 
 
@@ -100,7 +103,7 @@ class SliceOptions(BaseModel):
                 allowed="at least 0 and less than 1",
                 next_step="for example --slicing 0.25, which cuts a quarter of the hidden width",
             )
-        if not self.shard_gib > 0:
+        if not 0 < self.shard_gib < math.inf:
             raise OptionsError(
                 f"--shard-size {self.shard_gib}", allowed="more than 0 (GiB)", next_step="the default is 5"
             )

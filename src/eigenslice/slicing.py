@@ -63,6 +63,7 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
     source = open_source(options.model, options.trust_remote_code)
     dense = DenseModel(source, device)
     plan = make_plan(dense, options)
+    _ = source.tokenizer_config  # a broken one is refused now, not when the work is done
     tokens = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
     dtype = getattr(torch, options.dtype) if options.dtype else dense.dtype
     compute = dense.dtype if device.type != "cpu" else torch.float32

@@ -17,7 +17,7 @@ def table_of(model_type: str) -> Table:
     Raises:
         UnsupportedModelError: there is none.
     """
-    table = TABLES.get(model_type)
+    table = TABLES.get(model_type) if isinstance(model_type, str) else None
     if table is None:
         raise UnsupportedModelError(
             f"model_type {model_type!r} has no architecture table, so eigenslice doesn't know what reads and "

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from eigenslice.checkpoint.source import Source
 from eigenslice.checkpoint.writer import write_json
@@ -21,24 +22,21 @@ def write_tokenizer(source: Source, folder: Path) -> bool:
         return False
     for file in source.tokenizer_files:
         shutil.copyfile(file, folder / file.name)
-    _fix_tokenizer_class(folder / "tokenizer_config.json")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if source.gguf else source.tokenizer_config
+    if config is not None and config.get("tokenizer_class") == "TokenizersBackend":
+        write_json(path, _readable_by_transformers_4(config))
     return True
 
 
-def _fix_tokenizer_class(path: Path) -> None:
+def _readable_by_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
     """transformers 5 names its class TokenizersBackend, which 4.57 can't load; the older name works in both.
 
     4.57's class of that name also returns token_type_ids, which decoders refuse, unless told not to.
     """
-    if not path.is_file():
-        return
-    config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-        config.setdefault("model_input_names", ["input_ids", "attention_mask"])
-        for key in ("is_local", "local_files_only", "backend"):
-            config.pop(key, None)
-        write_json(path, config)
+    changed = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only", "backend")}
+    changed["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return {"model_input_names": ["input_ids", "attention_mask"]} | changed
 
 
 def write_generation_config(source: Source, folder: Path) -> None:

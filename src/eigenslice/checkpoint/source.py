@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
@@ -55,9 +56,15 @@ class Source:
         """The tensors. A GGUF is dequantized by transformers, into memory, at the first call."""
         if self.gguf is None:
             return SafetensorsWeights(self.folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            self.folder, gguf_file=self.gguf, dtype=torch.float32, config=self.config
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            self.folder,
+            gguf_file=self.gguf,
+            dtype=torch.float32,
+            config=self.config,
+            output_loading_info=True,
         )
+        model, loading = loaded
+        refuse_missing(self.name, loading)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
         return MemoryWeights(tensors, (self.folder / self.gguf,))
 
@@ -78,6 +85,28 @@ class Source:
                 "(a .safetensors file)",
                 next_step="copy the tokenizer files into the folder, or calibrate with token ids",
             ) from error
+
+    @cached_property
+    def tokenizer_config(self) -> dict[str, Any] | None:
+        """Content of tokenizer_config.json, None if there is none.
+
+        Raises:
+            CheckpointError: it isn't a JSON object.
+        """
+        path = self.folder / "tokenizer_config.json"
+        if self.gguf or not path.is_file():
+            return None
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            config = None
+        if not isinstance(config, dict):
+            raise CheckpointError(
+                f"{path} is not a JSON object",
+                allowed="a tokenizer_config.json as transformers saves it",
+                next_step="download the tokenizer again",
+            )
+        return config
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -106,6 +135,25 @@ class Source:
         return digests
 
 
+def refuse_missing(name: str, loading: dict[str, Any]) -> None:
+    """Refuse a checkpoint that lacks weights: transformers fills them with random numbers.
+
+    Args:
+        name: The checkpoint, as the user wrote it.
+        loading: What `from_pretrained(..., output_loading_info=True)` returns beside the model.
+
+    Raises:
+        CheckpointError: weights are missing or of another shape.
+    """
+    missing = sorted(map(str, [*loading["missing_keys"], *loading.get("mismatched_keys", [])]))
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} tensors or has them in another shape ({', '.join(missing[:3])})",
+            allowed="a complete checkpoint",
+            next_step="download or save it again",
+        )
+
+
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
@@ -113,12 +161,16 @@ def _first_line(error: BaseException) -> str:
 def locate(name: str) -> tuple[Path, str | None]:
     """Return the folder and, for a GGUF, the file's name in it."""
     path = Path(name).expanduser()
-    if path.is_file() and path.suffix == ".gguf":
-        return path.parent, path.name
-    if path.is_dir():
-        return path, None
+    try:
+        if path.is_file() and path.suffix == ".gguf":
+            return path.parent, path.name
+        if path.is_dir():
+            return path, None
+        exists = path.exists()
+    except OSError:  # no file can have this name, such as one of 300 characters
+        exists = False
     allowed = "a local folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
-    if path.exists():
+    if exists:
         raise CheckpointError(
             f"{name} is neither a folder nor a .gguf file", allowed=allowed, next_step="pass one of these"
         )
@@ -167,6 +219,21 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
+def _refuse_lost_rope_scaling(path: Path, config: Any) -> None:
+    """Refuse a GGUF whose rotary scaling (Llama 3.1 and later) transformers drops when it reads one."""
+    reader = GGUFReader(path)
+    factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
+    fields = [name for name in reader.fields if ".rope.scaling." in name]
+    rope = getattr(config, "rope_parameters", None) or {}
+    if (factors or fields) and rope.get("rope_type", "default") == "default":
+        raise UnsupportedModelError(
+            f"{path} scales its rotary angles ({', '.join([*factors, *fields][:3])}), which transformers loses when "
+            "it reads a GGUF",
+            allowed="GGUF files with plain rotary angles",
+            next_step="slice the model's safetensors checkpoint",
+        )
+
+
 def _load_config(folder: Path, gguf: str | None) -> Any:
     if gguf is None:
         raw = _raw_config(folder)
@@ -187,7 +254,14 @@ def _load_config(folder: Path, gguf: str | None) -> Any:
             allowed="a config that transformers accepts",
             next_step="check the file; a GGUF must be of an architecture that transformers can dequantize",
         ) from error
+    if not config.num_hidden_layers:
+        raise CheckpointError(
+            f"{folder} is a model without decoder layers",
+            allowed="at least one layer",
+            next_step="check num_hidden_layers in the config",
+        )
     if gguf:
+        _refuse_lost_rope_scaling(folder / gguf, config)
         # transformers marks a dequantized model as quantized, and then refuses to save it
         config.__dict__.pop("quantization_config", None)
     return config

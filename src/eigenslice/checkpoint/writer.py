@@ -25,7 +25,15 @@ def check_output(output: Path) -> None:
     Raises:
         OutputError.
     """
-    if output.exists():
+    try:
+        exists = output.exists()
+    except OSError as error:
+        raise OutputError(
+            f"{output} can't be a folder ({error.strerror})",
+            allowed="a name that the file system takes",
+            next_step="choose another --output",
+        ) from error
+    if exists:
         raise OutputError(
             f"{output} exists already",
             allowed="a name that is free: eigenslice never writes into an existing folder",
@@ -46,18 +54,22 @@ def check_output(output: Path) -> None:
 def output_folder(output: Path) -> Iterator[Path]:
     """Give a temporary folder that takes the name `output` when the body succeeds, and vanishes when it fails."""
     check_output(output)
-    created = [p for p in output.absolute().parents if not p.exists()]
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
+    parent = output.absolute().parent
+    created = [p for p in (parent, *parent.parents) if not p.exists()]
+    temporary = None
     try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}-", dir=parent))
+        check_output(output)  # with its parent there, the file system also judges its name
         temporary.chmod(0o755)  # mkdtemp's 0700 would hide the result from the user's group
         yield temporary
         check_output(output)
         temporary.rename(output)
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         for folder in created:
-            if not any(folder.iterdir()):
+            if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
         if isinstance(error, OSError):
             raise OutputError(

@@ -4,11 +4,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 output = Console()
 errors = Console(stderr=True)
+INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended
 
 
 @contextmanager
@@ -43,4 +45,8 @@ def progress_bar(quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", EigensliceWarning)
         warnings.showwarning = show
-        yield report
+        try:
+            yield report
+        except KeyboardInterrupt:
+            errors.print("interrupted; nothing was written")
+            raise typer.Exit(INTERRUPTED) from None

@@ -1,6 +1,5 @@
 """Documents from presets, files and the hub."""
 
-import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -53,6 +52,7 @@ PRESETS = {
     "alpaca": HubText("tatsu-lab/alpaca", None, "text", "train[:90%]", "train[90%:]"),
 }
 BUILTIN = "builtin"
+SHUFFLE_BUFFER = 10_000  # documents among which the next one is drawn from a streamed data set
 ALLOWED = (
     f"a preset ({BUILTIN}, {', '.join(PRESETS)}), a text, .json, .jsonl or .safetensors file, or a hub data set "
     "as NAME[:CONFIG[:SPLIT]]"
@@ -75,7 +75,7 @@ def load_documents(data: str, name: str | None, purpose: Purpose, characters: in
         name: Field of records that holds the text, or several joined by commas; None is the preset's, or "text".
         purpose: Which split of a preset is meant.
         characters: Enough text; large hub data sets are read only that far.
-        seed: Seed for the order in which large hub data sets are read.
+        seed: Seed for the order in which large hub data sets are read to calibrate.
 
     Raises:
         CalibrationError: nothing there, unreadable, wrong field, or no text.
@@ -176,12 +176,13 @@ def _load_hub(hub: HubText, name: str | None, purpose: Purpose, characters: int,
         ) from error
     if not hub.stream:
         return _texts(rows, name or hub.field, hub.path)
-    lengths = 0
-    shuffled = rows.shuffle(seed=seed, buffer_size=10_000)  # pyright: ignore
-
-    def enough(row: Any) -> bool:
-        nonlocal lengths
-        lengths += sum(len(value) for value in row.values() if isinstance(value, str))
-        return lengths < characters
-
-    return _texts(itertools.takewhile(enough, shuffled), name or hub.field, hub.path)
+    stream: Any = rows
+    if purpose == "calibration":
+        stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    texts, length = [], 0
+    for row in stream:
+        texts += _texts([row], name or hub.field, hub.path)
+        length += len(texts[-1])
+        if length >= characters:
+            break
+    return texts

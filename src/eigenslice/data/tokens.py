@@ -87,6 +87,12 @@ def _tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: A
     wanted = options.samples * length
     documents = load_documents(options.data, options.field, purpose, wanted * CHARACTERS_PER_TOKEN, options.seed)
     ids = tokenizer()("\n\n".join(documents.texts), return_tensors="pt", verbose=False)["input_ids"][0]
+    if len(ids) and int(ids.max()) >= config.vocab_size:
+        raise CalibrationError(
+            f"the tokenizer gives token id {int(ids.max())}; the model's vocabulary has {config.vocab_size}",
+            allowed="the model's own tokenizer",
+            next_step="check that the tokenizer files in the folder belong to the model",
+        )
     windows = list(ids.split(length))
     if len(windows) > 1 and len(windows[-1]) < length and (len(windows) > options.samples or len(windows[-1]) < 2):
         windows.pop()
@@ -135,6 +141,8 @@ def _token_ids(path: Path, name: str, config: Any) -> Tokens:
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             ids = file.get_tensor(name) if name in names else None
+            if ids is not None and not ids.is_floating_point() and ids.dtype != torch.bool:
+                ids = ids.long()
             mask = file.get_tensor("attention_mask") if "attention_mask" in names else None
     except (SafetensorError, OSError) as error:
         raise CalibrationError(
@@ -158,7 +166,7 @@ def _token_ids(path: Path, name: str, config: Any) -> Tokens:
         )
     rows = max(1, BATCH_TOKENS // ids.shape[1])
     masks = [None] * ids.shape[0] if mask is None else mask.long().split(rows)
-    batches = [Batch(chunk.long(), m) for chunk, m in zip(ids.split(rows), masks, strict=False)]
+    batches = [Batch(chunk, m) for chunk, m in zip(ids.split(rows), masks, strict=False)]
     tokens = Tokens(batches, {})
     description = {
         "data": f"{path.name}, tensor {name!r}",
