@@ -107,7 +107,7 @@ def predictor(matrix: Tensor, projector: Tensor, ridge: float) -> Tensor:
     values, vectors = torch.linalg.eigh(projector)
     kept = vectors[:, values > 0.5]
     inside = kept.T @ matrix @ kept
-    level = ridge * inside.diagonal().mean() * torch.eye(len(inside), dtype=matrix.dtype)
+    level = ridge * matrix.diagonal().mean() * torch.eye(len(inside), dtype=matrix.dtype)
     cut = torch.eye(len(matrix), dtype=matrix.dtype) - projector
     return kept @ torch.linalg.inv(inside + level) @ kept.T @ matrix @ cut
 
