@@ -34,7 +34,7 @@ def reading_matrix(basis: Tensor, moment: Tensor, ridge: float = RIDGE) -> Tenso
     crossed = moment @ basis
     kept = basis.T @ crossed
     kept = (kept + kept.T) / 2
-    level = ridge * moment.diagonal().mean().clamp_min(torch.finfo(kept.dtype).tiny)
+    level = ridge * moment.diagonal().mean().clamp_min(1e-30)
     regular = kept + level * torch.eye(width, dtype=kept.dtype, device=kept.device)
     cut = crossed - basis @ kept
     return basis + torch.linalg.solve(regular, cut.T).T
