@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
 
-from eigenslice.checkpoint.source import locate, refuse_missing
+from eigenslice.checkpoint.source import locate, no_bars, refuse_missing
 from eigenslice.data import evaluation_tokens
 from eigenslice.device import resolve_device
 from eigenslice.errors import ActivationError, CalibrationError, CheckpointError
@@ -66,22 +65,22 @@ def load_model(
     Raises:
         CheckpointError: transformers can't load it.
     """
-    transformers_logging.disable_progress_bar()
     target = resolve_device(device)
     folder, gguf = locate(name)
     extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
     wanted = dtype or ("float32" if target.type == "cpu" else "auto")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=wanted,
-            trust_remote_code=trust_remote_code,
-            config=config,
-            use_safetensors=True,
-            output_loading_info=True,
-            **extra,
-        )
+        with no_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=wanted,
+                trust_remote_code=trust_remote_code,
+                config=config,
+                use_safetensors=True,
+                output_loading_info=True,
+                **extra,
+            )
     except Exception as error:  # whatever configs, safetensors and models raise
         first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(

@@ -18,7 +18,6 @@ from eigenslice.algebra.basis import (
 )
 from eigenslice.algebra.refit import reading_matrix
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
-from eigenslice.checkpoint.manifest import manifest, site_summary
 from eigenslice.checkpoint.moments import MomentStore
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_output, output_folder, write_json
@@ -26,6 +25,7 @@ from eigenslice.data import Tokens, calibration_tokens
 from eigenslice.dense import DenseModel, Tensors
 from eigenslice.device import resolve_device
 from eigenslice.forms import custom_config, stock_config
+from eigenslice.manifest import manifest, site_summary
 from eigenslice.options import SliceOptions
 from eigenslice.plan import Plan, layout
 from eigenslice.planning import make_plan

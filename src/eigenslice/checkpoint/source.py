@@ -1,7 +1,10 @@
 """Opening what the user names: a folder, a hub id or a GGUF file."""
 
 import hashlib
+import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -56,13 +59,14 @@ class Source:
         """The tensors. A GGUF is dequantized by transformers, into memory, at the first call."""
         if self.gguf is None:
             return SafetensorsWeights(self.folder)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.folder,
-            gguf_file=self.gguf,
-            dtype=torch.float32,
-            config=self.config,
-            output_loading_info=True,
-        )
+        with no_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                gguf_file=self.gguf,
+                dtype=torch.float32,
+                config=self.config,
+                output_loading_info=True,
+            )
         model, loading = loaded
         refuse_missing(self.name, loading)
         tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -133,6 +137,14 @@ class Source:
             with file.open("rb") as handle:
                 digests[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
         return digests
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off the screen; the one for GGUF files has no other switch."""
+    transformers_logging.disable_progress_bar()
+    with redirect_stderr(io.StringIO()):
+        yield
 
 
 def refuse_missing(name: str, loading: dict[str, Any]) -> None:
@@ -278,7 +290,6 @@ def open_source(name: str, trust_remote_code: bool = False) -> Source:
         CheckpointError: it doesn't exist, is broken or is quantized.
         UnsupportedModelError: its architecture, or variant of it, can't be sliced.
     """
-    transformers_logging.disable_progress_bar()
     folder, gguf = locate(name)
     config = _load_config(folder, gguf)
     lookup(config)

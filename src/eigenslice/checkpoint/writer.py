@@ -14,7 +14,6 @@ from torch import Tensor
 
 from eigenslice.checkpoint.weights import INDEX, SINGLE
 from eigenslice.errors import OutputError
-from eigenslice.plan import Shape
 
 GIB = 1024**3
 
@@ -86,7 +85,7 @@ class ShardWriter:
     Only what was announced may be written, and all of it must be.
     """
 
-    def __init__(self, folder: Path, shapes: dict[str, Shape], dtype: torch.dtype, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> None:
         self._folder, self._expected, self._dtype = folder, dict(shapes), dtype
         self._limit = shard_bytes
         self._buffer: dict[str, Tensor] = {}
