@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import GenerationConfig
 
 from eigenslice.checkpoint.source import locate, open_source
@@ -188,3 +190,19 @@ def test_locating_tells_folders_from_ggufs(tmp_path: Path) -> None:
     assert locate(str(tmp_path)) == (tmp_path, None)
     assert locate(str(tmp_path / "model.gguf")) == (tmp_path, "model.gguf")
     assert locate(str(tmp_path / "folder.gguf")) == (tmp_path / "folder.gguf", None)
+
+
+def test_a_hub_id_is_read_from_the_hubs_local_cache(
+    dense_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub client's own layout: a commit's snapshot folder and the branch that points to it."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--someone--tiny"
+    shutil.copytree(dense_folder("llama"), repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    source = open_source("someone/tiny")
+    assert source.folder == repository / "snapshots" / commit
+    name = "model.norm.weight"
+    assert torch.equal(source.weights.load(name), open_source(str(dense_folder("llama"))).weights.load(name))
