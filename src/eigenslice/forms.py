@@ -172,14 +172,18 @@ def choose_form(dense: DenseModel, basis: BasisKind, width: int, tied: bool, cho
         raise OptionsError(
             f"no stock config can hold width {width}: " + "; ".join(reasons),
             allowed="--form auto or --form custom, or another width",
-            next_step=_nearest_width(dense, width),
+            next_step=_how_to_save(dense, basis, width),
         )
     return custom
 
 
-def _nearest_width(dense: DenseModel, width: int) -> str:
+def _how_to_save(dense: DenseModel, basis: BasisKind, width: int) -> str:
+    if not dense.table.stock:
+        return "drop --form stock: the result will load by eigenslice's class"
+    if basis == "per-block":
+        return "drop --form stock, or pass --basis global"
     heads = dense.config.num_attention_heads
-    return f"try --form custom, or a width that divides by the {heads} heads such as {width // heads * heads}"
+    return f"drop --form stock, or choose a width that divides by the {heads} heads such as {width // heads * heads}"
 
 
 def stock_type_of(form: StockForm | None) -> str:

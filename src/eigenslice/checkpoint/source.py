@@ -274,8 +274,6 @@ def _load_config(folder: Path, gguf: str | None) -> Any:
         )
     if gguf:
         _refuse_lost_rope_scaling(folder / gguf, config)
-        # transformers marks a dequantized model as quantized, and then refuses to save it
-        config.__dict__.pop("quantization_config", None)
     return config
 
 
