@@ -19,7 +19,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from eigenslice.algebra.norms import centre_rows, centre_writer, fold_into_reader
 from eigenslice.arch import Table, lookup
 from eigenslice.checkpoint.source import Source
-from eigenslice.errors import CheckpointError
+from eigenslice.errors import CheckpointError, UnsupportedModelError
 
 Tensors = dict[str, Tensor]
 
@@ -200,7 +200,7 @@ def fold_block(table: Table, raw: Tensors) -> Tensors:
         raw: All its parameters, names relative to the layer, float64.
 
     Raises:
-        KeyError: the table doesn't account for a parameter.
+        UnsupportedModelError: the table doesn't account for a parameter.
     """
     folded: Tensors = {}
     for sublayer in (table.attention, table.mlp):
@@ -218,5 +218,9 @@ def fold_block(table: Table, raw: Tensors) -> Tensors:
     norms = {f"{s.norm}.{kind}" for s in (table.attention, table.mlp) for kind in ("weight", "bias")}
     unknown = set(raw) - set(folded) - norms
     if unknown:
-        raise KeyError(f"the table of {table.model_type!r} doesn't account for {sorted(unknown)}")
+        raise UnsupportedModelError(
+            f"a decoder layer has parameters that the table of {table.model_type!r} doesn't know: {sorted(unknown)}",
+            allowed="layers of which every parameter is known to read or write the residual stream, or neither",
+            next_step="report this model: the table has to be extended",
+        )
     return folded

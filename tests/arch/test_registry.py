@@ -13,6 +13,7 @@ from eigenslice.arch import TABLES, Table, lookup, table_of
 from eigenslice.dense import empty_model
 from eigenslice.errors import UnsupportedModelError
 from tests import tiny
+from tests.messages import check_message
 
 EPS = 3e-4  # no architecture's default
 
@@ -213,3 +214,10 @@ def test_all_reasons_against_a_model_are_named() -> None:
     values = {"do_layer_norm_before": False, "word_embed_proj_dim": 16}  # as OPT-350m
     with pytest.raises(UnsupportedModelError, match=r"do_layer_norm_before.*; word_embed_proj_dim"):
         lookup(AutoConfig.for_model("opt", **tiny.OPT | values))
+
+
+@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "glm4"])
+def test_norms_after_the_sublayer_are_refused_with_that_reason(model_type: str) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        table_of(model_type)
+    check_message(caught.value, repr(model_type), "norms after its sublayers")

@@ -1,6 +1,7 @@
 """Whether a checkpoint's tensors are those of its config, and what they are called."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,8 @@ from safetensors.torch import save_file
 
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.weights import SINGLE
-from eigenslice.dense import DenseModel
-from eigenslice.errors import CheckpointError
+from eigenslice.dense import DenseModel, fold_block
+from eigenslice.errors import CheckpointError, UnsupportedModelError
 from tests import tiny
 from tests.checkpoint.files import Tensors, copy_of, edit_json, rewrite, tensors_of, weight_of
 from tests.conftest import load
@@ -234,3 +235,12 @@ def test_an_untied_model_with_equal_matrices_stays_untied(copied: Copier) -> Non
 def test_an_untied_model_without_head_is_refused(copied: Copier) -> None:
     folder = rewrite(copied("llama"), lambda t: t.pop("lm_head.weight"))
     check_message(refused(folder), "lacks 1 tensors", "lm_head.weight")
+
+
+def test_a_parameter_that_the_table_does_not_know_is_refused(dense_folder: Callable[[str], Path]) -> None:
+    dense = DenseModel(open_source(str(dense_folder("qwen3"))))
+    forgetful = replace(dense.table, attention=replace(dense.table.attention, inner=("self_attn.q_norm",)))
+    block = {name: tensor for name, tensor in dense.block(0).items() if "mlp" not in name}
+    with pytest.raises(UnsupportedModelError) as caught:
+        fold_block(replace(forgetful, mlp=replace(forgetful.mlp, readers=(), writers=())), block)
+    check_message(caught.value, "self_attn.k_norm.weight")

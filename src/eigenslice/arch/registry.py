@@ -10,6 +10,11 @@ TABLES: dict[str, Table] = {
     module.TABLE.model_type: module.TABLE for module in (gpt_neox, llama, mistral, opt, phi, qwen2, qwen3)
 }
 
+NORM_AFTER = frozenset(
+    ("exaone4", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "glm4", "olmo2", "olmo3")
+)
+"""Types with a norm between a sublayer and the addition to the stream: gain(RMSN(W a)) Q is not gain(RMSN(W a Q))."""
+
 
 def table_of(model_type: str) -> Table:
     """Return the table of a `model_type`.
@@ -17,7 +22,15 @@ def table_of(model_type: str) -> Table:
     Raises:
         UnsupportedModelError: there is none.
     """
-    table = TABLES.get(model_type) if isinstance(model_type, str) else None
+    known = isinstance(model_type, str)  # it comes from a file
+    if known and model_type in NORM_AFTER:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} has norms after its sublayers (a sandwich norm), and such a norm doesn't "
+            "commute with a rotation",
+            allowed="model_type " + ", ".join(sorted(TABLES)),
+            next_step="slice a model of one of these types",
+        )
+    table = TABLES.get(model_type) if known else None
     if table is None:
         raise UnsupportedModelError(
             f"model_type {model_type!r} has no architecture table, so eigenslice doesn't know what reads and "
