@@ -214,3 +214,16 @@ def test_sizes_that_no_width_reaches_are_refused(size: dict, run_slice: Slicer) 
 def test_stock_on_request_is_refused_where_none_fits(run_slice: Slicer) -> None:
     with pytest.raises(OptionsError, match="no stock config can hold width 24"):
         run_slice("opt", width=24, form="stock")
+
+
+@pytest.mark.parametrize("basis", ["global", "per-block"])
+@pytest.mark.parametrize("case", ["llama", "opt"])
+def test_compute_dtype_chooses_the_basis_and_nothing_else(
+    case: str, basis: str, run_slice: Slicer, dense_folder: Callable[[str], Path]
+) -> None:
+    """In bfloat16 the covariances are coarse, but the transformed weights stay exact."""
+    result = run_slice(case, width=tiny.WIDTH, basis=basis, compute_dtype="bfloat16")
+    ids = tiny.random_ids(2, 10)
+    with torch.no_grad():
+        expected = load(dense_folder(case))(ids).logits
+        assert (load(result.output)(ids).logits - expected).abs().max() <= 1e-4 * expected.abs().max()

@@ -255,3 +255,8 @@ def test_help_is_given(arguments: list[str], command: Command) -> None:
 def test_without_arguments_the_verbs_are_listed(command: Command) -> None:
     outcome = command()
     assert all(verb in outcome.out + outcome.err for verb in ("slice", "inspect", "eval"))
+
+
+def test_version(command: Command) -> None:
+    outcome = command("--version")
+    assert (outcome.code, outcome.out.strip()) == (0, eigenslice.__version__)

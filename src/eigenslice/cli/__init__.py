@@ -1,22 +1,40 @@
 """The command line: one file a verb, each calls one function of the library."""
 
 import sys
+from typing import Annotated
 
 import typer
 
+from eigenslice._version import __version__
 from eigenslice.cli import eval as eval_verb
 from eigenslice.cli import inspect as inspect_verb
 from eigenslice.cli import slice as slice_verb
-from eigenslice.cli.console import errors
+from eigenslice.cli.console import errors, output
 from eigenslice.errors import EigensliceError
 
 app = typer.Typer(
     name="eigenslice",
-    help="Make transformer language models smaller and faster: rotate, slice, no retraining.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        output.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make transformer language models smaller and faster: rotate, slice, no retraining."""
+
+
 app.command("slice")(slice_verb.slice_)
 app.command("inspect")(inspect_verb.inspect)
 app.command("eval")(eval_verb.eval_)
