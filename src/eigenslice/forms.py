@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
 
 from eigenslice.arch import StockForm
 from eigenslice.dense import DenseModel, empty_model
@@ -12,6 +13,19 @@ from eigenslice.modeling import AUTO_MAP, SlicedConfig
 from eigenslice.plan import BasisKind, Plan, layout, widths
 
 FormChoice = Literal["auto", "stock", "custom"]
+
+OWN_FIELDS = frozenset(
+    (
+        "_name_or_path",
+        "_model_name_or_path",
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+    )
+)
+"""Fields of a config that are about its own folder."""
 
 
 def architecture(dense: DenseModel) -> dict[str, Any]:
@@ -37,11 +51,13 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
 
 
 def _dense_config(dense: DenseModel) -> dict[str, Any]:
-    """The dense config without what belongs to its folder and its old weights."""
-    config = dense.config.to_dict()
-    for key in ("_name_or_path", "architectures", "auto_map", "transformers_version", "dtype", "torch_dtype"):
-        config.pop(key, None)
-    return config
+    """The dense config without what belongs to its folder and its old weights, and what every config has anyway."""
+    common = PreTrainedConfig().to_dict()
+    return {
+        key: value
+        for key, value in dense.config.to_dict().items()
+        if key not in OWN_FIELDS and (key not in common or common[key] != value)
+    }
 
 
 def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
