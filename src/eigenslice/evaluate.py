@@ -8,12 +8,13 @@ padding doesn't.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from eigenslice.checkpoint.source import locate, no_bars, refuse_missing
+from eigenslice.checkpoint.source import load_tokenizer, locate, no_bars, refuse_missing
 from eigenslice.data import evaluation_tokens
 from eigenslice.device import resolve_device
 from eigenslice.errors import ActivationError, CalibrationError, CheckpointError
@@ -92,17 +93,7 @@ def load_model(
     model, loading = loaded
     refuse_missing(name, loading)
 
-    def tokenizer() -> Any:
-        try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
-        except Exception as error:  # as above
-            raise CheckpointError(
-                f"{name} has no tokenizer that transformers can load",
-                allowed="a checkpoint with its tokenizer, or token ids (a .safetensors file) as --data",
-                next_step="copy the tokenizer files into the folder",
-            ) from error
-
-    return LoadedModel(model.to(target).eval(), tokenizer)
+    return LoadedModel(model.to(target).eval(), partial(load_tokenizer, name, folder, gguf, trust_remote_code))
 
 
 def negative_log_likelihood(model: Any, batch: Batch) -> tuple[float, int]:

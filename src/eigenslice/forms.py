@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from eigenslice.arch import StockForm
 from eigenslice.dense import DenseModel, empty_model
@@ -119,7 +120,8 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
         "hidden_size": plan.site_widths[0],
         "tie_word_embeddings": plan.tied,
     }
-    model_class = type(empty_model(_checked(values))).__name__
+    _checked(values)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[form.model_type]
     name = str(dtype).removeprefix("torch.")
     return values | _legacy_rope(values) | {"architectures": [model_class], "dtype": name, "torch_dtype": name}
 

@@ -74,21 +74,8 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """transformers' tokenizer.
-
-        Raises:
-            CheckpointError: there is none, or it can't be loaded.
-        """
-        kwargs = {"gguf_file": self.gguf} if self.gguf else {}
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, **kwargs)
-        except Exception as error:  # transformers raises whatever the tokenizer's parts raise
-            raise CheckpointError(
-                f"{self.name} has no tokenizer that transformers can load ({_first_line(error)})",
-                allowed="a checkpoint with its tokenizer files, unless the calibration data are token ids "
-                "(a .safetensors file)",
-                next_step="copy the tokenizer files into the folder, or calibrate with token ids",
-            ) from error
+        """transformers' tokenizer; see `load_tokenizer`."""
+        return load_tokenizer(self.name, self.folder, self.gguf, self.trust_remote_code)
 
     @cached_property
     def tokenizer_config(self) -> dict[str, Any] | None:
@@ -164,6 +151,23 @@ def refuse_missing(name: str, loading: dict[str, Any]) -> None:
             allowed="a complete checkpoint",
             next_step="download or save it again",
         )
+
+
+def load_tokenizer(name: str, folder: Path, gguf: str | None, trust_remote_code: bool) -> Any:
+    """Load the tokenizer of a checkpoint that `locate` found.
+
+    Raises:
+        CheckpointError: there is none, or it can't be loaded.
+    """
+    kwargs = {"gguf_file": gguf} if gguf else {}
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
+    except Exception as error:  # transformers raises whatever the tokenizer's parts raise
+        raise CheckpointError(
+            f"{name} has no tokenizer that transformers can load ({_first_line(error)})",
+            allowed="a checkpoint with its tokenizer files, unless the data are token ids (a .safetensors file)",
+            next_step="copy the tokenizer files into the folder, or pass token ids",
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:
