@@ -6,7 +6,7 @@ padding doesn't.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -103,16 +103,26 @@ def negative_log_likelihood(model: Any, batch: Batch) -> tuple[float, int]:
     """
     total, tokens = 0.0, 0
     for row in range(batch.input_ids.shape[0]):
-        ids = batch.input_ids[row : row + 1].to(model.device)
-        mask = None if batch.attention_mask is None else batch.attention_mask[row : row + 1].to(model.device)
-        kwargs = {} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits[0, :-1]
-        losses = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="none")
-        if mask is not None:
-            losses = losses[(mask[0, 1:] * mask[0, :-1]).bool()]
+        logits, targets = predictions(model, batch, row)
+        losses = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
         total += float(losses.double().sum())
         tokens += losses.numel()
     return total, tokens
+
+
+def predictions(model: Any, batch: Batch, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (P, V) of one sequence for its P predicted tokens, in the model's dtype, and these tokens (P,).
+
+    Token t is predicted where it and the one before it aren't padding.
+    """
+    ids = batch.input_ids[row : row + 1].to(model.device)
+    mask = None if batch.attention_mask is None else batch.attention_mask[row : row + 1].to(model.device)
+    kwargs = {} if mask is None else {"position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits[0, :-1]
+    if mask is None:
+        return logits, ids[0, 1:]
+    counts = (mask[0, 1:] * mask[0, :-1]).bool()
+    return logits[counts], ids[0, 1:][counts]
 
 
 def perplexity(
@@ -158,7 +168,19 @@ def evaluate(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> Perplexity:
     """Perplexity of a folder, a hub id or a .gguf file; arguments as `load_model`'s and `perplexity`'s."""
+    return evaluate_each(name, [data], device, dtype, trust_remote_code, progress)[0]
+
+
+def evaluate_each(
+    name: str,
+    texts: Iterable[CalibrationOptions],
+    device: str | None = None,
+    dtype: DtypeName | None = None,
+    trust_remote_code: bool = False,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> list[Perplexity]:
+    """A perplexity for each text, in their order; the model is loaded once. Arguments as `evaluate`'s."""
     loaded = load_model(name, device, dtype, trust_remote_code)
     config = loaded.model.config.get_text_config()
-    tokens = evaluation_tokens(data, loaded.tokenizer, config)
-    return perplexity(loaded.model, tokens.batches, tokens.description, progress)
+    tokens = [evaluation_tokens(text, loaded.tokenizer, config) for text in texts]
+    return [perplexity(loaded.model, t.batches, t.description, progress) for t in tokens]

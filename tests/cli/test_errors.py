@@ -57,6 +57,8 @@ def slice_fails(fails: Failure, output: Path, calibration: Path) -> Failure:
         (["nothing"], "no size was given"),
         (["--width", 24, "--samples", 0], "--samples 0"),
         (["--width", 24, "--seqlen", 1], "--seqlen 1"),
+        (["--width", 24, "--field", "a", "--field", "b"], "2 times --field for 1 texts"),
+        (["--width", 24, "--calibration", "mixed", "--samples", 4], "--samples 4 for 5 texts"),
         (["--width", 24, "--shard-size", 0], "--shard-size 0.0"),
         (["--width", 24, "--shard-size", "nan"], "--shard-size nan"),
         (["--width", 24, "--shard-size", "inf"], "--shard-size inf"),

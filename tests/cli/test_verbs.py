@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 import eigenslice
-from tests import tiny
+from tests import tiny, words
 from tests.checkpoint.files import tensors_of
 from tests.cli.conftest import Command
 from tests.conftest import load
@@ -39,7 +39,7 @@ def sliced(command: Command, model: Path, text: Path, tmp_path: Path) -> Callabl
 
     def run(*arguments: object, source: Path = model) -> tuple[Path, Any]:
         output = tmp_path / "results" / "out"
-        data = ["--calibration", text, "--seqlen", 20, "--samples", 20]
+        data = [] if "--calibration" in arguments else ["--calibration", text, "--seqlen", 20, "--samples", 20]
         outcome = command("slice", source, "-o", output, *data, "--json", *arguments)
         assert outcome.code == 0, outcome
         return output, outcome.json
@@ -99,6 +99,19 @@ def test_options_of_slice_arrive(sliced: Callable[..., Any]) -> None:
     loaded = load(output, dtype="auto")
     assert loaded.dtype == torch.float16
     assert isinstance(loaded, eigenslice.SlicedForCausalLM)
+
+
+def test_several_texts_are_mixed(command: Command, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"body": words.text(list(range(10, 40)) * 10)}]))
+    (tmp_path / "b.txt").write_text(words.text(list(range(50, 80)) * 10))
+    data = ["--calibration", tmp_path / "a.json", "--calibration", tmp_path / "b.txt", "--field", "body", "--field", ""]
+    arguments = ["slice", model, "-o", tmp_path / "out", "--width", 24, "--seqlen", 20, "--samples", 11, "--json"]
+    outcome = command(*arguments, *data)
+    assert outcome.code == 0, outcome
+    assert outcome.json["calibration"]["data"] == [
+        {"data": "a.json", "sequences": 6},
+        {"data": "b.txt", "sequences": 5},
+    ]
 
 
 def test_untie_and_form_arrive(
@@ -231,6 +244,25 @@ def test_eval_compares_dense_and_sliced(
     lines = command(*arguments).out.splitlines()
     assert f"perplexity {rows[0]['perplexity']:.4f}  x1.000  over 75 tokens" in lines[0]
     assert f"x{rows[1]['perplexity'] / rows[0]['perplexity']:.3f}" in lines[1]
+
+
+def test_eval_of_several_texts_has_a_row_for_each(
+    command: Command, sliced: Callable[..., Any], model: Path, text: Path, tmp_path: Path
+) -> None:
+    output, _ = sliced("--width", 24)
+    other = tiny.random_ids(1, 100, seed=8)[0].tolist()
+    (tmp_path / "other.txt").write_text(words.text(other))
+    arguments = ["eval", model, output, "--data", text, "--data", tmp_path / "other.txt", "--seqlen", 50]
+    rows = command(*arguments, "--samples", 2, "--json").json
+    assert [(row["model"], row["data"]["data"]) for row in rows] == [
+        (str(folder), name) for folder in (model, output) for name in ("text.txt", "other.txt")
+    ]
+    first = tiny.random_ids(1, 400)[0].tolist()
+    for row, (folder, ids) in zip(rows, ((f, i) for f in (model, output) for i in (first, other)), strict=True):
+        assert row["perplexity"] == pytest.approx(perplexity_of(folder, [ids[:50], ids[50:100]])[0], rel=1e-4)
+    lines = command(*arguments, "--samples", 2).out.splitlines()
+    ratios = [rows[2]["perplexity"] / rows[0]["perplexity"], rows[3]["perplexity"] / rows[1]["perplexity"]]
+    assert [f"x{ratio:.3f}" in line for ratio, line in zip(ratios, lines[2:], strict=True)] == [True, True]
 
 
 def test_eval_leaves_padding_out(command: Command, model: Path, tmp_path: Path) -> None:

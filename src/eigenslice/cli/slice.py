@@ -30,16 +30,20 @@ def slice_(
         typer.Option(help="Save as a stock config of transformers, or as eigenslice's class."),
     ] = "auto",
     calibration: Annotated[
-        str,
+        list[str] | None,
         typer.Option(
-            help="Text to find the basis on: builtin, wikitext2, c4, alpaca, ptb, a file "
-            "(text, .json, .jsonl; .safetensors with token ids), or a hub data set NAME[:CONFIG[:SPLIT]]."
+            help="Text to find the basis on: mixed (wikitext2, fineweb-edu, tinystories, alpaca and code), one of "
+            "these, c4, ptb, builtin, a file (text, .json, .jsonl; .safetensors with token ids), or a hub data set "
+            "NAME[:CONFIG[:SPLIT]] [mixed]. Several: equal shares of each."
         ),
-    ] = "wikitext2",
-    field: Annotated[
-        str | None, typer.Option(help="Text field of records (several: a,b), or tensor of a .safetensors.")
     ] = None,
-    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = 128,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text field of records (several: a,b), or tensor of a .safetensors; once, or once for each text."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences, of all texts together.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[
@@ -71,7 +75,13 @@ def slice_(
         refit=refit,
         untie=untie,
         form=form,
-        calibration=CalibrationOptions(data=calibration, field=field, samples=samples, seqlen=seqlen, seed=seed),
+        calibration=CalibrationOptions(
+            data=tuple(calibration or ["mixed"]),
+            field=tuple(field or ()),
+            samples=samples,
+            seqlen=seqlen,
+            seed=seed,
+        ),
         dtype=dtype,
         compute_dtype=compute_dtype,
         device=device,

@@ -50,12 +50,35 @@ PRESETS = {
         stream=True,
     ),
     "alpaca": HubText("tatsu-lab/alpaca", None, "text", "train[:90%]", "train[90%:]"),
+    "fineweb-edu": HubText(
+        "HuggingFaceFW/fineweb-edu",
+        None,
+        "text",
+        "train",
+        "validation",
+        files={"train": "sample/10BT/000_00000.parquet", "validation": "sample/10BT/013_00000.parquet"},
+        stream=True,
+    ),
+    "tinystories": HubText("roneneldan/TinyStories", None, "text", "train", "validation", stream=True),
+    "code": HubText(
+        "codeparrot/codeparrot-clean",
+        None,
+        "content",
+        "train",
+        "validation",
+        # The last file is the one that the data set's authors hold out
+        files={"train": "file-000000000001.json.gz", "validation": "file-000000000054.json.gz"},
+        stream=True,
+    ),
 }
+MIXTURES = {"mixed": ("wikitext2", "fineweb-edu", "tinystories", "alpaca", "code")}
+"""Presets that stand for several: encyclopedia, web, stories, instructions with answers, Python code. A model that
+was calibrated on one kind of text alone is much worse on the others."""
 BUILTIN = "builtin"
 SHUFFLE_BUFFER = 10_000  # documents among which the next one is drawn from a streamed data set
 ALLOWED = (
-    f"a preset ({BUILTIN}, {', '.join(PRESETS)}), a text, .json, .jsonl or .safetensors file, or a hub data set "
-    "as NAME[:CONFIG[:SPLIT]]"
+    f"a preset ({', '.join([BUILTIN, *MIXTURES, *PRESETS])}), a text, .json, .jsonl or .safetensors file, or a hub "
+    "data set as NAME[:CONFIG[:SPLIT]]"
 )
 
 

@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from eigenslice.data.sources import Source, sources
 from eigenslice.data.texts import Purpose, load_documents
 from eigenslice.errors import CalibrationError
 from eigenslice.options import CalibrationOptions
@@ -43,7 +44,10 @@ class Tokens:
 
 
 def calibration_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any) -> Tokens:
-    """Tokens to collect covariances on: random windows of a text, or token ids as they are.
+    """Tokens to collect covariances on: random windows of one text or several, or token ids as they are.
+
+    Several texts take turns, so that each prefix has equal shares of them: with texts a, b, c the windows are
+    a0 b0 c0 a1 b1 c1 ... Where one ends too soon, the others go on in turns.
 
     Args:
         options: What the user chose.
@@ -51,10 +55,10 @@ def calibration_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any]
         config: The dense model's config: vocabulary, longest sequence, width.
 
     Raises:
-        CalibrationError: no tokens, or token ids that the model can't take.
+        CalibrationError: no tokens, token ids that the model can't take, or texts that can't be mixed.
         CheckpointError: texts, but no tokenizer.
     """
-    tokens = _tokens(options, tokenizer, config, "calibration")
+    tokens = _tokens(options, sources(options), tokenizer, config, "calibration")
     if tokens.count < 4 * config.hidden_size:
         warnings.warn(
             f"{tokens.count} calibration tokens are few for a width of {config.hidden_size}: with fewer than "
@@ -67,14 +71,23 @@ def calibration_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any]
 
 
 def evaluation_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any) -> Tokens:
-    """Tokens to measure a perplexity on: the first windows of a text, in order; raises as calibration_tokens."""
-    return _tokens(options, tokenizer, config, "evaluation")
+    """Tokens to measure a perplexity on: the first windows of one text, in order; raises as calibration_tokens."""
+    chosen = sources(options)
+    if len(chosen) > 1:
+        raise CalibrationError(
+            f"{len(chosen)} texts to measure one perplexity on: {', '.join(source.data for source in chosen)}",
+            allowed="one text; a perplexity over several hides what each is like",
+            next_step="measure them one by one (eigenslice eval takes --data several times)",
+        )
+    return _tokens(options, chosen, tokenizer, config, "evaluation")
 
 
-def _tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any, purpose: Purpose) -> Tokens:
-    path = Path(options.data).expanduser()
-    if path.suffix == ".safetensors" and path.is_file():
-        return _token_ids(path, options.field or DEFAULT_TENSOR, config)
+def _tokens(
+    options: CalibrationOptions, chosen: list[Source], tokenizer: Callable[[], Any], config: Any, purpose: Purpose
+) -> Tokens:
+    ids = chosen[0].token_ids
+    if ids:
+        return _token_ids(ids, chosen[0].field or DEFAULT_TENSOR, config)
     length = options.seqlen
     longest = getattr(config, "max_position_embeddings", None)
     if longest and length > longest:
@@ -84,8 +97,47 @@ def _tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: A
             stacklevel=3,
         )
         length = longest
-    wanted = options.samples * length
-    documents = load_documents(options.data, options.field, purpose, wanted * CHARACTERS_PER_TOKEN, options.seed)
+    if options.samples < len(chosen):
+        raise CalibrationError(
+            f"--samples {options.samples} for {len(chosen)} texts: {', '.join(source.data for source in chosen)}",
+            allowed="at least one sequence of each text",
+            next_step=f"raise --samples, best to a multiple of {len(chosen)}, or pass fewer texts",
+        )
+    share, more = divmod(options.samples, len(chosen))
+    texts = [
+        _windows(source, share + (number < more), length, options.seed, tokenizer, config, purpose)
+        for number, source in enumerate(chosen)
+    ]
+    order = _in_turns([len(windows) for windows, _ in texts], options.samples)
+    taken = [texts[text][0][number] for text, number in order]
+    described = [(description, sum(text == t for t, _ in order)) for text, (_, description) in enumerate(texts)]
+    description = {
+        "data": described[0][0] if len(described) == 1 else [{"data": d, "sequences": n} for d, n in described],
+        "sequences": len(taken),
+        "seqlen": length,
+        "tokens": sum(map(len, taken)),
+        "seed": options.seed,
+    }
+    return Tokens(_batches(taken), description)
+
+
+def _in_turns(lengths: list[int], count: int) -> list[tuple[int, int]]:
+    """The first `count` places (text, number) when texts of these lengths take turns until all have ended."""
+    rounds = range(max(lengths))
+    return [(text, number) for number in rounds for text, n in enumerate(lengths) if number < n][:count]
+
+
+def _windows(
+    source: Source,
+    wanted: int,
+    length: int,
+    seed: int,
+    tokenizer: Callable[[], Any],
+    config: Any,
+    purpose: Purpose,
+) -> tuple[list[Tensor], str]:
+    """All windows of a text, at random or in order, and the text's description; warns if they are too few."""
+    documents = load_documents(source.data, source.field, purpose, wanted * length * CHARACTERS_PER_TOKEN, seed)
     ids = tokenizer()("\n\n".join(documents.texts), return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) and int(ids.max()) >= config.vocab_size:
         raise CalibrationError(
@@ -94,32 +146,24 @@ def _tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: A
             next_step="check that the tokenizer files in the folder belong to the model",
         )
     windows = list(ids.split(length))
-    if len(windows) > 1 and len(windows[-1]) < length and (len(windows) > options.samples or len(windows[-1]) < 2):
+    if len(windows) > 1 and len(windows[-1]) < length and (len(windows) > wanted or len(windows[-1]) < 2):
         windows.pop()
     if len(windows[0]) < 2:
         raise CalibrationError(
-            f"{options.data} holds {len(ids)} tokens",
+            f"{source.data} holds {len(ids)} tokens",
             allowed="at least 2 tokens, better 4 times the model's width",
             next_step="pass more text",
         )
-    if len(windows) < options.samples and purpose == "calibration":
+    if len(windows) < wanted and purpose == "calibration":
         warnings.warn(
-            f"{options.data} holds only {len(windows)} sequences of {length} tokens; {options.samples} were asked for.",
+            f"{source.data} holds only {len(windows)} sequences of {length} tokens; {wanted} were asked for.",
             EigensliceWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if purpose == "calibration":
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(options.seed)).tolist()
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
         windows = [windows[i] for i in order]
-    windows = windows[: options.samples]
-    description = {
-        "data": documents.description,
-        "sequences": len(windows),
-        "seqlen": length,
-        "tokens": sum(map(len, windows)),
-        "seed": options.seed,
-    }
-    return Tokens(_batches(windows), description)
+    return windows, documents.description
 
 
 def _batches(windows: list[Tensor]) -> list[Batch]:
