@@ -1,0 +1,118 @@
+"""The models that quality.py measures: sliced ones in folders, baselines built from the dense model in memory.
+
+What is known of each is kept in its folder, so that an interrupted benchmark goes on.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from baselines import Baseline, Importance, drop_blocks, measure, prune_width, stored
+from eigenslice import CalibrationOptions, SliceOptions, slice_model
+from eigenslice.evaluate import load_model
+from eigenslice.options import DtypeName
+from eigenslice.stream import Batch
+
+SLICED: dict[str, dict[str, Any]] = {"ours": {}, "paper-per-block": {"basis": "per-block", "refit": False}}
+BASELINES: dict[str, Baseline] = {"drop-blocks": drop_blocks, "width-pruning": prune_width}
+RECORD = "quality.json"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure.
+
+    Attributes:
+        row: What its row says of it before it is measured.
+        load: Gives the model.
+        folder: Holds its record.
+    """
+
+    row: dict[str, Any]
+    load: Callable[[], Any]
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Slicer:
+    """Slices by eigenslice, into the work folder; a folder that exists is taken as it is."""
+
+    model: str
+    calibration: CalibrationOptions
+    device: str | None
+    dtype: DtypeName | None
+    work: Path
+
+    def __call__(self, method: str, size: float) -> Candidate:
+        """Raises EigensliceError, for example where no width of the method reaches the size."""
+        folder = self.work / f"{method}-{size:g}"
+        if not folder.exists():
+            options = {"model": self.model, "output": folder, "calibration": self.calibration, "device": self.device}
+            start = time.perf_counter()
+            slice_model(SliceOptions(keep=size, **options, **SLICED[method]))
+            record(folder, {"seconds": round(time.perf_counter() - start, 1)})
+            print(f"{folder.name}: sliced in {recorded(folder)['seconds']} s", flush=True)
+        manifest = json.loads((folder / "eigenslice.json").read_text(encoding="utf-8"))
+        row = {
+            "method": method,
+            "size": size,
+            "kept": manifest["parameters"]["kept"],
+            "parameters": manifest["parameters"]["stored"],
+            "plan": plan_text(manifest),
+            "saved_as": manifest.get("model_type"),
+            "seconds": recorded(folder).get("seconds"),
+        }
+        return Candidate(row, lambda: load_model(str(folder), self.device, self.dtype).model, folder)
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """Builds baselines; one run over the calibration tokens, when it is needed, serves them all."""
+
+    dense: Any
+    batches: list[Batch]
+    work: Path
+
+    @cached_property
+    def importance(self) -> Importance:
+        print("measuring importance for the baselines", flush=True)
+        return measure(self.dense, self.batches)
+
+    def __call__(self, method: str, size: float) -> Candidate:
+        """Raises EigensliceError where the model isn't Llama-like, or can't be made so small."""
+        folder = self.work / f"{method}-{size:g}"
+
+        def build() -> tuple[Any, str]:
+            return BASELINES[method](self.dense, self.importance, int(size * stored(self.dense)))
+
+        if "row" not in recorded(folder):
+            start = time.perf_counter()
+            model, plan = build()
+            sizes = {"kept": stored(model) / stored(self.dense), "parameters": stored(model)}
+            row = {"method": method, "size": size} | sizes | {"plan": plan, "saved_as": None}
+            folder.mkdir(exist_ok=True)
+            record(folder, {"row": row | {"seconds": round(time.perf_counter() - start, 1)}})
+        return Candidate(recorded(folder)["row"], lambda: build()[0], folder)
+
+
+def plan_text(manifest: dict[str, Any]) -> str:
+    """What a sliced model looks like: the numbers of its plan, or its widths."""
+    plan, widths = manifest.get("plan"), sorted(set(manifest["site_widths"][:-1]))  # the head's may be the dense one
+    if isinstance(plan, dict):
+        return ", ".join(f"{name} {value}" for name, value in plan.items() if isinstance(value, int | float | str))
+    return str(plan) if plan else "width " + " to ".join(map(str, dict.fromkeys((widths[0], widths[-1]))))
+
+
+def recorded(folder: Path) -> dict[str, Any]:
+    """What is known of a result."""
+    path = folder / RECORD
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def record(folder: Path, content: dict[str, Any]) -> None:
+    """Add to what is known of a result; the folder must exist."""
+    (folder / RECORD).write_text(json.dumps(recorded(folder) | content, indent=2), encoding="utf-8")
