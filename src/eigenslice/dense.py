@@ -86,6 +86,7 @@ class DenseModel:
         source, table, config: The checkpoint, its table and its transformers config.
         shapes: Shape of every stored parameter by transformers' name; a tied head isn't stored.
         device: Where folding is computed (in float64).
+        neurons: Number of neurons in each MLP; 0 if the table doesn't say that they can be cut.
     """
 
     def __init__(self, source: Source, device: torch.device | str = "cpu") -> None:
@@ -103,6 +104,7 @@ class DenseModel:
         self.blocks = int(self.config.num_hidden_layers)
         self.eps = self.table.epsilon(self.config)
         self.layer_norm = self.table.norm == "layer"
+        self.neurons = int(getattr(self.config, self.table.mlp.neurons)) if self.table.mlp.neurons else 0
 
     def _check(self) -> None:
         weights = self.source.weights

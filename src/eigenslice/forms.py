@@ -1,5 +1,6 @@
 """The forms a result can be saved in: a stock config of transformers where one fits, else the custom class."""
 
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -11,7 +12,7 @@ from eigenslice.arch import StockForm
 from eigenslice.dense import DenseModel, empty_model
 from eigenslice.errors import OptionsError
 from eigenslice.modeling import AUTO_MAP, SlicedConfig
-from eigenslice.plan import BasisKind, Plan, layout, widths
+from eigenslice.plan import BasisKind, Plan, full_plan, layout, widths
 
 FormChoice = Literal["auto", "stock", "custom"]
 
@@ -68,6 +69,7 @@ def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedCo
         text_config=_dense_config(dense) | {"tie_word_embeddings": plan.tied},
         architecture=architecture(dense),
         site_widths=list(plan.site_widths),
+        neurons=list(plan.neurons) if plan.neurons != (dense.neurons,) * dense.blocks else None,
         shortcuts=plan.shortcuts,
         norm_eps=dense.eps,
         reader_bias=dense.reader_bias,
@@ -81,8 +83,7 @@ def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedCo
 
 def canonical_config(dense: DenseModel) -> SlicedConfig:
     """Config under which the custom class is the dense model in canonical form."""
-    plan = Plan("global", widths(dense, "global", dense.width), tied=False, stock=None)
-    return custom_config(dense, plan, torch.float32)
+    return custom_config(dense, full_plan(dense, tied=False), torch.float32)
 
 
 def _head_dim(config: Any) -> int:
@@ -120,6 +121,8 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
         "hidden_size": plan.site_widths[0],
         "tie_word_embeddings": plan.tied,
     }
+    if dense.table.mlp.neurons:
+        values[dense.table.mlp.neurons] = plan.neurons[0]
     _checked(values)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[form.model_type]
     name = str(dtype).removeprefix("torch.")
@@ -147,6 +150,8 @@ def misfit(dense: DenseModel, plan: Plan) -> str | None:
         return "the type can't express this variant of the architecture"
     if plan.tied and dense.layer_norm:
         return "tied embeddings behind LayerNorms need the custom class (--untie gives the stock form)"
+    if len(set(plan.neurons)) > 1:
+        return "stock configs have one number of MLP neurons for all blocks"
     try:
         values = stock_config(dense, plan, torch.float32)
     except ValueError as error:
@@ -164,14 +169,30 @@ def misfit(dense: DenseModel, plan: Plan) -> str | None:
     return None
 
 
-def choose_form(dense: DenseModel, basis: BasisKind, width: int, tied: bool, choice: FormChoice) -> Plan:
+def choose_form(
+    dense: DenseModel,
+    basis: BasisKind,
+    width: int,
+    tied: bool,
+    choice: FormChoice,
+    neurons: int | tuple[int, ...] | None = None,
+) -> Plan:
     """Complete a plan: the first stock form that fits, else the custom class.
+
+    Args:
+        dense: The model.
+        basis: Global or per-block.
+        width: Hidden width.
+        tied: Whether embedding and head are to stay one matrix.
+        choice: What the user asked for.
+        neurons: MLP neurons, one number or one for each block; None keeps all.
 
     Raises:
         OptionsError: a stock result was asked for and none fits.
     """
     site_widths = widths(dense, basis, width)
-    custom = Plan(basis, site_widths, tied, None)
+    counts = neurons if isinstance(neurons, tuple) else (neurons or dense.neurons,) * dense.blocks
+    custom = Plan(basis, site_widths, tied, None, counts)
     if choice == "custom":
         return custom
     reasons: list[str] = []
@@ -181,7 +202,7 @@ def choose_form(dense: DenseModel, basis: BasisKind, width: int, tied: bool, cho
         reasons.append(f"{dense.table.model_type!r} ties the attention's width to the hidden width")
     else:
         for form in dense.table.stock:
-            plan = Plan(basis, site_widths, tied, form)
+            plan = replace(custom, stock=form)
             why = misfit(dense, plan)
             if why is None:
                 return plan

@@ -54,7 +54,7 @@ def manifest(
         "form": "stock" if plan.stock else "custom",
         "portable": plan.stock is not None and plan.stock.portable,
         "basis": plan.basis,
-        "refitted": options.refit and plan.basis == "global",
+        "plan": plan.describe(),
         "dense_width": dense.width,
         "site_widths": list(plan.site_widths),
         "tied": plan.tied,

@@ -71,8 +71,12 @@ class SliceOptions(BaseModel):
         keep: Share of the dense model's stored parameters to keep, 0 < keep <= 1.
         slicing: The paper's measure: the share of the hidden width to cut, 0 <= slicing < 1.
         width: The hidden width to keep.
+        recipe: A file with a plan: an eigenslice.json, or YAML with width, neurons, tied, basis.
+        neurons: MLP neurons to keep in every block, with slicing or width; None keeps all.
+        mlp: Whether keep may cut MLP neurons (global basis).
         basis: One basis for all sites, or one for each with shortcuts (the paper).
-        refit: Refit what reads the stream to predict what was cut (global basis; the paper's per-block has none).
+        refit: Fit the sliced weights to the dense model's activations, in closed form; None is yes with a global
+            basis. Per-block is the paper's algorithm, which has none.
         untie: Store embedding and head separately even if the dense model ties them.
         form: auto (stock if a config can hold the result), stock or custom.
         calibration: See `CalibrationOptions`.
@@ -90,8 +94,11 @@ class SliceOptions(BaseModel):
     keep: float | None = None
     slicing: float | None = None
     width: int | None = None
+    recipe: Path | None = None
+    neurons: int | None = None
+    mlp: bool = True
     basis: Literal["global", "per-block"] = "global"
-    refit: bool = True
+    refit: bool | None = None
     untie: bool = False
     form: Literal["auto", "stock", "custom"] = "auto"
     calibration: CalibrationOptions = CalibrationOptions()
@@ -103,11 +110,11 @@ class SliceOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "SliceOptions":
-        given = [f"--{n}" for n in ("keep", "slicing", "width") if getattr(self, n) is not None]
+        given = [f"--{n}" for n in ("keep", "slicing", "width", "recipe") if getattr(self, n) is not None]
         if len(given) != 1:
             raise OptionsError(
                 " and ".join(given) + " together" if given else "no size was given",
-                allowed="exactly one of --keep, --slicing and --width",
+                allowed="exactly one of --keep, --slicing, --width and --recipe",
                 next_step="for example --keep 0.75, for 75 % of the parameters",
             )
         if self.keep is not None and not 0 < self.keep <= 1:
@@ -122,8 +129,25 @@ class SliceOptions(BaseModel):
                 allowed="at least 0 and less than 1",
                 next_step="for example --slicing 0.25, which cuts a quarter of the hidden width",
             )
+        if self.neurons is not None and (self.keep is not None or self.recipe is not None or not self.mlp):
+            raise OptionsError(
+                f"--neurons {self.neurons} with --keep, --recipe or --no-mlp",
+                allowed="--neurons beside --width or --slicing: --keep and --recipe say themselves how many to keep",
+                next_step="drop one of them",
+            )
+        if self.refit and self.basis == "per-block":
+            raise OptionsError(
+                "--refit with --basis per-block",
+                allowed="--refit with --basis global; per-block is the paper's algorithm, which has none",
+                next_step="drop one of them",
+            )
         if not 0 < self.shard_gib < math.inf:
             raise OptionsError(
                 f"--shard-size {self.shard_gib}", allowed="more than 0 (GiB)", next_step="the default is 5"
             )
         return self
+
+    @property
+    def fits(self) -> bool:
+        """Whether sliced weights are refitted."""
+        return self.basis == "global" if self.refit is None else self.refit

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from eigenslice.arch import StockForm
 from eigenslice.dense import DenseModel
@@ -21,23 +21,44 @@ class Plan:
         site_widths: Width of the stream at each site; the last one is before the head.
         tied: Whether embedding and head stay one matrix.
         stock: The config class that holds it, None for the custom class.
+        neurons: Number of MLP neurons in each block. Stock configs hold one number for all.
     """
 
     basis: BasisKind
     site_widths: tuple[int, ...]
     tied: bool
     stock: StockForm | None
+    neurons: tuple[int, ...]
 
     @property
     def shortcuts(self) -> bool:
         """Whether the skip connections carry matrices."""
         return self.basis == "per-block"
 
+    def cuts(self, dense: DenseModel) -> bool:
+        """Whether anything is smaller than in the dense model."""
+        return min(self.site_widths) < dense.width or min(self.neurons) < dense.neurons
+
+    def describe(self) -> dict[str, Any]:
+        """The plan in numbers, as the manifest and recipe files hold it."""
+        width, neurons = self.site_widths[0], sorted(set(self.neurons))
+        return {
+            "basis": self.basis,
+            "width": width,
+            "neurons": neurons[0] if len(neurons) == 1 else list(self.neurons),
+            "tied": self.tied,
+        }
+
 
 def widths(dense: DenseModel, basis: BasisKind, width: int) -> tuple[int, ...]:
     """Width at each site. Per-block, as in the paper, the last block's output keeps the dense width."""
     sites = dense.blocks * len(dense.table.sites(dense.config))
     return (width,) * sites + (width if basis == "global" else dense.width,)
+
+
+def full_plan(dense: DenseModel, tied: bool) -> Plan:
+    """The plan that cuts nothing, in the custom class."""
+    return Plan("global", widths(dense, "global", dense.width), tied, None, (dense.neurons,) * dense.blocks)
 
 
 def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
@@ -55,7 +76,7 @@ def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     sites = len(table.sites(dense.config))
     for index in range(dense.blocks):
         ends = plan.site_widths[index * sites : (index + 1) * sites + 1]
-        result |= _block_layout(dense, plan, f"{table.layers}.{index}.", ends)
+        result |= _block_layout(dense, plan, f"{table.layers}.{index}.", ends, plan.neurons[index])
     final = plan.site_widths[-1]
     if stock or plan.tied:
         result[table.final_norm + ".weight"] = ("norm", (final,))
@@ -69,7 +90,9 @@ def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     return result
 
 
-def _block_layout(dense: DenseModel, plan: Plan, prefix: str, ends: tuple[int, ...]) -> dict[str, tuple[Role, Shape]]:
+def _block_layout(
+    dense: DenseModel, plan: Plan, prefix: str, ends: tuple[int, ...], neurons: int
+) -> dict[str, tuple[Role, Shape]]:
     """As `layout`, for one decoder layer; ends: the widths at its sites and at the next layer's first one."""
     result: dict[str, tuple[Role, Shape]] = {}
     for site, sublayers in enumerate(dense.table.sites(dense.config)):
@@ -77,12 +100,12 @@ def _block_layout(dense: DenseModel, plan: Plan, prefix: str, ends: tuple[int, .
         for sublayer in sublayers:
             role: Role = "attention" if sublayer is dense.table.attention else "mlp"
             for module in sublayer.readers:
-                outputs = dense.shapes[f"{prefix}{module}.weight"][0]
+                outputs = neurons if sublayer.neurons else dense.shapes[f"{prefix}{module}.weight"][0]
                 result[f"{prefix}{module}.weight"] = (role, (outputs, width))
                 if dense.reader_bias or f"{prefix}{module}.bias" in dense.shapes:
                     result[f"{prefix}{module}.bias"] = (role, (outputs,))
             for module in sublayer.writers:
-                inputs = dense.shapes[f"{prefix}{module}.weight"][1]
+                inputs = neurons if sublayer.neurons else dense.shapes[f"{prefix}{module}.weight"][1]
                 result[f"{prefix}{module}.weight"] = (role, (following, inputs))
                 zero = plan.stock is not None and module in plan.stock.zero_biases
                 if zero or f"{prefix}{module}.bias" in dense.shapes:

@@ -2,23 +2,15 @@
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eigenslice.algebra.basis import (
-    Spectrum,
-    kept_basis,
-    layer_norm_basis,
-    principal_components,
-    tied_basis,
-)
-from eigenslice.algebra.refit import reading_matrix
+from eigenslice.algebra.basis import Spectrum, kept_basis, principal_components
+from eigenslice.assembly import block_names, global_basis, slice_embeddings, slice_head, stock_extras
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
-from eigenslice.checkpoint.moments import MomentStore
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_output, output_folder, write_json
 from eigenslice.data import Tokens, calibration_tokens
@@ -26,18 +18,18 @@ from eigenslice.dense import DenseModel, Tensors
 from eigenslice.device import resolve_device
 from eigenslice.forms import custom_config, stock_config
 from eigenslice.manifest import manifest, site_summary
+from eigenslice.measuring import Measurement, measure
 from eigenslice.options import SliceOptions
 from eigenslice.plan import Plan, layout
-from eigenslice.planning import make_plan
+from eigenslice.planning import make_plans
+from eigenslice.refitting import SlicedTwin
 from eigenslice.stream import Stream
 from eigenslice.transform import SiteBasis, identity_basis, slice_block
-
-HEAD_WEIGHT = 5.0
-"""How much the site before the head counts in a global basis. What is cut there is cut from the logits; measured
-on SmolLM2-135M at 3/4 of the width, 5 lowers the perplexity by 4 % against 1 before refitting (10 is no better)."""
+from eigenslice.trials import trial_batches, try_plans
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how many steps are done, and of how many."""
+Write = Callable[[Tensors], None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,24 @@ class SliceResult:
 
     output: Path
     manifest: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the steps of one run share."""
+
+    dense: DenseModel
+    tokens: Tokens
+    dtype: torch.dtype
+    progress: Progress
+
+    def stream(self) -> Stream:
+        """The dense stream, for one more pass."""
+        return Stream(self.dense, self.dense.device, self.dtype)
+
+    def report(self, stage: str) -> Callable[[int], None]:
+        """Progress of a stage that goes through all blocks."""
+        return lambda block: self.progress(stage, block, self.dense.blocks)
 
 
 def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, total: None) -> SliceResult:
@@ -62,14 +72,16 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
     device = resolve_device(options.device)
     source = open_source(options.model, options.trust_remote_code)
     dense = DenseModel(source, device)
-    plan = make_plan(dense, options)
+    plans = make_plans(dense, options)
     _ = source.tokenizer_config  # a broken one is refused now, not when the work is done
     tokens = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
     dtype = getattr(torch, options.dtype) if options.dtype else dense.dtype
     compute = dense.dtype if device.type != "cpu" else torch.float32
     compute = getattr(torch, options.compute_dtype) if options.compute_dtype else compute
-    stream = Stream(dense, device, compute)
+    run = Run(dense, tokens, compute, progress)
     with output_folder(options.output) as folder:
+        found = _measure(run) if options.basis == "global" else None
+        plan, trials = _choose(run, plans, found)
         shapes = {_stored_name(plan, name): shape for name, (_, shape) in layout(dense, plan).items()}
         writer = ShardWriter(folder, shapes, dtype, int(options.shard_gib * GIB))
 
@@ -77,18 +89,15 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
             for name, tensor in tensors.items():
                 writer.add(_stored_name(plan, name), tensor)
 
-        if plan.basis == "global":
-            with MomentStore(folder) if options.refit else nullcontext() as moments:
-                spectra = _slice_global(dense, plan, stream, tokens, moments, write, progress)
-        else:
-            spectra = _slice_per_block(dense, plan, stream, tokens, write, progress)
+        refitted = options.fits and plan.cuts(dense)
+        spectra = _slice_global(run, plan, found, refitted, write) if found else _slice_per_block(run, plan, write)
         writer.finish()
         _write_config(dense, plan, dtype, folder)
         if plan.stock is None:
             write_modeling_file(folder)
         write_tokenizer(source, folder)
         write_generation_config(source, folder)
-        content = manifest(options, dense, plan, tokens, dtype, spectra)
+        content = manifest(options, dense, plan, tokens, dtype, spectra) | {"refitted": refitted, "trials": trials}
         write_json(folder / "eigenslice.json", content)
     return SliceResult(options.output, content)
 
@@ -106,78 +115,69 @@ def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Pat
         write_json(folder / "config.json", config)
 
 
+def _measure(run: Run) -> tuple[Measurement, Spectrum]:
+    """What all sites of the dense model share: the principal components of the normalized stream."""
+    measurement = measure(run.dense, run.stream(), run.tokens.batches, run.report("measuring"))
+    return measurement, principal_components(measurement.moment, run.dense.layer_norm)
+
+
+def _choose(
+    run: Run, plans: list[Plan], found: tuple[Measurement, Spectrum] | None
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """The plan that loses least on held-out tokens, and what was lost with each one that was tried."""
+    if len(plans) == 1 or found is None:
+        return plans[0], []
+    measurement, spectrum = found
+    batches = trial_batches(run.tokens.batches)
+    losses = try_plans(run.dense, plans, spectrum, measurement, batches, run.dtype, run.report("planning"))
+    best = min(range(len(plans)), key=losses.__getitem__)
+    return plans[best], [plan.describe() | {"kl": loss} for plan, loss in zip(plans, losses, strict=True)]
+
+
 def _slice_global(
-    dense: DenseModel,
-    plan: Plan,
-    stream: Stream,
-    tokens: Tokens,
-    moments: MomentStore | None,
-    write: Callable[[Tensors], None],
-    progress: Progress,
+    run: Run, plan: Plan, found: tuple[Measurement, Spectrum], refitted: bool, write: Write
 ) -> list[dict[str, Any]]:
-    """One basis for all sites: the principal components of the normalized stream, summed over the sites.
-
-    Two passes over the blocks: one runs them and collects, one slices them. With a store for the sites' moments,
-    readers are refitted.
-    """
-    total = torch.zeros(dense.width, dense.width, dtype=torch.float64, device=dense.device)
-    for number, site in enumerate(stream.walk(tokens.batches)):
-        progress("collecting", site.block, dense.blocks)
-        moment = site.moment(normalized=True).matrix
-        total += (HEAD_WEIGHT if site.folded is None else 1.0) * moment
-        if moments:
-            moments.put(number, moment)
-    spectrum = principal_components(total, dense.layer_norm)
-    basis, tied_gain = _global_basis(dense, plan, spectrum)
-
-    def basis_of(site: int) -> SiteBasis:
-        if moments is None:
-            return basis
-        return replace(basis, reading=reading_matrix(basis.matrix, moments.get(site, dense.device)))
-
-    write(_slice_embeddings(dense, plan, basis))
+    """One basis for all sites; blocks are rotated and sliced, or fitted beside one more pass of the dense model."""
+    dense, (measurement, spectrum) = run.dense, found
+    basis, kept = global_basis(dense, plan, spectrum), measurement.kept(plan.neurons)
     sites = dense.table.sites(dense.config)
-    for index in range(dense.blocks):
-        progress("slicing", index, dense.blocks)
-        bases = [*(basis_of(index * len(sites) + i) for i in range(len(sites))), basis]
-        block = slice_block(sites, dense.block(index), bases, shortcuts=False)
-        write(_block_names(dense, index, block | _stock_extras(dense, plan, index, basis.width)))
-    write(_slice_head(dense, plan, basis_of(dense.blocks * len(sites)), tied_gain))
-    progress("slicing", dense.blocks, dense.blocks)
-    return [site_summary("all sites", spectrum, basis.width)]
+
+    def write_block(index: int, tensors: Tensors) -> None:
+        write(block_names(dense, index, tensors | stock_extras(dense, plan, index)))
+
+    write(slice_embeddings(dense, plan, basis.site))
+    reading = None
+    if refitted:
+        twin = SlicedTwin(dense, plan, basis.site, kept, run.dtype, write_block)
+        report = run.report("slicing")
+        for site in run.stream().walk(run.tokens.batches):
+            report(site.block)
+            twin.step(site)
+        reading = twin.reading
+    else:
+        for index in range(dense.blocks):
+            run.progress("slicing", index, dense.blocks)
+            bases = [basis.site] * (len(sites) + 1)
+            write_block(index, slice_block(sites, dense.block(index), bases, shortcuts=False, kept=kept[index]))
+    write(slice_head(dense, plan, basis.site, basis.tied_gain, reading))
+    run.progress("slicing", dense.blocks, dense.blocks)
+    return [site_summary("all sites", spectrum, basis.site.width)]
 
 
-def _global_basis(dense: DenseModel, plan: Plan, spectrum: Spectrum) -> tuple[SiteBasis, torch.Tensor | None]:
-    """The kept basis for a plan's form, and the final norm's gain where the embeddings stay tied."""
-    width = plan.site_widths[0]
-    if plan.tied:
-        basis = kept_basis(spectrum, width, constant=dense.layer_norm)
-        matrix, gain = tied_basis(basis, dense.final_gain())
-        return SiteBasis(matrix), gain
-    if plan.stock and dense.layer_norm:
-        return SiteBasis(layer_norm_basis(spectrum, width)), None
-    return SiteBasis(kept_basis(spectrum, width)), None
-
-
-def _slice_per_block(
-    dense: DenseModel,
-    plan: Plan,
-    stream: Stream,
-    tokens: Tokens,
-    write: Callable[[Tensors], None],
-    progress: Progress,
-) -> list[dict[str, Any]]:
+def _slice_per_block(run: Run, plan: Plan, write: Write) -> list[dict[str, Any]]:
     """A basis for each site, found on the network sliced so far (SliceGPT, section 3.3 and algorithm 1).
 
     One pass. The stream stays in the dense coordinates, projected onto what each site keeps: the dense
     sublayers then compute what the sliced ones will. A block is written when the next one's basis is known.
     """
+    dense = run.dense
     sites = dense.table.sites(dense.config)
     summaries: list[dict[str, Any]] = []
     pending: Tensors | None = None
     bases: list[SiteBasis] = []
-    for number, site in enumerate(stream.walk(tokens.batches)):
-        progress("slicing", site.block, dense.blocks)
+    report = run.report("slicing")
+    for number, site in enumerate(run.stream().walk(run.tokens.batches)):
+        report(site.block)
         width = plan.site_widths[number]
         if site.folded is None:
             basis = identity_basis(dense.width, dense.device)
@@ -187,55 +187,11 @@ def _slice_per_block(
             site.project(basis.matrix)
             summaries.append(site_summary(f"block {site.block} site {site.index}", spectrum, width))
         if number == 0:
-            write(_slice_embeddings(dense, plan, basis))
+            write(slice_embeddings(dense, plan, basis))
         if site.index == 0 and pending is not None:
-            write(_block_names(dense, site.block - 1, slice_block(sites, pending, [*bases, basis], True)))
+            write(block_names(dense, site.block - 1, slice_block(sites, pending, [*bases, basis], True)))
             bases = []
         pending = site.folded
         bases.append(basis)
-    write(_slice_head(dense, plan, bases[-1], None))
+    write(slice_head(dense, plan, bases[-1], None))
     return summaries
-
-
-def _block_names(dense: DenseModel, index: int, tensors: Tensors) -> Tensors:
-    return {f"{dense.table.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
-
-
-def _slice_embeddings(dense: DenseModel, plan: Plan, basis: SiteBasis) -> Tensors:
-    tensors = {name: basis.embed(w) for name, w in dense.embeddings(centre=not plan.tied).items()}
-    if plan.tied and dense.layer_norm:
-        # The constant vector in the basis: the direction that a LayerNorm's mean subtraction removes
-        tensors[dense.table.embeddings[0] + ".center"] = basis.matrix.sum(0) / dense.width**0.5
-    return tensors
-
-
-def _slice_head(dense: DenseModel, plan: Plan, basis: SiteBasis, tied_gain: torch.Tensor | None) -> Tensors:
-    weight, bias = dense.head()
-    head, norm = dense.table.head, dense.table.final_norm
-    tensors = {} if plan.tied else {head + ".weight": basis.read(weight)}
-    if bias is not None:
-        tensors[head + ".bias"] = bias
-    if tied_gain is not None:
-        tensors[norm + ".weight"] = tied_gain / basis.scale**2
-    elif plan.stock:
-        tensors |= _unit_norm(dense, norm, norm, basis.width)
-    return tensors
-
-
-def _unit_norm(dense: DenseModel, norm: str, dense_name: str, width: int) -> Tensors:
-    """The norm that a stock config insists on, with nothing left to do: gain 1, shift 0."""
-    kinds = {"weight": torch.ones, "bias": torch.zeros}
-    return {f"{norm}.{k}": make(width) for k, make in kinds.items() if f"{dense_name}.{k}" in dense.shapes}
-
-
-def _stock_extras(dense: DenseModel, plan: Plan, index: int, width: int) -> Tensors:
-    """What a stock config insists on in a block and slicing leaves nothing for."""
-    if plan.stock is None:
-        return {}
-    tensors: Tensors = {}
-    for sublayer in (dense.table.attention, dense.table.mlp):
-        dense_name = f"{dense.table.layers}.{index}.{sublayer.norm}"
-        tensors |= _unit_norm(dense, sublayer.norm, dense_name, width)
-    for module in plan.stock.zero_biases:
-        tensors[module + ".bias"] = torch.zeros(width)
-    return tensors

@@ -1,6 +1,7 @@
 """Running the canonical dense model over calibration sequences, one block at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from eigenslice.algebra.covariance import SecondMoment, normalize
 from eigenslice.dense import DenseModel, Tensors
 from eigenslice.errors import ActivationError
 from eigenslice.forms import canonical_config
-from eigenslice.modeling import SlicedForCausalLM
+from eigenslice.modeling import SlicedConfig, SlicedForCausalLM
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,13 @@ class Batch:
     Attributes:
         input_ids: (B, T).
         attention_mask: (B, T), 0 for padding; None if there is none.
+        group: Number of the text that they are from, or of their part of it: what is fitted on some groups is tried
+            on the others.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+    group: int = 0
 
     @property
     def tokens(self) -> int:
@@ -40,6 +44,12 @@ class Activations:
     hidden: Tensor
     mask: Tensor | None
     kwargs: list[dict[str, Any]]
+    group: int
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The tokens of x (B, T, n) that count, (tokens, n), in at least float32."""
+        rows = x.reshape(-1, x.shape[-1]) if self.mask is None else x[self.mask]
+        return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -74,6 +84,26 @@ class Site:
             a.hidden = a.hidden @ projector
 
 
+Observer = Callable[[int, Activations, Tensor], None]
+"""Takes the number of a block, a batch before its MLP, and what the MLP's writer reads, (B, T, neurons)."""
+
+
+@contextmanager
+def captured_inputs(layer: nn.Module, modules: Sequence[str]) -> Iterator[Tensors]:
+    """Give a dictionary that what is called inside the context fills with the inputs of these modules."""
+    inputs: Tensors = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: inputs.update({name: args[0]})
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(keep(name)) for name in modules]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Recorder(nn.Module):
     """Stands in for a decoder layer and keeps what it is called with."""
 
@@ -87,6 +117,36 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
+class BlockRunner:
+    """A model in the custom class's form without weights, into which they are put for as long as they are needed."""
+
+    def __init__(self, config: SlicedConfig, layers: str, device: torch.device, dtype: torch.dtype) -> None:
+        """layers: name of the model's list of decoder layers; device, dtype: where and in what precision they run."""
+        self.device, self.dtype = device, dtype
+        with init_empty_weights(include_buffers=False):
+            self._whole: Any = SlicedForCausalLM(config).eval()
+        for module in self._whole.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        self.model: Any = self._whole.model
+        self.layers: Any = self.model.get_submodule(layers)
+
+    def assign(self, module: nn.Module, tensors: Tensors) -> None:
+        """Give a module weights, by name."""
+        for name, tensor in tensors.items():
+            parent, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(tensor.to(device=self.device, dtype=self.dtype), requires_grad=False)
+            setattr(module.get_submodule(parent), leaf, parameter)
+
+    def release(self, module: nn.Module) -> None:
+        """Take a module's weights away."""
+        for parent in module.modules():
+            for leaf, parameter in parent._parameters.items():
+                if parameter is not None:
+                    parent._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
 class Stream:
     """The canonical dense model, of which one block at a time has weights.
 
@@ -97,29 +157,12 @@ class Stream:
     def __init__(self, dense: DenseModel, device: torch.device, dtype: torch.dtype) -> None:
         """device, dtype: where and in what precision blocks run."""
         self.dense, self.device, self.dtype = dense, device, dtype
-        with init_empty_weights(include_buffers=False):
-            self._model: Any = SlicedForCausalLM(canonical_config(dense)).eval()
-        for module in self._model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    module._buffers[name] = buffer.to(device)
-        self._inner = self._model.model
-        self._layers: Any = self._inner.get_submodule(dense.table.layers)
-
-    def _assign(self, module: nn.Module, tensors: Tensors) -> None:
-        for name, tensor in tensors.items():
-            parent, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(tensor.to(device=self.device, dtype=self.dtype), requires_grad=False)
-            setattr(module.get_submodule(parent), leaf, parameter)
-
-    def _release(self, module: nn.Module) -> None:
-        for parent in module.modules():
-            for leaf, parameter in parent._parameters.items():
-                if parameter is not None:
-                    parent._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        self._runner = BlockRunner(canonical_config(dense), dense.table.layers, device, dtype)
+        self._inner, self._layers = self._runner.model, self._runner.layers
+        self._sites = dense.table.sites(dense.config)
 
     def _embed(self, batches: list[Batch]) -> list[Activations]:
-        self._assign(self._inner, self.dense.embeddings())
+        self._runner.assign(self._inner, self.dense.embeddings())
         parent, _, leaf = self.dense.table.layers.rpartition(".")
         recorders = [_Recorder() for _ in range(self.dense.blocks)]
         setattr(self._inner.get_submodule(parent), leaf, nn.ModuleList(recorders))
@@ -134,16 +177,20 @@ class Stream:
                 kwargs = shared.setdefault(ids.shape, kwargs)
             hidden = recorders[0].hidden
             assert hidden is not None  # the model has called its first layer
-            result.append(Activations(hidden, None if mask is None else mask.bool(), kwargs))
+            result.append(Activations(hidden, None if mask is None else mask.bool(), kwargs, batch.group))
         setattr(self._inner.get_submodule(parent), leaf, self._layers)
         for module in self.dense.table.embeddings:
-            self._release(self._inner.get_submodule(module))
+            self._runner.release(self._inner.get_submodule(module))
         return result
 
-    def walk(self, batches: list[Batch]) -> Iterator[Site]:
+    def walk(self, batches: list[Batch], observe: Observer | None = None) -> Iterator[Site]:
         """Yield the stream at each site, the last one before the head, and run the sublayers in between.
 
         Each block runs once. The consumer may change the activations at a site.
+
+        Args:
+            batches: The sequences.
+            observe: Called for each batch with what the MLP's writer reads.
 
         Raises:
             ActivationError: NaN or infinite numbers; says in which block.
@@ -154,15 +201,25 @@ class Stream:
             eps = self.dense.eps
             for block in range(self.dense.blocks):
                 folded, layer = self.dense.block(block), self._layers[block]
-                self._assign(layer, folded)
+                self._runner.assign(layer, folded)
                 for site in range(len(layer.sites)):
                     yield Site(block, site, folded, activations, eps)
+                    writers = self._observed(site) if observe else ()
                     for a in activations:
                         normalized = layer.normalize(site, a.hidden)
-                        a.hidden = a.hidden + layer.update(site, normalized, **a.kwargs[block])
-                self._release(layer)
+                        with captured_inputs(layer, writers) as inputs:
+                            update = layer.update(site, normalized, **a.kwargs[block])
+                        if observe and inputs:
+                            observe(block, a, inputs[writers[0]])
+                        a.hidden = a.hidden + update
+                self._runner.release(layer)
                 self._check(activations, f"block {block} (of 0 to {self.dense.blocks - 1}) gives")
             yield Site(self.dense.blocks, 0, None, activations, eps)
+
+    def _observed(self, site: int) -> tuple[str, ...]:
+        """The MLP's writer, if it is at this site of a block."""
+        mlp = self.dense.table.mlp
+        return mlp.writers[:1] if mlp in self._sites[site] else ()
 
     def _check(self, activations: list[Activations], where: str) -> None:
         for a in activations:

@@ -21,11 +21,9 @@ class SiteBasis:
 
     Attributes:
         matrix: Q, (D, width), orthonormal columns, float64.
-        reading: T, (D, width): what readers read instead of Q once they are refitted; None is Q.
     """
 
     matrix: Tensor
-    reading: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -36,17 +34,22 @@ class SiteBasis:
         """c = sqrt(width / D)."""
         return math.sqrt(self.width / self.matrix.shape[0])
 
+    @property
+    def reading(self) -> Tensor:
+        """Q / c, (D, width): the normalized stream in dense coordinates, from the sliced one's."""
+        return self.matrix / self.scale
+
     def read(self, weight: Tensor) -> Tensor:
-        """Weight (out, D) of a layer that reads the normalized stream: W Q / c, refitted W T / c."""
-        return weight @ (self.matrix if self.reading is None else self.reading) / self.scale
+        """Weight (out, D) of a layer that reads the normalized stream: W Q / c."""
+        return weight @ self.reading
 
     def write(self, weight: Tensor) -> Tensor:
         """Weight (D, in) or bias (D,) of a layer that writes the stream: c Q^T W."""
         return self.scale * (self.matrix.T @ weight)
 
     def embed(self, rows: Tensor) -> Tensor:
-        """Rows (n, D) of an embedding: c E Q."""
-        return self.scale * (rows @ self.matrix)
+        """Rows (..., D) of an embedding or of the stream: c E Q."""
+        return self.scale * (rows @ self.matrix.to(rows.dtype))
 
     def shortcut_to(self, other: "SiteBasis") -> Tensor:
         """Weight (other.width, width) that takes the stream to the other basis: (c' / c) Q'^T Q."""
@@ -58,8 +61,32 @@ def identity_basis(width: int, device: torch.device | str) -> SiteBasis:
     return SiteBasis(torch.eye(width, dtype=torch.float64, device=device))
 
 
+def keep_neurons(sublayer: Sublayer, folded: Tensors, kept: Tensor | None) -> Tensors:
+    """The weights of a sublayer's readers and writers with only some of its neurons; None keeps all.
+
+    Args:
+        sublayer: Whose neurons.
+        folded: Canonical weights of its decoder layer; names relative to the layer.
+        kept: Indices, ascending.
+    """
+    result: Tensors = {}
+    for module in (*sublayer.readers, *sublayer.writers):
+        for name in (module + ".weight", module + ".bias"):
+            if name in folded:
+                result[name] = folded[name]
+                if kept is not None and module in sublayer.readers:
+                    result[name] = folded[name][kept]
+                elif kept is not None and name.endswith(".weight"):
+                    result[name] = folded[name][:, kept]
+    return result
+
+
 def slice_block(
-    sites: tuple[tuple[Sublayer, ...], ...], folded: Tensors, bases: list[SiteBasis], shortcuts: bool
+    sites: tuple[tuple[Sublayer, ...], ...],
+    folded: Tensors,
+    bases: list[SiteBasis],
+    shortcuts: bool,
+    kept: Tensor | None = None,
 ) -> Tensors:
     """Rotate and slice one decoder layer.
 
@@ -68,16 +95,18 @@ def slice_block(
         folded: Its canonical weights; names relative to the layer.
         bases: The basis of each of its sites, then of the next layer's first one.
         shortcuts: Add the matrices on the skip connections.
+        kept: MLP neurons to keep, ascending; None keeps all.
     """
     result = dict(folded)
     for index, (sublayers, basis, following) in enumerate(zip(sites, bases[:-1], bases[1:], strict=True)):
         for sublayer in sublayers:
+            result |= keep_neurons(sublayer, folded, kept if sublayer.neurons else None)
             for module in sublayer.readers:
-                result[module + ".weight"] = basis.read(folded[module + ".weight"])
+                result[module + ".weight"] = basis.read(result[module + ".weight"])
             for module in sublayer.writers:
                 for name in (module + ".weight", module + ".bias"):
-                    if name in folded:
-                        result[name] = following.write(folded[name])
+                    if name in result:
+                        result[name] = following.write(result[name])
         if shortcuts:
             result[f"shortcuts.{index}.weight"] = basis.shortcut_to(following)
     return result

@@ -28,6 +28,9 @@ class Sublayer:
     """Linear layers whose output is added to the residual stream."""
     inner: tuple[str, ...] = ()
     """Modules with parameters that touch the stream at neither end; kept as they are."""
+    neurons: str | None = None
+    """Field of the config with the number of neurons, where they can be cut: neuron i is row i of every reader and
+    column i of the writer, and nothing in between joins two of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,13 +17,21 @@ def slice_(
         float | None, typer.Option(help="The paper's measure: share of the hidden width to cut.")
     ] = None,
     width: Annotated[int | None, typer.Option(help="Hidden width to keep.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Plan from a file: an eigenslice.json, or YAML with width and neurons.")
+    ] = None,
+    neurons: Annotated[
+        int | None, typer.Option(help="MLP neurons to keep in every block, with --width or --slicing [all].")
+    ] = None,
+    mlp: Annotated[bool, typer.Option(help="With --keep: cut MLP neurons, too.")] = True,
     basis: Annotated[
         Literal["global", "per-block"],
         typer.Option(help="One basis for all sites, or one each with shortcuts (the paper)."),
     ] = "global",
     refit: Annotated[
-        bool, typer.Option(help="Let readers predict what was cut from what is kept (global basis).")
-    ] = True,
+        bool | None,
+        typer.Option(help="Fit sliced weights to the dense model's activations [yes with a global basis]."),
+    ] = None,
     untie: Annotated[bool, typer.Option("--untie", help="Store embedding and head separately.")] = False,
     form: Annotated[
         Literal["auto", "stock", "custom"],
@@ -71,6 +79,9 @@ def slice_(
         keep=keep,
         slicing=slicing,
         width=width,
+        recipe=recipe,
+        neurons=neurons,
+        mlp=mlp,
         basis=basis,
         refit=refit,
         untie=untie,

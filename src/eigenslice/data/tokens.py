@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from eigenslice.stream import Batch
 CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read from large data sets
 BATCH_TOKENS = 4096  # a forward pass of more tokens isn't faster
 DEFAULT_TENSOR = "calibration"
+PARTS = 4  # groups that a single text is cut into
 
 
 class EigensliceWarning(UserWarning):
@@ -118,7 +120,7 @@ def _tokens(
         "tokens": sum(map(len, taken)),
         "seed": options.seed,
     }
-    return Tokens(_batches(taken), description)
+    return Tokens(_batches(taken, _groups([text for text, _ in order])), description)
 
 
 def _in_turns(lengths: list[int], count: int) -> list[tuple[int, int]]:
@@ -166,17 +168,20 @@ def _windows(
     return windows, documents.description
 
 
-def _batches(windows: list[Tensor]) -> list[Batch]:
-    """Put neighbours of equal length together."""
+def _groups(texts: list[int]) -> list[int]:
+    """Group of each sequence: its text, or for a single text which quarter of the sequences it is in."""
+    return texts if len(set(texts)) > 1 else [PARTS * number // len(texts) for number in range(len(texts))]
+
+
+def _batches(windows: list[Tensor], groups: list[int]) -> list[Batch]:
+    """Put neighbours of equal length and the same group together."""
     batches: list[Batch] = []
-    pending: list[Tensor] = []
-    for window in windows:
-        full = pending and (len(pending) + 1) * len(window) > BATCH_TOKENS
-        if pending and (full or len(pending[0]) != len(window)):
-            batches.append(Batch(torch.stack(pending)))
-            pending = []
-        pending.append(window)
-    return [*batches, Batch(torch.stack(pending))]
+    for (length, group), neighbours in groupby(
+        zip(windows, groups, strict=True), key=lambda pair: (len(pair[0]), pair[1])
+    ):
+        rows = torch.stack([window for window, _ in neighbours])
+        batches += [Batch(part, group=group) for part in rows.split(max(1, BATCH_TOKENS // length))]
+    return batches
 
 
 def _token_ids(path: Path, name: str, config: Any) -> Tokens:
@@ -208,9 +213,11 @@ def _token_ids(path: Path, name: str, config: Any) -> Tokens:
             "an attention_mask of the same shape, 0 for padding, if sequences are padded",
             next_step="write the token ids of this model's tokenizer",
         )
-    rows = max(1, BATCH_TOKENS // ids.shape[1])
-    masks = [None] * ids.shape[0] if mask is None else mask.long().split(rows)
-    batches = [Batch(chunk, m) for chunk, m in zip(ids.split(rows), masks, strict=False)]
+    rows = max(1, min(BATCH_TOKENS // ids.shape[1], -(-ids.shape[0] // PARTS)))
+    chunks = ids.split(rows)
+    masks = [None] * len(chunks) if mask is None else mask.long().split(rows)
+    parts = _groups([0] * len(chunks))
+    batches = [Batch(chunk, m, part) for chunk, m, part in zip(chunks, masks, parts, strict=True)]
     tokens = Tokens(batches, {})
     description = {
         "data": f"{path.name}, tensor {name!r}",

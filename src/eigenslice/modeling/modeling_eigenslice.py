@@ -28,6 +28,7 @@ class SlicedConfig(PreTrainedConfig):
         architecture: What reads and what writes the residual stream: the names of eigenslice's table.
         site_widths: Width of the residual stream at each site, in the order in which the stream passes them:
             one before each sublayer (parallel blocks have one site a block), the last one before the head.
+        neurons: Number of MLP neurons in each block; None is the dense model's number in all of them.
         shortcuts: Whether the skip connection of each site passes a matrix to the next site's basis.
         norm_eps: Epsilon of the norms. (The stream is stored scaled so that this is the dense model's.)
         reader_bias: Whether every reader has a bias (it holds the norm's folded shift) or only the dense ones.
@@ -43,6 +44,7 @@ class SlicedConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     architecture: dict | None = None
     site_widths: list[int] | None = None
+    neurons: list[int] | None = None
     shortcuts: bool = False
     norm_eps: float = 1e-5
     reader_bias: bool = False
@@ -162,7 +164,7 @@ def _sites(architecture: dict) -> list[list[dict]]:
     return [[attention, mlp]] if architecture["parallel"] else [[attention], [mlp]]
 
 
-def _slice_layer(layer: Any, config: Any, widths: list[int]) -> None:
+def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None) -> None:
     """Narrow one decoder layer. widths: at each of its sites, then at the next layer's first one."""
     weight = next(layer.parameters())
     sites = _sites(config.architecture)
@@ -172,10 +174,11 @@ def _slice_layer(layer: Any, config: Any, widths: list[int]) -> None:
             delattr(layer, norm)
         setattr(layer, sublayers[0]["norm"], SlicedRMSNorm(width, config.norm_eps))
         for sublayer in sublayers:
+            inner = None if sublayer["attention"] else neurons
             for name in sublayer["readers"]:
-                _resize(layer.get_submodule(name), width, None, config.reader_bias)
+                _resize(layer.get_submodule(name), width, inner, config.reader_bias)
             for name in sublayer["writers"]:
-                _resize(layer.get_submodule(name), None, next_width)
+                _resize(layer.get_submodule(name), inner, next_width)
         shortcuts.append(nn.Linear(width, next_width, bias=False, device=weight.device, dtype=weight.dtype))
     _derive(layer, SlicedLayerMixin, "Sliced")
     layer.sites = sites
@@ -195,7 +198,8 @@ def _slice_model(model: nn.Module, config: Any) -> None:
     layers: Any = model.get_submodule(architecture["layers"])
     sites = len(_sites(architecture))
     for index, layer in enumerate(layers):
-        _slice_layer(layer, config, widths[index * sites : (index + 1) * sites + 1])
+        neurons = config.neurons[index] if config.neurons else None
+        _slice_layer(layer, config, widths[index * sites : (index + 1) * sites + 1], neurons)
     for name in architecture["embeddings"]:
         _resize_embedding(model.get_submodule(name), widths[0])
     embedding: Any = model.get_submodule(architecture["embeddings"][0])

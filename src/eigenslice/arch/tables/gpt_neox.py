@@ -21,6 +21,7 @@ TABLE = Table(
         modules=("mlp",),
         readers=("mlp.dense_h_to_4h",),
         writers=("mlp.dense_4h_to_h",),
+        neurons="intermediate_size",
     ),
     parallel="use_parallel_residual",
     dropout="hidden_dropout",

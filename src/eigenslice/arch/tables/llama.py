@@ -13,6 +13,7 @@ MLP = Sublayer(
     modules=("mlp",),
     readers=("mlp.gate_proj", "mlp.up_proj"),
     writers=("mlp.down_proj",),
+    neurons="intermediate_size",
 )
 LLAMA = StockForm(model_type="llama", applies=lambda c: not getattr(c, "sliding_window", None))
 MISTRAL = StockForm(

@@ -21,6 +21,7 @@ TABLE = Table(
         modules=("fc1", "activation_fn", "fc2"),
         readers=("fc1",),
         writers=("fc2",),
+        neurons="ffn_dim",
     ),
     dropout="dropout",
     refusals=(

@@ -22,6 +22,7 @@ TABLE = Table(
         modules=("mlp",),
         readers=("mlp.fc1",),
         writers=("mlp.fc2",),
+        neurons="intermediate_size",
     ),
     parallel=True,
     dropout="resid_pdrop",

@@ -1,0 +1,69 @@
+"""One pass of the dense model over the calibration tokens: what bases and neurons are chosen by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigenslice.dense import DenseModel
+from eigenslice.stream import Activations, Batch, Stream
+
+HEAD_WEIGHT = 5.0
+"""How much the site before the head counts in a global basis. What is cut there is cut from the logits; measured
+on SmolLM2-135M at 3/4 of the width, 5 lowers the perplexity by 4 % against 1 before refitting (10 is no better)."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a pass over the dense model found.
+
+    Attributes:
+        moment: Second moment of the normalized stream, summed over sites, (D, D), float64.
+        importance: For each block, the energy that each MLP neuron adds to the stream, as a share of the stream's,
+            summed over tokens, (neurons,). Empty where neurons can't be cut.
+    """
+
+    moment: Tensor
+    importance: list[Tensor]
+
+    def kept(self, neurons: tuple[int, ...]) -> list[Tensor | None]:
+        """The most important neurons of each block, ascending; None where all are kept."""
+        if not self.importance:
+            return [None] * len(neurons)
+        return [
+            None if count == len(energy) else energy.topk(count).indices.sort().values
+            for count, energy in zip(neurons, self.importance, strict=True)
+        ]
+
+
+def measure(
+    dense: DenseModel, stream: Stream, batches: list[Batch], progress: Callable[[int], None] = lambda block: None
+) -> Measurement:
+    """Run the dense model once.
+
+    A neuron's importance is sum over tokens of a_i^2 / mean(x^2), times |W_i|^2: the energy that it adds to the
+    stream x, which the next norm divides by the stream's.
+
+    Args:
+        dense: The model.
+        stream: Its stream.
+        batches: Calibration sequences.
+        progress: Called with the number of each block.
+    """
+    moment = torch.zeros(dense.width, dense.width, dtype=torch.float64, device=dense.device)
+    energies = [torch.zeros(dense.neurons, dtype=torch.float64, device=dense.device) for _ in range(dense.blocks)]
+    columns: list[Tensor] = []
+
+    def observe(block: int, a: Activations, inputs: Tensor) -> None:
+        size = a.rows(a.hidden).square().mean(-1, keepdim=True) + dense.eps
+        energies[block] += (a.rows(inputs).square() / size).sum(0).to(torch.float64)
+
+    for site in stream.walk(batches, observe if dense.neurons else None):
+        progress(site.block)
+        moment += (HEAD_WEIGHT if site.folded is None else 1.0) * site.moment(normalized=True).matrix
+        if site.folded is not None and site.index == 0 and dense.neurons:
+            writer = site.folded[dense.table.mlp.writers[0] + ".weight"]
+            columns.append(writer.square().sum(0))
+    importance = [energy * column for energy, column in zip(energies, columns, strict=False)]
+    return Measurement(moment, importance)
