@@ -8,7 +8,7 @@ from eigenslice.dense import DenseModel
 from eigenslice.errors import OptionsError
 from eigenslice.forms import choose_form
 from eigenslice.options import SliceOptions
-from eigenslice.plan import Plan, stored_parameters
+from eigenslice.plan import BasisKind, Plan, stored_parameters
 
 ROUND = 8
 """Widths from --slicing and --keep are multiples of this: what matrix kernels like."""
@@ -37,7 +37,7 @@ def make_plans(dense: DenseModel, options: SliceOptions) -> list[Plan]:
         found = f"--slicing {options.slicing} leaves width {width}"
     _check_width(dense, width, found)
     neurons = dense.neurons if options.neurons is None else options.neurons
-    _check_neurons(dense, neurons, f"--neurons {neurons}")
+    _check_neurons(dense, options.basis, neurons, f"--neurons {neurons}")
     return [choose_form(dense, options.basis, width, tied, options.form, neurons)]
 
 
@@ -57,7 +57,13 @@ def _check_width(dense: DenseModel, width: int, found: str) -> None:
         )
 
 
-def _check_neurons(dense: DenseModel, neurons: int, found: str) -> None:
+def _check_neurons(dense: DenseModel, basis: BasisKind, neurons: int, found: str) -> None:
+    if neurons != dense.neurons and basis == "per-block":
+        raise OptionsError(
+            f"{found} with --basis per-block",
+            allowed="all neurons: per-block is the paper's algorithm, which cuts the hidden width only",
+            next_step="drop one of them",
+        )
     if neurons != dense.neurons and not 1 <= neurons <= dense.neurons:
         raise OptionsError(
             f"{found}; the model has {dense.neurons} MLP neurons in each block",
@@ -75,7 +81,11 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
         assert options.recipe is not None
         content = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
         recipe = content.get("plan", content)
-        wrong = [k for k, v in recipe.items() if k not in fields or not isinstance(v, fields[k])]
+        wrong = [
+            str(k)
+            for k, v in recipe.items()
+            if k not in fields or not isinstance(v, fields[k]) or (isinstance(v, bool) and fields[k] is not bool)
+        ]
         wrong += [] if "width" in recipe else ["width (missing)"]
     except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
         first = (str(error).strip().splitlines() or [""])[0]
@@ -86,7 +96,7 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
         ) from error
     counts = recipe.get("neurons", dense.neurons)
     counts = tuple(counts) if isinstance(counts, list) else (counts,) * dense.blocks
-    if len(counts) != dense.blocks or not all(isinstance(count, int) for count in counts):
+    if len(counts) != dense.blocks or not all(type(count) is int for count in counts):
         wrong.append(f"neurons (the model has {dense.blocks} blocks)")
     basis = recipe.get("basis", options.basis)
     if basis != options.basis:
@@ -97,7 +107,7 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
         )
     _check_width(dense, recipe["width"], f"the recipe's width is {recipe['width']}")
     for count in counts:
-        _check_neurons(dense, count, f"the recipe keeps {count} neurons")
+        _check_neurons(dense, options.basis, count, f"the recipe keeps {count} neurons")
     tied = dense.tied and basis == "global" and not options.untie and recipe.get("tied", True)
     return choose_form(dense, basis, recipe["width"], tied, options.form, counts)
 
@@ -112,7 +122,7 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
         least = narrow.site_widths[0] if narrow else ROUND
         for share in SHARES:
             width = dense.width - share * (dense.width - least)
-            width = dense.width if share == 0 else rounded(width + ROUND / 2)
+            width = dense.width if share == 0 else min(dense.width, rounded(width + ROUND / 2))
             plan = _most_neurons(dense, options, tied, budget, width)
             if plan is not None and plan not in plans:
                 plans.append(plan)

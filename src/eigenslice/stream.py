@@ -204,10 +204,10 @@ class Stream:
                 self._runner.assign(layer, folded)
                 for site in range(len(layer.sites)):
                     yield Site(block, site, folded, activations, eps)
-                    writers = self._observed(site) if observe else ()
+                    writers = self._observed(site)
                     for a in activations:
                         normalized = layer.normalize(site, a.hidden)
-                        with captured_inputs(layer, writers) as inputs:
+                        with captured_inputs(layer, writers if observe else ()) as inputs:
                             update = layer.update(site, normalized, **a.kwargs[block])
                         if observe and inputs:
                             observe(block, a, inputs[writers[0]])

@@ -32,7 +32,9 @@ def trial_batches(batches: list[Batch]) -> list[Batch]:
     for batch in batches:
         for row in range(batch.input_ids.shape[0]):
             mask = None if batch.attention_mask is None else batch.attention_mask[row : row + 1]
-            queues.setdefault(batch.group, []).append(Batch(batch.input_ids[row : row + 1], mask, batch.group))
+            one = Batch(batch.input_ids[row : row + 1], mask, batch.group)
+            if one.tokens:  # not all of it is padding
+                queues.setdefault(batch.group, []).append(one)
     chosen: list[Batch] = []
     room = {False: FIT_TOKENS, True: TRIAL_TOKENS}
     for turn in range(max(map(len, queues.values()))):

@@ -9,6 +9,8 @@ RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Ridges to choose from, as shares of the inputs' mean energy per dimension."""
 DEFAULT_RIDGE = 0.1
 """Where there are too few sequences to hold some out."""
+ROUNDING = 1e-5
+"""Errors below this share of the outputs' energy are float32 rounding, and say nothing about the ridge."""
 
 
 @dataclass
@@ -80,7 +82,7 @@ class RidgeChoice:
 
     def choose(self, fitted: NormalEquations, held: NormalEquations, base: Tensor) -> float:
         """Try all ridges on the fit of some tokens, measured on others."""
-        before = max(held.error(base), 1e-30)
+        before = max(held.error(base), ROUNDING * held.energy, 1e-30)
         for ridge in self.errors:
             error = held.error(fitted.solve(base, ridge)) / before
             self.errors[ridge] = self.fading * self.errors[ridge] + error
