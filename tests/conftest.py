@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from eigenslice.options import CalibrationOptions, SliceOptions
@@ -19,10 +20,11 @@ from tests import tiny
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 Slicer = Callable[..., SliceResult]
+Folders = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
-def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """Gives the folder of a case's dense model."""
     folders: dict[str, Path] = {}
 
@@ -41,7 +43,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_slice(dense_folder: Callable[[str], Path], calibration: Path, tmp_path: Path) -> Slicer:
+def run_slice(dense_folder: Folders, calibration: Path, tmp_path: Path) -> Slicer:
     """Slices a case's model into a fresh folder; keywords are options."""
 
     def run(case: str, **options: Any) -> SliceResult:
@@ -57,3 +59,17 @@ def run_slice(dense_folder: Callable[[str], Path], calibration: Path, tmp_path: 
 def load(folder: Path, **kwargs: Any) -> Any:
     """Load a model as a user would."""
     return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Size of the difference as a share of what was expected."""
+    return float((actual - expected).norm() / expected.norm())
+
+
+def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of all tensors in a folder's safetensors files."""
+    shapes = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes

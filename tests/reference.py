@@ -32,7 +32,6 @@ class Projection:
     def __init__(self, model: Any, name: str, table: Table) -> None:
         self.seen: list[Tensor] = []
         self.projector: Tensor | None = None
-        self.prediction: Tensor | None = None
         self._centre, self._taken = table.norm == "layer", torch.tensor(0.0)
         module = model.get_submodule(name)
         self.handles = [module.register_forward_pre_hook(self._before, with_kwargs=True)]
@@ -40,12 +39,6 @@ class Projection:
             layer = model.get_submodule(name.rpartition(".")[0])
             last = layer.get_submodule(table.mlp.modules[-1])
             self.handles.append(last.register_forward_hook(self._after))
-        norms = [name]
-        if name.rpartition(".")[0] == table.layers:
-            first = table.sites(model.config)[0]
-            norms = [f"{name}.{norm}" for norm in {sublayer.norm for sublayer in first}]
-        for norm in norms:
-            self.handles.append(model.get_submodule(norm).register_forward_hook(self._predict))
 
     def _before(self, module: Any, args: tuple[Tensor, ...], kwargs: dict) -> tuple[tuple, dict]:
         x = args[0] - args[0].mean(-1, keepdim=True) if self._centre else args[0]
@@ -53,17 +46,6 @@ class Projection:
         kept = x if self.projector is None else x @ self.projector
         self._taken = args[0] - kept
         return (kept, *args[1:]), kwargs
-
-    def _predict(self, norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Add to the normalized stream what was cut, as predicted from what is left; gain and shift come last."""
-        if self.prediction is None:
-            return output
-        gain, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
-        plain = output if shift is None else output - shift
-        plain = plain if gain is None else plain / gain
-        plain = plain + plain @ self.prediction
-        plain = plain if gain is None else plain * gain
-        return plain if shift is None else plain + shift
 
     def _after(self, module: Any, args: tuple, output: Tensor) -> Tensor:
         return output - self._taken
@@ -102,44 +84,24 @@ def per_block_logits(model: Any, calibration: Tensor, ids: Tensor, width: int) -
         return model(ids).logits
 
 
-def predictor(matrix: Tensor, projector: Tensor, ridge: float) -> Tensor:
-    """Least squares from the kept part of x to the cut part, for second moment `matrix` of x; rows are tokens."""
-    values, vectors = torch.linalg.eigh(projector)
-    kept = vectors[:, values > 0.5]
-    inside = kept.T @ matrix @ kept
-    level = ridge * matrix.diagonal().mean() * torch.eye(len(inside), dtype=matrix.dtype)
-    cut = torch.eye(len(matrix), dtype=matrix.dtype) - projector
-    return kept @ torch.linalg.inv(inside + level) @ kept.T @ matrix @ cut
-
-
-def global_logits(
-    model: Any,
-    calibration: Tensor,
-    ids: Tensor,
-    width: int,
-    head_weight: float,
-    tied: bool,
-    ridge: float | None,
-) -> Tensor:
-    """One basis from the normalized streams of all sites; tied, the head sees the gain only inside of it.
-
-    With a ridge, all readers (but not a tied head) predict the cut part.
-    """
+def global_logits(model: Any, calibration: Tensor, ids: Tensor, width: int, head_weight: float, tied: bool) -> Tensor:
+    """One basis from the normalized streams of all sites; tied, the head sees the gain only inside of it."""
     eps = lookup(model.config).epsilon(model.config)
     with projections(model) as sites, torch.no_grad():
         model(calibration)
-        seen = [site.seen[-1] for site in sites]
-        moments = [moment(x / (x.square().mean(-1, keepdim=True) + eps).sqrt()) for x in seen]
+        moments = [moment(rms_norm(site.seen[-1], eps)) for site in sites]
         projector = top(sum(moments[:-1], head_weight * moments[-1]), width)
-        for site, matrix in zip(sites, moments, strict=True):
+        for site in sites:
             site.projector = projector
-            if ridge is not None and not (tied and site is sites[-1]):
-                site.prediction = predictor(matrix, projector, ridge)
         logits = model(ids).logits
         if not tied:
             return logits
         # E P diag(g) P x instead of E diag(g) P x, for the same x
         gain = model.get_submodule(lookup(model.config).final_norm).weight
-        x = sites[-1].seen[-1] @ projector
-        x = x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
+        x = rms_norm(sites[-1].seen[-1] @ projector, eps)
         return (gain * x) @ projector @ model.get_input_embeddings().weight.T
+
+
+def rms_norm(x: Tensor, eps: float) -> Tensor:
+    """x over the root of its mean square."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt()

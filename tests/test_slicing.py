@@ -8,28 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
-from eigenslice.algebra.refit import RIDGE
 from eigenslice.errors import OptionsError, OutputError
-from eigenslice.slicing import HEAD_WEIGHT
+from eigenslice.measuring import HEAD_WEIGHT
 from tests import reference, tiny
-from tests.conftest import Slicer, load
+from tests.conftest import Slicer, load, relative, stored_tensors
 
 WIDTH = 20
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((actual - expected).norm() / expected.norm())
-
-
-def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return shapes
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
@@ -49,26 +35,20 @@ RMS_OR_UNTIED = [
 ]
 
 
-@pytest.mark.parametrize("refit", [False, True], ids=["plain", "refit"])
 @pytest.mark.parametrize("form", ["auto", "custom"])
 @pytest.mark.parametrize("case", RMS_OR_UNTIED)
-def test_global_is_projection_onto_one_subspace(
-    case: str,
-    form: str,
-    refit: bool,
-    run_slice: Slicer,
-    dense_folder: Callable[[str], Path],
-    calibration: Path,
+def test_global_without_refit_is_projection_onto_one_subspace(
+    case: str, form: str, run_slice: Slicer, dense_folder: Callable[[str], Path], calibration: Path
 ) -> None:
-    result = run_slice(case, width=WIDTH, form=form, refit=refit)
+    result = run_slice(case, width=WIDTH, form=form, refit=False)
+    assert not result.manifest["refitted"]
     ids = tiny.random_ids(2, 20, seed=5)
     model = load(dense_folder(case), dtype=torch.float64)
     # a stock LayerNorm needs one of its dimensions for the constant vector
     kept = WIDTH - 1 if result.manifest["form"] == "stock" and case.startswith("phi") else WIDTH
     tokens = load_file(calibration)["calibration"]
     tied = tiny.CASES[case].tied
-    ridge = RIDGE if refit else None
-    expected = reference.global_logits(model, tokens, ids, kept, HEAD_WEIGHT, tied, ridge)
+    expected = reference.global_logits(model, tokens, ids, kept, HEAD_WEIGHT, tied)
     with torch.no_grad():
         assert relative(load(result.output)(ids).logits, expected) < 1e-3
 
@@ -104,17 +84,45 @@ def test_counted_parameters_are_the_stored_ones(
 @pytest.mark.parametrize("keep", [1.0, 0.8, 0.5])
 @pytest.mark.parametrize("basis", ["global", "per-block"])
 @pytest.mark.parametrize("case", ["llama", "qwen2-tied", "opt", "phi", "gpt_neox"])
-def test_keep_is_a_share_of_the_stored_parameters(case: str, basis: str, keep: float, run_slice: Slicer) -> None:
-    result = run_slice(case, keep=keep, basis=basis)
+def test_keep_without_mlp_is_the_widest_of_that_size(case: str, basis: str, keep: float, run_slice: Slicer) -> None:
+    result = run_slice(case, keep=keep, basis=basis, mlp=False)
     kept = result.manifest["parameters"]["kept"]
     assert kept <= keep
+    assert result.manifest["trials"] == []
+    assert result.manifest["plan"]["neurons"] == 56
     width = result.manifest["site_widths"][0]
     if width + 8 <= tiny.WIDTH:  # and the next wider one wouldn't fit
         assert run_slice(case, width=width + 8, basis=basis).manifest["parameters"]["kept"] > keep
 
 
-def test_keep_of_everything_keeps_full_width(run_slice: Slicer) -> None:
-    assert run_slice("llama", keep=1.0).manifest["site_widths"][0] == tiny.WIDTH
+@pytest.mark.parametrize("keep", [0.8, 0.5])
+@pytest.mark.parametrize("case", ["llama", "qwen2-tied", "opt", "phi", "gpt_neox"])
+def test_keep_takes_the_plan_that_loses_least(case: str, keep: float, run_slice: Slicer) -> None:
+    result = run_slice(case, keep=keep)
+    manifest = result.manifest
+    trials = [dict(trial) for trial in manifest["trials"]]
+    losses = [trial.pop("kl") for trial in trials]
+    assert len(trials) > 1
+    assert all(trial not in trials[:number] for number, trial in enumerate(trials))
+    assert manifest["plan"] == trials[losses.index(min(losses))]
+    assert manifest["plan"]["width"] < tiny.WIDTH or manifest["plan"]["neurons"] < 56
+    assert manifest["parameters"]["kept"] <= keep
+    assert manifest["parameters"]["stored"] == sum(map(math.prod, stored_tensors(result.output).values()))
+    assert manifest["site_widths"] == [manifest["plan"]["width"]] * len(manifest["site_widths"])
+
+
+def test_per_block_keeps_all_neurons(run_slice: Slicer) -> None:
+    """As in the paper: with or without `mlp`, it is the same."""
+    one, two = (run_slice("llama", keep=0.8, basis="per-block", mlp=mlp).manifest for mlp in (True, False))
+    assert one["plan"] == two["plan"]
+    assert one["trials"] == two["trials"] == []
+    assert not one["refitted"]
+
+
+def test_keep_of_everything_keeps_everything(run_slice: Slicer) -> None:
+    manifest = run_slice("llama", keep=1.0).manifest
+    assert manifest["plan"] == {"basis": "global", "width": tiny.WIDTH, "neurons": 56, "tied": False}
+    assert (manifest["trials"], manifest["refitted"]) == ([], False)
 
 
 def test_slicing_is_the_papers_measure(run_slice: Slicer) -> None:
@@ -138,10 +146,13 @@ def test_qwen2_at_such_a_width_stays_qwen2_and_says_it_is_not_portable(run_slice
     assert (manifest["model_type"], manifest["portable"]) == ("qwen2", False)
 
 
-def test_the_same_options_give_the_same_bytes(run_slice: Slicer) -> None:
-    files = [run_slice("qwen2-tied", width=24).output / "model.safetensors" for _ in range(2)]
-    digests = {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    assert len(digests) == 1
+@pytest.mark.parametrize("size", [{"width": 24}, {"width": 24, "neurons": 40}, {"keep": 0.7}], ids=str)
+def test_the_same_options_give_the_same_bytes(size: dict, run_slice: Slicer) -> None:
+    results = [run_slice("qwen2-tied", **size) for _ in range(2)]
+    for file in ("model.safetensors", "config.json"):
+        digests = {hashlib.sha256((result.output / file).read_bytes()).hexdigest() for result in results}
+        assert len(digests) == 1
+    assert results[0].manifest["trials"] == results[1].manifest["trials"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -176,6 +187,8 @@ def test_manifest_explains_the_result(
     assert manifest["source"]["sha256"]["model.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert manifest["calibration"]["tokens"] == 12 * 24
     assert manifest["options"]["width"] == 24
+    assert manifest["plan"] == {"basis": "per-block", "width": 24, "neurons": 56, "tied": False}
+    assert (manifest["refitted"], manifest["trials"]) == (False, [])
     assert len(manifest["spectra"]) == 6
     for site in manifest["spectra"]:
         values = list(site["eigenvalues"].values())

@@ -104,6 +104,16 @@ def random_ids(rows: int, tokens: int, seed: int = 3) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (rows, tokens), generator=torch.Generator().manual_seed(seed))
 
 
+def structured_ids(rows: int, tokens: int, seed: int) -> torch.Tensor:
+    """Token ids of which each has only four successors, so that streams are far from isotropic."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(0, 4, (rows, tokens), generator=generator)
+    ids = [torch.randint(0, VOCABULARY - 3, (rows,), generator=generator)]
+    for step in steps.T[1:]:
+        ids.append((5 * ids[-1] + step * step) % (VOCABULARY - 3))
+    return torch.stack(ids, dim=1) + 3
+
+
 def calibration_file(folder: Path, rows: int = 12, tokens: int = 24) -> Path:
     """Random token ids as a calibration file."""
     path = folder / "calibration.safetensors"

@@ -1,52 +1,193 @@
-"""The refit against least squares solved on the tokens themselves."""
+"""Refits against least squares solved on the tokens themselves."""
 
+import pytest
 import torch
+from torch import Tensor
 
-from eigenslice.algebra.refit import reading_matrix
+from eigenslice.algebra.refit import RIDGES, NormalEquations, RidgeChoice
 
-
-def sample(tokens: int = 200, width: int = 12, kept: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
-    """Correlated tokens, and an orthonormal basis that is not theirs."""
-    generator = torch.Generator().manual_seed(0)
-    mixing = torch.randn(width, width, generator=generator, dtype=torch.float64)
-    x = torch.randn(tokens, width, generator=generator, dtype=torch.float64) @ mixing
-    basis, _ = torch.linalg.qr(torch.randn(width, kept, generator=generator, dtype=torch.float64))
-    return x, basis
+INPUTS, OUTPUTS = 9, 5
 
 
-def test_it_is_the_ridge_regression_from_the_kept_part_onto_the_reader() -> None:
-    x, basis = sample()
-    weight = torch.randn(5, x.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    moment = x.T @ x
-    ridge = 0.3
-    level = ridge * float(moment.diagonal().mean())
-    # min_V |X W^T - Z V^T|^2 + level |V - W Q|^2, as one least-squares problem with rows for the ridge
-    z = x @ basis
-    rows = torch.cat([z, level**0.5 * torch.eye(basis.shape[1], dtype=torch.float64)])
-    targets = torch.cat([x @ weight.T, level**0.5 * (weight @ basis).T])
-    expected = torch.linalg.lstsq(rows, targets).solution.T
-    torch.testing.assert_close(weight @ reading_matrix(basis, moment, ridge), expected)
+def sample(tokens: int, seed: int, inputs: int = INPUTS) -> Tensor:
+    """Correlated inputs; the same correlation for every seed."""
+    mixing = torch.randn(inputs, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(99))
+    noise = torch.randn(tokens, inputs, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return noise @ mixing
 
 
-def test_it_is_better_than_reading_the_kept_part_alone() -> None:
-    x, basis = sample()
-    z, refitted = x @ basis, reading_matrix(basis, x.T @ x)
-    assert (x - z @ refitted.T).norm() < 0.9 * (x - z @ basis.T).norm()
+def weights(seed: int) -> Tensor:
+    return torch.randn(OUTPUTS, INPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_nothing_changes_where_nothing_is_cut() -> None:
-    x, basis = sample(kept=12)
-    torch.testing.assert_close(reading_matrix(basis, x.T @ x), basis)
+def noise(tokens: int, seed: int) -> Tensor:
+    return torch.randn(tokens, OUTPUTS, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def test_nothing_changes_in_the_streams_own_principal_components() -> None:
-    x, _ = sample()
-    basis = torch.linalg.eigh(x.T @ x).eigenvectors[:, -7:]
-    torch.testing.assert_close(reading_matrix(basis, x.T @ x), basis)
+def equations(inputs: Tensor, outputs: Tensor) -> NormalEquations:
+    result = NormalEquations.zeros(inputs.shape[1], outputs.shape[1])
+    result.add(inputs, outputs)
+    return result
 
 
-def test_directions_without_energy_are_no_problem() -> None:
-    x, basis = sample()
-    assert torch.isfinite(reading_matrix(basis, torch.zeros(12, 12, dtype=torch.float64))).all()
-    x[:, 3:] = 0
-    assert torch.isfinite(reading_matrix(basis, x.T @ x)).all()
+def lstsq(inputs: Tensor, outputs: Tensor, base: Tensor, ridge: float) -> Tensor:
+    """min |Y - A W^T|^2 + r |W - base|^2 as one least-squares problem, r a share of the inputs' mean energy."""
+    level = ridge * inputs.square().sum() / inputs.shape[1]
+    rows = torch.cat([inputs, level.sqrt() * torch.eye(inputs.shape[1], dtype=torch.float64)])
+    return torch.linalg.lstsq(rows, torch.cat([outputs, level.sqrt() * base.T])).solution.T
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 1e-3, 0.3, 10.0])
+@pytest.mark.parametrize("tokens", [4, 200], ids=["fewer-tokens-than-inputs", "many-tokens"])
+def test_the_fit_is_ridge_regression_towards_the_base(tokens: int, ridge: float) -> None:
+    a, base = sample(tokens, 1), weights(2)
+    y = a @ weights(3).T + noise(tokens, 4)
+    fitted = equations(a, y).solve(base, ridge)
+    torch.testing.assert_close(fitted, lstsq(a, y, base, ridge), rtol=1e-6, atol=1e-6)
+
+
+def test_without_a_ridge_the_residual_is_orthogonal_to_the_inputs() -> None:
+    a, y = sample(200, 1), noise(200, 4)
+    fitted = equations(a, y).solve(weights(2), 1e-12)
+    residual = y - a @ fitted.T
+    assert (a.T @ residual).abs().max() < 1e-8 * (a.T @ y).abs().max()
+
+
+def test_with_a_large_ridge_the_base_stays() -> None:
+    a, base = sample(200, 1), weights(2)
+    torch.testing.assert_close(equations(a, noise(200, 4)).solve(base, 1e9), base, rtol=1e-6, atol=1e-6)
+
+
+def test_what_the_base_explains_changes_nothing() -> None:
+    a, base = sample(200, 1), weights(2)
+    torch.testing.assert_close(equations(a, a @ base.T).solve(base, 1e-3), base)
+
+
+def test_inputs_without_energy_keep_their_base() -> None:
+    a, base = sample(200, 1), weights(2)
+    y = noise(200, 4)
+    a[:, 3:] = 0
+    fitted = equations(a, y).solve(base, 1e-3)
+    torch.testing.assert_close(fitted[:, 3:], base[:, 3:])
+    assert (fitted[:, :3] - base[:, :3]).abs().min() > 1e-3
+    nothing = NormalEquations.zeros(INPUTS, OUTPUTS)
+    torch.testing.assert_close(nothing.solve(base, 0.1), base)
+
+
+@pytest.mark.parametrize("seed", [2, 3])
+def test_the_error_is_the_sum_of_squared_residuals(seed: int) -> None:
+    a, y, weight = sample(200, 1), noise(200, 4), weights(seed)
+    direct = float((y - a @ weight.T).square().sum())
+    assert equations(a, y).error(weight) == pytest.approx(direct, rel=1e-9)
+
+
+def test_the_error_of_nothing_is_the_outputs_energy() -> None:
+    a, y = sample(200, 1), noise(200, 4)
+    found = equations(a, y)
+    assert found.error(torch.zeros(OUTPUTS, INPUTS, dtype=torch.float64)) == pytest.approx(float(y.square().sum()))
+
+
+def test_selected_inputs_are_those_of_a_fit_without_the_others() -> None:
+    a, y, base = sample(200, 1), noise(200, 4), weights(2)
+    kept = torch.tensor([1, 4, 5, 8])
+    selected = equations(a, y).select(kept)
+    torch.testing.assert_close(selected.solve(base[:, kept], 0.1), lstsq(a[:, kept], y, base[:, kept], 0.1))
+    direct = float((y - a[:, kept] @ base[:, kept].T).square().sum())
+    assert selected.error(base[:, kept]) == pytest.approx(direct, rel=1e-9)
+
+
+def test_parts_add_up_to_the_whole() -> None:
+    a, y, base = sample(200, 1), noise(200, 4), weights(2)
+    in_turn = NormalEquations.zeros(INPUTS, OUTPUTS)
+    for start in range(0, 200, 70):
+        in_turn.add(a[start : start + 70], y[start : start + 70])
+    joined = equations(a[:50], y[:50]) + equations(a[50:], y[50:])
+    for some in (in_turn, joined):
+        torch.testing.assert_close(some.solve(base, 0.1), lstsq(a, y, base, 0.1))
+        assert some.error(base) == pytest.approx(float((y - a @ base.T).square().sum()), rel=1e-9)
+
+
+def test_adding_two_changes_neither() -> None:
+    one, two = equations(sample(20, 1), noise(20, 2)), equations(sample(20, 3), noise(20, 4))
+    before = one.gram.clone(), one.cross.clone(), one.energy
+    _ = one + two
+    assert torch.equal(one.gram, before[0])
+    assert torch.equal(one.cross, before[1])
+    assert one.energy == before[2]
+
+
+def test_many_float32_tokens_are_summed_in_float64() -> None:
+    """A float32 sum of so many squares would stop growing."""
+    parts = 3000
+    found = NormalEquations.zeros(2, 1)
+    for _ in range(parts):
+        found.add(torch.full((64, 2), 1.1), torch.full((64, 1), 0.7))
+    assert found.gram.dtype == found.cross.dtype == torch.float64
+    assert float(found.gram[0, 1]) == pytest.approx(parts * 64 * 1.21, rel=1e-6)
+    assert float(found.cross[0, 0]) == pytest.approx(parts * 64 * 0.77, rel=1e-6)
+    assert found.energy == pytest.approx(parts * 64 * 0.49, rel=1e-6)
+
+
+def split(tokens: int, signal: float, seed: int) -> tuple[NormalEquations, NormalEquations]:
+    """Few tokens to fit on and others to hold out: outputs of noise, and of signal times true weights."""
+    a, held = sample(tokens, seed), sample(400, seed + 1)
+    y, held_y = (signal * x @ weights(3).T + noise(len(x), seed + 2 + len(x)) for x in (a, held))
+    return equations(a, y), equations(held, held_y)
+
+
+ZERO = torch.zeros(OUTPUTS, INPUTS, dtype=torch.float64)
+
+
+def test_noise_gets_the_largest_ridge() -> None:
+    assert RidgeChoice().choose(*split(12, 0.0, 1), ZERO) == max(RIDGES)
+
+
+def test_what_the_inputs_explain_gets_the_smallest_ridge() -> None:
+    assert RidgeChoice().choose(*split(200, 1e3, 1), ZERO) == min(RIDGES)
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.1, 0.3, 1.0, 3.0])
+def test_the_chosen_ridge_errs_least_on_what_was_held_out(signal: float) -> None:
+    a, held = sample(12, 1), sample(400, 2)
+    truth, base = weights(3), weights(5)
+    y, held_y = a @ (base + signal * truth).T + noise(12, 6), held @ (base + signal * truth).T + noise(400, 7)
+
+    def error(ridge: float) -> float:
+        return float((held_y - held @ lstsq(a, y, base, ridge).T).square().sum())
+
+    chosen = RidgeChoice().choose(equations(a, y), equations(held, held_y), base)
+    assert chosen == min(RIDGES, key=error)
+
+
+def test_the_choice_is_not_the_same_for_all_signals() -> None:
+    """Else the test above would show nothing."""
+    assert len({RidgeChoice().choose(*split(12, signal, 1), ZERO) for signal in (0.0, 0.1, 0.3, 1.0, 30.0)}) >= 3
+
+
+def test_older_fits_fade() -> None:
+    """One fit of another kind doesn't turn the choice; several do, and at last it is as if only they had been."""
+    noisy, clear = split(12, 0.0, 1), split(200, 1e3, 1)
+    choice = RidgeChoice()
+    for _ in range(5):
+        assert choice.choose(*noisy, ZERO) == max(RIDGES)
+    assert choice.choose(*clear, ZERO) == max(RIDGES)
+    later = [choice.choose(*clear, ZERO) for _ in range(80)]
+    assert later[-1] == min(RIDGES)
+    steady = {ridge: fit_error(clear, ridge) / (1 - choice.fading) for ridge in RIDGES}
+    assert choice.errors == pytest.approx(steady, rel=1e-3, abs=1e-5)
+
+
+def fit_error(pair: tuple[NormalEquations, NormalEquations], ridge: float) -> float:
+    """Error on what was held out as a share of that before the fit."""
+    fitted, held = pair
+    return held.error(fitted.solve(ZERO, ridge)) / held.error(ZERO)
+
+
+def test_rounding_errors_of_a_base_that_is_right_already_do_not_choose() -> None:
+    """At full width nothing is to be fitted at the first sites: float32 sums leave errors of any size and sign."""
+    clear = split(200, 1e3, 1)
+    for seed in range(5):
+        choice, base = RidgeChoice(), weights(2)
+        fitted, held = (sample(300, seed + part).float() for part in (20, 40))
+        choice.choose(equations(fitted, fitted @ base.T.float()), equations(held, held @ base.T.float()), base)
+        assert choice.choose(*clear, ZERO) == min(RIDGES)

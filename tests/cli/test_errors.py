@@ -28,7 +28,7 @@ def slice_fails(fails: Failure, output: Path, calibration: Path) -> Failure:
 
     def run(model: object, *arguments: object) -> str:
         given = {str(argument) for argument in arguments}
-        size = [] if given & {"--keep", "--slicing", "--width", "nothing"} else ["--width", 24]
+        size = [] if given & {"--keep", "--slicing", "--width", "--recipe", "nothing"} else ["--width", 24]
         data = [] if "--calibration" in given else ["--calibration", calibration]
         rest = [argument for argument in arguments if argument != "nothing"]
         message = fails("slice", model, "-o", output, *size, *data, *rest)
@@ -55,6 +55,15 @@ def slice_fails(fails: Failure, output: Path, calibration: Path) -> Failure:
         (["--keep", 0.75, "--width", 24], "--keep and --width together"),
         (["--keep", 0.75, "--slicing", 0.2, "--width", 24], "--keep and --slicing and --width together"),
         (["nothing"], "no size was given"),
+        (["--width", 24, "--recipe", "r.yaml"], "--width and --recipe together"),
+        (["--width", 24, "--neurons", 0], "--neurons 0; the model has 56 MLP neurons in each block"),
+        (["--width", 24, "--neurons", 57], "--neurons 57; the model has 56 MLP neurons in each block"),
+        (["--keep", 0.75, "--neurons", 40], "--neurons 40 with --keep"),
+        (["--width", 24, "--neurons", 40, "--no-mlp"], "--neurons 40 with --keep, --recipe or --no-mlp"),
+        (["--width", 24, "--neurons", 40, "--basis", "per-block"], "--neurons 40 with --basis per-block"),
+        (["--width", 24, "--neurons", 40, "--width", 33], "--width 33; the model's hidden width is 32"),
+        (["--width", 24, "--basis", "per-block", "--refit"], "--refit with --basis per-block"),
+        (["--recipe", "/no/such/recipe.yaml"], "--recipe /no/such/recipe.yaml can't be read"),
         (["--width", 24, "--samples", 0], "--samples 0"),
         (["--width", 24, "--seqlen", 1], "--seqlen 1"),
         (["--width", 24, "--field", "a", "--field", "b"], "2 times --field for 1 texts"),
@@ -69,6 +78,42 @@ def slice_fails(fails: Failure, output: Path, calibration: Path) -> Failure:
 )
 def test_options_that_can_not_be_met(arguments: list[object], found: str, slice_fails: Failure, model: Path) -> None:
     assert found in slice_fails(model, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("", "can't be read"),
+        ("width: [", "can't be read"),
+        ("neurons: 40", "has a wrong width (missing)"),
+        ("width: 24\ndepth: 3", "has a wrong depth"),
+        ("24: 3", "has a wrong 24"),
+        ("width: 24\nneurons: [40, 40]", "has a wrong neurons (the model has 3 blocks)"),
+        ("width: 24\nneurons: [40, 57, 40]", "the recipe keeps 57 neurons; the model has 56 MLP neurons"),
+        ("width: 33", "the recipe's width is 33; the model's hidden width is 32"),
+        ("width: 24\nbasis: per-block", "has a wrong basis per-block (the run has --basis global)"),
+    ],
+    ids=repr,
+)
+def test_recipes_that_are_wrong(text: str, found: str, slice_fails: Failure, model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert found in slice_fails(model, "--recipe", tmp_path / "recipe.yaml")
+
+
+def test_a_stock_result_with_a_number_of_neurons_for_each_block(
+    slice_fails: Failure, model: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("width: 24\nneurons: [40, 40, 48]")
+    message = slice_fails(model, "--recipe", tmp_path / "recipe.yaml", "--form", "stock")
+    assert "stock configs have one number of MLP neurons for all blocks" in message
+
+
+@pytest.mark.parametrize("size", [["--keep", 0.7], ["--width", 32, "--neurons", 40]], ids=["keep", "neurons"])
+def test_nan_in_a_block_of_a_model_of_which_neurons_are_cut(
+    size: list[object], slice_fails: Failure, model: Path
+) -> None:
+    rewrite(model, break_block)
+    assert "block 1 (of 0 to 2) gives NaN" in slice_fails(model, *size)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

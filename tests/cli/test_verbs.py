@@ -78,9 +78,21 @@ def test_parameters_are_counted_as_stored(sliced: Callable[..., Any], model: Pat
     assert sizes["kept"] == pytest.approx(sizes["stored"] / sizes["dense"])
 
 
-def test_keep_is_the_most_that_fits(sliced: Callable[..., Any]) -> None:
-    _, printed = sliced("--keep", 0.6)
+def test_keep_may_cut_neurons(sliced: Callable[..., Any]) -> None:
+    output, printed = sliced("--keep", 0.6)
+    sizes, plan = printed["parameters"], printed["plan"]
+    assert sizes["stored"] == stored_parameters(output) <= 0.6 * sizes["dense"]
+    assert plan | {"kl": min(trial["kl"] for trial in printed["trials"])} in printed["trials"]
+    assert len(printed["trials"]) > 1
+    config = AutoConfig.from_pretrained(output)
+    assert (config.hidden_size, config.intermediate_size) == (plan["width"], plan["neurons"])
+    assert plan["neurons"] < 56 or plan["width"] < 32
+
+
+def test_keep_without_mlp_is_the_most_that_fits(sliced: Callable[..., Any]) -> None:
+    output, printed = sliced("--keep", 0.6, "--no-mlp")
     sizes = printed["parameters"]
+    assert AutoConfig.from_pretrained(output).intermediate_size == 56
     assert sizes["stored"] <= 0.6 * sizes["dense"]
     width = printed["site_widths"][0]
     wider = sum(size * (width + 8) / width for role, size in sizes["by_role"].items() if role != "norm")
@@ -99,6 +111,34 @@ def test_options_of_slice_arrive(sliced: Callable[..., Any]) -> None:
     loaded = load(output, dtype="auto")
     assert loaded.dtype == torch.float16
     assert isinstance(loaded, eigenslice.SlicedForCausalLM)
+
+
+def test_neurons_and_refit_arrive(sliced: Callable[..., Any]) -> None:
+    output, printed = sliced("--width", 24, "--neurons", 40, "--no-refit")
+    assert printed["plan"] == {"basis": "global", "width": 24, "neurons": 40, "tied": False}
+    assert (printed["refitted"], printed["options"]["refit"], printed["options"]["neurons"]) == (False, False, 40)
+    config = AutoConfig.from_pretrained(output)
+    assert (config.hidden_size, config.intermediate_size) == (24, 40)
+
+
+@pytest.mark.parametrize(("arguments", "refitted"), [([], True), (["--refit"], True), (["--no-refit"], False)])
+def test_refit_is_the_default(arguments: list[str], refitted: bool, sliced: Callable[..., Any]) -> None:
+    assert sliced("--width", 24, *arguments)[1]["refitted"] == refitted
+
+
+def test_recipes_arrive(sliced: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("width: 24\nneurons: [40, 16, 56]\n")
+    output, printed = sliced("--recipe", tmp_path / "recipe.yaml")
+    assert printed["plan"]["neurons"] == [40, 16, 56]
+    assert printed["options"]["recipe"] == str(tmp_path / "recipe.yaml")
+    assert isinstance(load(output), eigenslice.SlicedForCausalLM)
+
+
+def test_a_manifest_arrives_as_recipe(sliced: Callable[..., Any], tmp_path: Path) -> None:
+    output, first = sliced("--keep", 0.6)
+    output.rename(tmp_path / "first")
+    _, second = sliced("--recipe", tmp_path / "first" / "eigenslice.json")
+    assert (second["plan"], second["parameters"]) == (first["plan"], first["parameters"])
 
 
 def test_several_texts_are_mixed(command: Command, model: Path, tmp_path: Path) -> None:

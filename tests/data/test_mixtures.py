@@ -17,7 +17,7 @@ from eigenslice.data.tokens import EigensliceWarning
 from eigenslice.errors import CalibrationError, OptionsError
 from eigenslice.options import CalibrationOptions
 from tests import words
-from tests.data.test_tokens import CONFIG, IDS, calibrate, no_tokenizer, rows
+from tests.data.test_tokens import CONFIG, IDS, calibrate, groups, no_tokenizer, rows
 from tests.messages import check_message
 
 SEQLEN = 4
@@ -105,6 +105,20 @@ def test_a_short_last_window_counts_where_the_share_needs_it(tmp_path: Path) -> 
     assert sorted(len(row) for row in rows(tokens) if row[0] < 30) == [3, 4, 4]
     assert [len(row) for row in rows(tokens) if row[0] >= 30] == [4, 4, 4]
     assert tokens.description["tokens"] == tokens.count == 23
+
+
+def test_each_text_is_a_group(tmp_path: Path) -> None:
+    tokens = mix(texts(tmp_path, a=9, b=9, c=9), 8)
+    assert groups(tokens) == ["abc".index(name) for name in origins(tokens)] == [0, 1, 2, 0, 1, 2, 0, 1]
+    with pytest.warns(EigensliceWarning, match="holds only"):
+        tokens = mix(texts(tmp_path, a=9, b=1, c=9), 12)
+    assert groups(tokens) == ["abc".index(name) for name in origins(tokens)]
+
+
+def test_a_short_last_window_stays_in_its_texts_group(tmp_path: Path) -> None:
+    tokens = mix([str(text(tmp_path, "a", 2, rest=3)), str(text(tmp_path, "b", 5))], 6)
+    assert sorted(len(row) for row in rows(tokens)) == [3, 4, 4, 4, 4, 4]
+    assert groups(tokens) == ["ab".index(name) for name in origins(tokens)]
 
 
 def test_the_description_lists_the_texts(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Sequences of tokens: windows of texts, and token ids from files."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,16 @@ def no_tokenizer() -> Any:
 def rows(tokens: Tokens) -> list[list[int]]:
     """All sequences in their order."""
     return [row.tolist() for batch in tokens.batches for row in batch.input_ids]
+
+
+def masks(tokens: Tokens) -> list[list[int]]:
+    """All sequences' masks in their order."""
+    return [row.tolist() for batch in tokens.batches for row in torch.as_tensor(batch.attention_mask)]
+
+
+def groups(tokens: Tokens) -> list[int]:
+    """The group of each sequence."""
+    return [batch.group for batch in tokens.batches for _ in batch.input_ids]
 
 
 @pytest.fixture
@@ -225,10 +236,39 @@ def test_many_token_ids_come_in_batches(tmp_path: Path) -> None:
     mask[::3, :10] = 0
     tokens = from_ids(ids_file(tmp_path, calibration=ids, attention_mask=mask))
     assert rows(tokens) == ids.tolist()
-    masks = [batch.attention_mask for batch in tokens.batches if batch.attention_mask is not None]
-    assert torch.equal(torch.cat(masks), mask)
-    assert [len(batch.input_ids) for batch in tokens.batches] == [81, 81, 38]
+    assert masks(tokens) == mask.tolist()
     assert tokens.count == int(mask.sum())
+    assert len(tokens.batches) > 1
+    assert all(batch.input_ids.numel() <= BATCH_TOKENS for batch in tokens.batches)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5, 7, 12, 200, 1000])
+def test_token_ids_are_in_groups_of_neighbours_of_similar_size(count: int, tmp_path: Path) -> None:
+    """So that what is fitted on some can be tried on others, wherever there are two."""
+    tokens = from_ids(ids_file(tmp_path, calibration=random_ids(count, 50)))
+    assert groups(tokens) == sorted(groups(tokens))
+    sizes = Counter(groups(tokens))
+    assert len(sizes) == (3 if count == 5 else min(count, 4))
+    assert max(sizes.values()) <= 2 * min(sizes.values())
+    if count in (4, 12, 200):
+        assert list(sizes.values()) == [count // 4] * 4
+
+
+@pytest.mark.parametrize("count", [4, 6, 8])
+def test_the_windows_of_one_text_are_in_four_groups_one_after_the_other(count: int, text: Path) -> None:
+    tokens = calibrate(text, samples=count)
+    assert groups(tokens) == [4 * number // count for number in range(count)]
+    assert set(groups(tokens)) == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(("count", "seqlen"), [(1, 43), (2, 20), (3, 14)])
+def test_few_windows_are_a_group_each(count: int, seqlen: int, text: Path) -> None:
+    assert len(set(groups(calibrate(text, samples=count, seqlen=seqlen)))) == count
+
+
+def test_windows_of_different_groups_are_in_different_batches(text: Path) -> None:
+    tokens = calibrate(text, samples=8)
+    assert [len(batch.input_ids) for batch in tokens.batches] == [2, 2, 2, 2]
 
 
 def test_the_field_names_the_tensor(tmp_path: Path) -> None:
@@ -244,9 +284,8 @@ def test_a_mask_beside_the_ids_marks_padding(dtype: torch.dtype, tmp_path: Path)
     mask[1, :4] = 0
     tokens = from_ids(ids_file(tmp_path, calibration=ids, attention_mask=mask.to(dtype)))
     assert tokens.count == tokens.description["tokens"] == 23
-    (batch,) = tokens.batches
-    assert batch.attention_mask is not None
-    assert batch.attention_mask.tolist() == mask.tolist()
+    assert rows(tokens) == ids.tolist()
+    assert masks(tokens) == mask.tolist()
 
 
 def test_a_tensor_that_is_not_there_is_refused_and_those_there_are_named(tmp_path: Path) -> None:

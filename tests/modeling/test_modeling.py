@@ -25,6 +25,8 @@ RESULTS = [
     pytest.param("phi", {"basis": "per-block"}, id="phi-per-block"),
     pytest.param("gpt_neox", {}, id="gpt_neox-custom"),
     pytest.param("gpt_neox-sequential", {"basis": "per-block"}, id="gpt_neox-sequential-per-block"),
+    pytest.param("llama", {"neurons": 40, "form": "custom"}, id="llama-custom-neurons"),
+    pytest.param("opt", {"neurons": 40}, id="opt-custom-neurons"),
 ]
 CUSTOM = [parameters for parameters in RESULTS if "stock" not in str(parameters.id)]
 

@@ -1,0 +1,190 @@
+"""Refitting in a few lines on transformers' own model, in float64: an independent reference of `SlicedTwin`.
+
+The sliced model is a copy of the dense one that keeps the dense width: a hook projects what the embeddings give onto
+the span of the basis Q, writers get weights that stay in it, and hooks behind the norms give the readers what the
+reading matrix makes of the stream. So no weight is folded, rotated or narrowed. Each fit is one least-squares problem
+over the tokens themselves, with rows for the ridge.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenslice.algebra.refit import RIDGES
+from eigenslice.arch import lookup
+from tests.reference import moment, rms_norm
+
+FADING = 0.8
+
+
+@dataclass(frozen=True)
+class Twin:
+    """What is fitted, and how.
+
+    Attributes:
+        width: That is kept.
+        neurons: That are kept, in each block; None keeps all.
+        constant: Whether the last kept direction is the constant vector (LayerNorms, tied or stock).
+        tied: Whether the head is tied: then it isn't fitted, and sees the final gain only inside of the basis.
+        head_weight: Of the last site in the basis.
+        ridge: Of every fit; None chooses it as `RidgeChoice` does.
+        parts: With `ridge` None, the number of equal parts of the calibration sequences that take turns.
+    """
+
+    width: int
+    neurons: int | None = None
+    constant: bool = False
+    tied: bool = False
+    head_weight: float = 1.0
+    ridge: float | None = None
+    parts: int = 4
+
+    def logits(self, model: Any, calibration: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits on ids of the model that was fitted on the calibration tokens; their mask is 0 for padding."""
+        with torch.no_grad():
+            return Fit(self, model, calibration, mask).run()(ids).logits
+
+
+class Fit:
+    """The state of one fit."""
+
+    def __init__(self, twin: Twin, model: Any, calibration: Tensor, mask: Tensor | None) -> None:
+        self.twin, self.calibration, self.mask = twin, calibration, mask
+        self.real = torch.ones_like(calibration).bool() if mask is None else mask.bool()
+        table, config = lookup(model.config), model.config
+        self.eps, self.centred = table.epsilon(config), table.norm == "layer"
+        at_site = table.sites(config)
+        blocks = [f"{table.layers}.{i}." for i in range(config.num_hidden_layers)]
+        self.norms = [f"{block}{site[0].norm}" for block in blocks for site in at_site] + [table.final_norm]
+        self.all_norms = [{block + s.norm for s in site} for block in blocks for site in at_site] + [{self.norms[-1]}]
+        self.writers = [[block + s.writers[0] for s in site] for block in blocks for site in at_site]
+        self.kinds = ["neurons" if table.mlp in site else "write" for _ in blocks for site in at_site]
+        self.mlps = {k: self.writers[k][-1] for k, kind in enumerate(self.kinds) if kind == "neurons"}
+        self.first, self.head = blocks[0].rstrip("."), table.head
+
+        seen = self.inputs(model, [*self.norms, *self.mlps.values()])
+        self.dense = [self.centre(seen[norm]) for norm in self.norms]
+        self.kept = {name: self.most(model, name, seen[name], self.dense[k]) for k, name in self.mlps.items()}
+        self.basis = self.find_basis()
+        self.c = (twin.width / self.basis.shape[0]) ** 0.5
+        self.sliced = copy.deepcopy(model)
+        self.readings: list[Tensor | None] = [None] * len(self.norms)
+        self.errors: dict[str, dict[float, float]] = {}
+
+    def centre(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centred else x
+
+    def inputs(self, model: Any, names: list[str]) -> dict[str, Tensor]:
+        """What some modules are given when the calibration tokens run, (tokens that count, n)."""
+        seen: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
+            return lambda _, args: seen.update({name: args[0].reshape(*self.real.shape, -1)[self.real].double()})
+
+        hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+        model(self.calibration, attention_mask=self.mask)
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    def most(self, model: Any, name: str, a: Tensor, x: Tensor) -> Tensor:
+        """Indices of the neurons that add most energy to the stream, as a share of the stream's."""
+        columns = self.centre(model.get_submodule(name).weight.T).square().sum(1)
+        energy = (a.square() / (x.square().mean(-1, keepdim=True) + self.eps)).sum(0) * columns
+        return energy.argsort(descending=True)[: self.twin.neurons]
+
+    def find_basis(self) -> Tensor:
+        moments = [moment(rms_norm(x, self.eps)) for x in self.dense]
+        moments[-1] = self.twin.head_weight * moments[-1]
+        vectors = torch.linalg.eigh(torch.stack(moments).sum(0)).eigenvectors
+        basis = vectors[:, len(vectors) - self.twin.width + self.twin.constant :]
+        constant = torch.full((len(vectors), 1), len(vectors) ** -0.5, dtype=torch.float64)
+        return torch.cat([basis, constant], dim=1) if self.twin.constant else basis
+
+    def solve(self, kind: str, site: int, a: Tensor, y: Tensor, base: Tensor) -> Tensor:
+        """The W that minimizes |Y - A W^T|^2 + r |W - base|^2."""
+
+        def ridge_regression(share: float, rows: Tensor) -> Tensor:
+            level = share * a[rows].square().sum() / a.shape[1]
+            ridge_rows = level.sqrt() * torch.eye(a.shape[1], dtype=torch.float64)
+            stacked = torch.cat([a[rows], ridge_rows]), torch.cat([y[rows], level.sqrt() * base.T])
+            return torch.linalg.lstsq(*stacked).solution.T
+
+        everything = torch.ones(len(a), dtype=torch.bool)
+        if self.twin.ridge is not None:
+            return ridge_regression(self.twin.ridge, everything)
+        parts, sequences = self.twin.parts, len(self.calibration)
+        part = (torch.arange(sequences) * parts // sequences)[:, None].expand_as(self.real)[self.real]
+        held = part == site % parts
+        # Errors below 1e-5 of the energy count as rounding
+        before = torch.maximum((y[held] - a[held] @ base.T).square().sum(), 1e-5 * y[held].square().sum())
+        errors = self.errors.setdefault(kind, dict.fromkeys(RIDGES, 0.0))
+        for share in RIDGES:
+            error = (y[held] - a[held] @ ridge_regression(share, ~held).T).square().sum()
+            errors[share] = FADING * errors[share] + float(error / before)
+        return ridge_regression(min(errors, key=lambda share: errors[share]), everything)
+
+    def run(self) -> Any:
+        """Fit site after site; gives the sliced model."""
+        P = self.basis @ self.basis.T
+        layer = self.sliced.get_submodule(self.first)
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: ((self.centre(args[0]) @ P.to(args[0].dtype), *args[1:]), kwargs), with_kwargs=True
+        )
+        for site, names in enumerate(self.all_norms):
+            for name in names:
+                self.sliced.get_submodule(name).register_forward_hook(self.reader_hook(site))
+        stream = None
+        for site, name in enumerate(self.norms):
+            if stream is not None:
+                self.fit_writers(site, stream)
+            stream = self.inputs(self.sliced, [name])[name]
+            if self.twin.tied and site == len(self.norms) - 1:
+                break
+            z = rms_norm(self.c * stream @ self.basis, self.eps)
+            base = self.basis / self.c
+            reading = self.solve("read", site, z, rms_norm(self.dense[site], self.eps), base)
+            self.readings[site] = reading @ (self.c * self.basis.T)
+        return self.sliced
+
+    def reader_hook(self, site: int) -> Callable[[Any, tuple[Tensor, ...], Tensor], Tensor]:
+        """Puts the reading matrix between a norm's division and its gain."""
+        tied_head = self.twin.tied and site == len(self.norms) - 1
+
+        def hook(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            gain, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
+            plain = output if shift is None else output - shift
+            plain = plain if gain is None else plain / gain
+            reading = self.readings[site]
+            plain = plain if reading is None else plain @ reading.T
+            plain = plain if gain is None else plain * gain
+            plain = plain @ self.basis @ self.basis.T if tied_head else plain
+            return plain if shift is None else plain + shift
+
+        return hook
+
+    def fit_writers(self, site: int, stream: Tensor) -> None:
+        """Fit what is written between the site before and this one, where the stream was `stream`."""
+        names, Q, x = self.writers[site - 1], self.basis, self.dense[site]
+        modules = [self.sliced.get_submodule(name) for name in names]
+        seen = self.inputs(self.sliced, names)
+        columns = [self.kept.get(name, torch.arange(seen[name].shape[1])) for name in names]
+        a = [seen[name][:, some] for name, some in zip(names, columns, strict=True)]
+        parts = [self.c * Q.T @ self.centre(m.weight.T).T[:, some] for m, some in zip(modules, columns, strict=True)]
+        biased = [module for module in modules if module.bias is not None]
+        if biased:
+            a.append(torch.ones(len(x), 1, dtype=torch.float64))
+            parts.append(self.c * Q.T @ self.centre(torch.stack([module.bias for module in biased]).sum(0))[:, None])
+        share = (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        y = self.c * (x - stream) @ Q
+        fitted = self.solve(self.kinds[site - 1], site, share * torch.cat(a, dim=1), share * y, torch.cat(parts, dim=1))
+        pieces = (Q @ fitted / self.c).split([part.shape[1] for part in parts], dim=1)
+        for module, piece, some in zip(modules, pieces, columns, strict=False):
+            module.weight.zero_()
+            module.weight[:, some] = piece
+        for number, module in enumerate(biased):
+            module.bias.copy_(pieces[-1][:, 0] if number == 0 else torch.zeros_like(module.bias))
