@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-RIDGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Ridges to choose from, as shares of the inputs' mean energy per dimension."""
 DEFAULT_RIDGE = 0.1
 """Where there are too few sequences to hold some out."""
