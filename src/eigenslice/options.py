@@ -77,6 +77,8 @@ class SliceOptions(BaseModel):
         basis: One basis for all sites, or one for each with shortcuts (the paper).
         refit: Fit the sliced weights to the dense model's activations, in closed form; None is yes with a global
             basis. Per-block is the paper's algorithm, which has none.
+        random_tokens: Sequences of random tokens to fit on beside calibration texts, as a share of those, so that every
+            part of the vocabulary is seen. Token ids are used as they are.
         untie: Store embedding and head separately even if the dense model ties them.
         form: auto (stock if a config can hold the result), stock or custom.
         calibration: See `CalibrationOptions`.
@@ -100,6 +102,7 @@ class SliceOptions(BaseModel):
     basis: Literal["global", "per-block"] = "global"
     refit: bool | None = None
     untie: bool = False
+    random_tokens: float = 0.25
     form: Literal["auto", "stock", "custom"] = "auto"
     calibration: CalibrationOptions = CalibrationOptions()
     dtype: DtypeName | None = None
@@ -140,6 +143,12 @@ class SliceOptions(BaseModel):
                 "--refit with --basis per-block",
                 allowed="--refit with --basis global; per-block is the paper's algorithm, which has none",
                 next_step="drop one of them",
+            )
+        if not 0 <= self.random_tokens <= 4:
+            raise OptionsError(
+                f"--random-tokens {self.random_tokens}",
+                allowed="0 (none) to 4 (four times as many sequences as of text)",
+                next_step="the default is 0.25",
             )
         if not 0 < self.shard_gib < math.inf:
             raise OptionsError(

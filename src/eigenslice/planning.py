@@ -12,7 +12,7 @@ from eigenslice.plan import BasisKind, Plan, stored_parameters
 
 ROUND = 8
 """Widths from --slicing and --keep are multiples of this: what matrix kernels like."""
-SHARES = (0.0, 0.125, 0.25, 0.375, 0.5, 1.0)
+SHARES = (0.0, 0.2, 0.4, 1.0)
 """How much of the cut the hidden width may bear; MLP neurons bear the rest."""
 FEWEST_NEURONS = 0.25
 """Share of the neurons under which no plan goes while it could cut the width instead."""

@@ -16,7 +16,7 @@ from eigenslice.algebra.refit import DEFAULT_RIDGE, NormalEquations, RidgeChoice
 from eigenslice.dense import DenseModel, Tensors
 from eigenslice.forms import custom_config
 from eigenslice.plan import Plan
-from eigenslice.stream import Activations, BlockRunner, Site, captured_inputs
+from eigenslice.stream import RANDOM_GROUP, Activations, BlockRunner, Site, captured_inputs
 from eigenslice.transform import SiteBasis, keep_neurons
 
 FloatTensors = list[Tensor]
@@ -85,7 +85,7 @@ class SlicedTwin:
 
         Groups take turns in being held out, to choose the ridge; the fit itself then has all tokens.
         """
-        groups = sorted({a.group for a in site.activations} - self._trial)
+        groups = sorted({a.group for a in site.activations} - self._trial - {RANDOM_GROUP})
         held_out = groups[self._number % len(groups)]
         sums = {held: NormalEquations.zeros(base.shape[1], base.shape[0], base.device) for held in (True, False)}
         for number, a in enumerate(site.activations):

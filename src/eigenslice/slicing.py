@@ -13,7 +13,7 @@ from eigenslice.assembly import block_names, global_basis, slice_embeddings, sli
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_output, output_folder, write_json
-from eigenslice.data import Tokens, calibration_tokens
+from eigenslice.data import Tokens, calibration_tokens, random_sequences
 from eigenslice.dense import DenseModel, Tensors
 from eigenslice.device import resolve_device
 from eigenslice.forms import custom_config, stock_config
@@ -75,6 +75,10 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
     plans = make_plans(dense, options)
     _ = source.tokenizer_config  # a broken one is refused now, not when the work is done
     tokens = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
+    if options.fits and "seed" in tokens.description:  # texts, not token ids
+        tokens = random_sequences(
+            tokens, source.tokenizer, dense.config.vocab_size, options.random_tokens, options.calibration.seed
+        )
     dtype = getattr(torch, options.dtype) if options.dtype else dense.dtype
     compute = dense.dtype if device.type != "cpu" else torch.float32
     compute = getattr(torch, options.compute_dtype) if options.compute_dtype else compute

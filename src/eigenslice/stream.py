@@ -15,6 +15,9 @@ from eigenslice.errors import ActivationError
 from eigenslice.forms import canonical_config
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM
 
+RANDOM_GROUP = -2
+"""Group of sequences of random tokens: layers are fitted on them, too, but no basis or ridge is chosen by them."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -70,10 +73,10 @@ class Site:
     eps: float
 
     def moment(self, normalized: bool) -> SecondMoment:
-        """Second moment of the stream here, as it is or as the norm leaves it; padding doesn't count."""
+        """Second moment of the stream here, as it is or as the norm leaves it; without padding and random tokens."""
         hidden = self.activations[0].hidden
         moment = SecondMoment(hidden.shape[-1], hidden.device)
-        for a in self.activations:
+        for a in (a for a in self.activations if a.group != RANDOM_GROUP):
             moment.add(normalize(a.hidden, self.eps) if normalized else a.hidden, a.mask)
         return moment
 

@@ -12,11 +12,11 @@ from eigenslice.dense import DenseModel
 from eigenslice.measuring import Measurement
 from eigenslice.plan import Plan
 from eigenslice.refitting import SlicedTwin
-from eigenslice.stream import Batch, Site, Stream
+from eigenslice.stream import RANDOM_GROUP, Batch, Site, Stream
 
-FIT_TOKENS = 12_288
+FIT_TOKENS = 8_192
 """Tokens that a trial is fitted on: enough to tell plans apart, not enough to make the best of one."""
-TRIAL_TOKENS = 6_144
+TRIAL_TOKENS = 4_096
 """Tokens that it is measured on."""
 TRIAL = -1  # group of the sequences that nothing is fitted on
 ROWS = 256  # tokens whose logits are held at once
@@ -38,8 +38,8 @@ def trial_batches(batches: list[Batch]) -> list[Batch]:
     chosen: list[Batch] = []
     room = {False: FIT_TOKENS, True: TRIAL_TOKENS}
     for turn in range(max(map(len, queues.values()))):
-        for queue in queues.values():
-            held = turn % 3 == 2
+        for group, queue in queues.items():
+            held = turn % 3 == 2 and group != RANDOM_GROUP
             if turn < len(queue) and room[held] > 0:
                 one = queue[turn]
                 room[held] -= one.tokens

@@ -53,6 +53,9 @@ def slice_(
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences, of all texts together.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
+    random_tokens: Annotated[
+        float, typer.Option(help="Sequences of random tokens to fit on, too, as a share of those of text.")
+    ] = 0.25,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Stored dtype [as the source].")
@@ -69,7 +72,7 @@ def slice_(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Slice a model into a new folder, of exactly one size: --keep, --slicing or --width."""
+    """Slice a model into a new folder, of exactly one size: --keep, --slicing, --width or --recipe."""
     from eigenslice.options import CalibrationOptions, SliceOptions
     from eigenslice.slicing import slice_model
 
@@ -84,6 +87,7 @@ def slice_(
         mlp=mlp,
         basis=basis,
         refit=refit,
+        random_tokens=random_tokens,
         untie=untie,
         form=form,
         calibration=CalibrationOptions(
