@@ -27,7 +27,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     output = Path(tempfile.mkdtemp(prefix="eigenslice-demo-")) / "sliced"
-    calibration = CalibrationOptions(data="builtin", samples=12, seqlen=1024)
+    calibration = CalibrationOptions(data="builtin", samples=8, seqlen=1024)
     print(f"$ eigenslice slice {arguments.model} -o {output} --keep {arguments.keep} --calibration builtin")
     start = time.perf_counter()
     result = slice_model(
