@@ -5,14 +5,11 @@ LayerNorm model every writer is centred, so that an RMSNorm does what the LayerN
 architectures are alike: x <- x + sublayer(RMSN(x)).
 """
 
-import copy
 import re
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -20,6 +17,7 @@ from eigenslice.algebra.norms import centre_rows, centre_writer, fold_into_reade
 from eigenslice.arch import Table, lookup
 from eigenslice.checkpoint.source import Source
 from eigenslice.errors import CheckpointError, UnsupportedModelError
+from eigenslice.skeleton import empty_model
 
 Tensors = dict[str, Tensor]
 
@@ -27,29 +25,9 @@ Tensors = dict[str, Tensor]
 LEFTOVERS = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
 
 
-def empty_model(config: Any) -> Any:
-    """transformers' model of a config, with parameters on the meta device.
-
-    Raises:
-        CheckpointError: transformers can't build it.
-    """
-    try:
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
-    except Exception as error:  # whatever a model's constructor raises on a config that it doesn't expect
-        raise CheckpointError(
-            f"transformers can't build the {config.model_type} model that the config describes "
-            f"({type(error).__name__}: {error})",
-            allowed="a config of a model that transformers can build",
-            next_step="check config.json",
-        ) from error
-
-
 def _checkpoint_names(source: Source, model: Any) -> dict[str, str]:
     """Map the names of a model's parameters to the names of a checkpoint's tensors; every tensor has to fit."""
     state = model.state_dict()
-    if source.gguf:
-        return {name: name for name in state}
     transforms = get_model_conversion_mapping(model)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
@@ -187,11 +165,24 @@ class DenseModel:
         shift = self.raw(self.table.final_norm + ".bias")
         return fold_into_reader(weight, bias, self.final_gain(), shift)
 
-    def block(self, index: int) -> Tensors:
-        """Weights of one decoder layer, folded; names relative to the layer."""
+    def read_block(self, index: int) -> Tensors:
+        """Weights of one decoder layer as they are stored, in memory; names relative to the layer."""
         prefix = f"{self.table.layers}.{index}."
-        raw = {name.removeprefix(prefix): self.raw(name) for name in self.shapes if name.startswith(prefix)}
-        return fold_block(self.table, {name: tensor for name, tensor in raw.items() if tensor is not None})
+        return {
+            name.removeprefix(prefix): self.source.weights.load(self._names[name])
+            for name in self.shapes
+            if name.startswith(prefix)
+        }
+
+    def block(self, index: int, stored: Tensors | None = None) -> Tensors:
+        """Weights of one decoder layer, folded, in float64 on the device; names relative to the layer.
+
+        Args:
+            index: Number of the layer.
+            stored: What `read_block` gave; None reads it.
+        """
+        stored = self.read_block(index) if stored is None else stored
+        return fold_block(self.table, {n: t.to(device=self.device, dtype=torch.float64) for n, t in stored.items()})
 
 
 def fold_block(table: Table, raw: Tensors) -> Tensors:
