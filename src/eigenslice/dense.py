@@ -6,6 +6,8 @@ architectures are alike: x <- x + sublayer(RMSN(x)).
 """
 
 import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,6 +22,8 @@ from eigenslice.errors import CheckpointError, UnsupportedModelError
 from eigenslice.skeleton import empty_model
 
 Tensors = dict[str, Tensor]
+ROWS = 4096
+"""Rows of an embedding or a head that are in float64 at once."""
 
 # Buffers that older versions of transformers stored beside the weights.
 LEFTOVERS = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
@@ -121,6 +125,11 @@ class DenseModel:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     @property
+    def all_neurons(self) -> tuple[int, ...]:
+        """Number of MLP neurons in each block."""
+        return (self.neurons,) * self.blocks
+
+    @property
     def reader_bias(self) -> bool:
         """Whether folding gives every reader a bias (the norms have a shift)."""
         return f"{self.table.final_norm}.bias" in self.shapes
@@ -136,34 +145,36 @@ class DenseModel:
             return None
         return self.source.weights.load(self._names[name]).to(device=self.device, dtype=torch.float64)
 
-    def _weight(self, module: str) -> Tensor:
-        tensor = self.raw(module + ".weight")
-        assert tensor is not None, module  # shapes were checked against transformers' model
-        return tensor
+    def _stored(self, name: str) -> Tensor:
+        return self.source.weights.load(self._names[name])
 
     def final_gain(self) -> Tensor:
         """The final norm's gain (D,)."""
         gain = self.raw(self.table.final_norm + ".weight")
         return torch.ones(self.width, dtype=torch.float64, device=self.device) if gain is None else gain
 
-    def embeddings(self, centre: bool = True) -> Tensors:
+    def embeddings(self, centre: bool = True) -> "dict[str, Rows]":
         """Weights of the token embedding and of learned positions, centred in a LayerNorm model.
 
         Args:
             centre: False leaves the token embedding as stored, for a tied head.
         """
-        tensors = {}
+        rows = {}
         for index, module in enumerate(self.table.embeddings):
-            weight = self._weight(module)
-            tensors[module + ".weight"] = centre_rows(weight) if self.layer_norm and (centre or index > 0) else weight
-        return tensors
+            name = module + ".weight"
+            centred = self.layer_norm and (centre or index > 0)
+            rows[name] = Rows(self._stored(name), self.device, centre_rows if centred else None)
+        return rows
 
-    def head(self) -> tuple[Tensor, Tensor | None]:
+    def head(self) -> tuple["Rows", Tensor | None]:
         """The head's weight (V, D) and bias (V,) with the final norm folded in."""
-        weight = self._weight(self.table.embeddings[0] if self.tied else self.table.head)
-        bias = self.raw(self.table.head + ".bias")
-        shift = self.raw(self.table.final_norm + ".bias")
-        return fold_into_reader(weight, bias, self.final_gain(), shift)
+        rows = Rows(self._stored((self.table.embeddings[0] if self.tied else self.table.head) + ".weight"), self.device)
+        bias, shift = self.raw(self.table.head + ".bias"), self.raw(self.table.final_norm + ".bias")
+        if shift is not None:
+            shifted = rows.map(lambda chunk: (chunk @ shift)[:, None], torch.float64)[:, 0]
+            bias = shifted if bias is None else bias + shifted
+        gain = self.final_gain()
+        return Rows(rows.stored, self.device, lambda chunk: chunk * gain), bias
 
     def read_block(self, index: int) -> Tensors:
         """Weights of one decoder layer as they are stored, in memory; names relative to the layer."""
@@ -174,46 +185,113 @@ class DenseModel:
             if name.startswith(prefix)
         }
 
-    def block(self, index: int, stored: Tensors | None = None) -> Tensors:
-        """Weights of one decoder layer, folded, in float64 on the device; names relative to the layer.
+    def block(self, index: int, stored: Tensors | None = None) -> "FoldedBlock":
+        """Weights of one decoder layer, folded.
 
         Args:
             index: Number of the layer.
             stored: What `read_block` gave; None reads it.
         """
-        stored = self.read_block(index) if stored is None else stored
-        return fold_block(self.table, {n: t.to(device=self.device, dtype=torch.float64) for n, t in stored.items()})
+        return FoldedBlock(self.table, self.read_block(index) if stored is None else stored, self.device)
 
 
-def fold_block(table: Table, raw: Tensors) -> Tensors:
-    """Fold the norms of one decoder layer.
+@dataclass(frozen=True)
+class Rows:
+    """A matrix with a row for each token, changed a few thousand rows at a time: it may be the largest of all.
 
-    Args:
-        table: Its architecture.
-        raw: All its parameters, names relative to the layer, float64.
-
-    Raises:
-        UnsupportedModelError: the table doesn't account for a parameter.
+    Attributes:
+        stored: (V, D), as the checkpoint has it.
+        device: Where it is changed, in float64.
+        change: From rows (n, D) to rows (n, D); None leaves them as they are.
     """
-    folded: Tensors = {}
-    for sublayer in (table.attention, table.mlp):
-        gain, shift = raw.get(sublayer.norm + ".weight"), raw.get(sublayer.norm + ".bias")
-        for module in sublayer.readers:
-            weight, bias = fold_into_reader(raw[module + ".weight"], raw.get(module + ".bias"), gain, shift)
-            folded |= {module + ".weight": weight} | ({} if bias is None else {module + ".bias": bias})
-        for module in sublayer.writers:
-            weight, bias = raw[module + ".weight"], raw.get(module + ".bias")
-            if table.norm == "layer":
-                weight, bias = centre_writer(weight), None if bias is None else centre_rows(bias)
-            folded |= {module + ".weight": weight} | ({} if bias is None else {module + ".bias": bias})
-        inner = tuple(module + "." for module in sublayer.inner)
-        folded |= {name: tensor for name, tensor in raw.items() if name.startswith(inner)} if inner else {}
-    norms = {f"{s.norm}.{kind}" for s in (table.attention, table.mlp) for kind in ("weight", "bias")}
-    unknown = set(raw) - set(folded) - norms
-    if unknown:
-        raise UnsupportedModelError(
-            f"a decoder layer has parameters that the table of {table.model_type!r} doesn't know: {sorted(unknown)}",
-            allowed="layers of which every parameter is known to read or write the residual stream, or neither",
-            next_step="report this model: the table has to be extended",
-        )
-    return folded
+
+    stored: Tensor
+    device: torch.device
+    change: Callable[[Tensor], Tensor] | None = None
+
+    def map(self, then: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """All rows, changed by `change` and then by `then`, from (n, D) to (n, m); (V, m) of a dtype on the device."""
+        parts = []
+        for chunk in self.stored.split(ROWS):
+            rows = chunk.to(device=self.device, dtype=torch.float64)
+            parts.append(then(rows if self.change is None else self.change(rows)).to(dtype))
+        return torch.cat(parts)
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """All rows, changed."""
+        return self.map(lambda rows: rows, dtype)
+
+
+class FoldedBlock(Mapping[str, Tensor]):
+    """Canonical weights of one decoder layer, in float64 on the device; names are relative to the layer.
+
+    Each is folded when it is asked for, so that only what is stored stays in memory.
+    """
+
+    def __init__(self, table: Table, stored: Tensors, device: torch.device) -> None:
+        """stored: all parameters of the layer. Raises UnsupportedModelError: the table doesn't account for one."""
+        self._stored, self._device, self._centred = stored, device, table.norm == "layer"
+        self._norms: dict[str, str] = {}  # the norm before each reader
+        self._names: list[str] = []
+        writers: set[str] = set()
+        for sublayer in (table.attention, table.mlp):
+            shift = f"{sublayer.norm}.bias" in stored
+            for module in sublayer.readers:
+                self._norms[module] = sublayer.norm
+                self._names += [f"{module}.weight", *([f"{module}.bias"] if shift or f"{module}.bias" in stored else [])]
+            for module in sublayer.writers:
+                self._names += [name for name in (f"{module}.weight", f"{module}.bias") if name in stored]
+            writers |= set(sublayer.writers)
+            inner = tuple(module + "." for module in sublayer.inner)
+            self._names += [name for name in stored if inner and name.startswith(inner)]
+        self._writers = frozenset(writers)
+        norms = {f"{s.norm}.{kind}" for s in (table.attention, table.mlp) for kind in ("weight", "bias")}
+        unknown = set(stored) - set(self._names) - norms
+        if unknown:
+            raise UnsupportedModelError(
+                f"a decoder layer has parameters that the table of {table.model_type!r} doesn't know: "
+                f"{sorted(unknown)}",
+                allowed="layers of which every parameter is known to read or write the residual stream, or neither",
+                next_step="report this model: the table has to be extended",
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        module, _, kind = name.rpartition(".")
+        if module in self._norms:
+            return self._fold(module, self._norms[module], kind)
+        tensor = self._raw(name)
+        assert tensor is not None  # it is among the names
+        if self._centred and module in self._writers:
+            return centre_writer(tensor) if kind == "weight" else centre_rows(tensor)
+        return tensor
+
+    def _raw(self, name: str) -> Tensor | None:
+        tensor = self._stored.get(name)
+        return None if tensor is None else tensor.to(device=self._device, dtype=torch.float64)
+
+    def _fold(self, module: str, norm: str, kind: str) -> Tensor:
+        """A reader's weight with the norm's gain in it, or its bias with the norm's shift in it."""
+        if kind == "weight":
+            weight, gain = self._raw(f"{module}.weight"), self._raw(f"{norm}.weight")
+            assert weight is not None
+            return fold_into_reader(weight, None, gain, None)[0]
+        bias, shift = self._raw(f"{module}.bias"), self._raw(f"{norm}.bias")
+        if shift is None:
+            assert bias is not None
+            return bias
+        weight = self._raw(f"{module}.weight")
+        assert weight is not None
+        folded = fold_into_reader(weight, bias, None, shift)[1]
+        assert folded is not None
+        return folded

@@ -22,14 +22,8 @@ class SecondMoment:
         self.matrix = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.tokens = 0
 
-    def add(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Add a chunk.
-
-        Args:
-            x: (..., D) activations.
-            mask: (...) of booleans; False marks padding, which doesn't count.
-        """
-        rows = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+    def add(self, rows: Tensor) -> None:
+        """Add a chunk of tokens, (tokens, D)."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self.matrix += (rows.T @ rows).to(torch.float64)
         self.tokens += rows.shape[0]

@@ -1,5 +1,6 @@
 """Sequences of tokens, to calibrate on or to measure a perplexity on."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable
@@ -44,6 +45,16 @@ class Tokens:
     def count(self) -> int:
         """Tokens that count: no padding."""
         return sum(batch.tokens for batch in self.batches)
+
+    @property
+    def sha256(self) -> str:
+        """Of all token ids, masks and groups, in their order."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            digest.update(f"{tuple(batch.input_ids.shape)} {batch.group}".encode())
+            for tensor in (batch.input_ids, batch.attention_mask):
+                digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def calibration_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any) -> Tokens:
