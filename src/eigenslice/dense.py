@@ -238,7 +238,10 @@ class FoldedBlock(Mapping[str, Tensor]):
             shift = f"{sublayer.norm}.bias" in stored
             for module in sublayer.readers:
                 self._norms[module] = sublayer.norm
-                self._names += [f"{module}.weight", *([f"{module}.bias"] if shift or f"{module}.bias" in stored else [])]
+                self._names += [
+                    f"{module}.weight",
+                    *([f"{module}.bias"] if shift or f"{module}.bias" in stored else []),
+                ]
             for module in sublayer.writers:
                 self._names += [name for name in (f"{module}.weight", f"{module}.bias") if name in stored]
             writers |= set(sublayer.writers)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import psutil
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -17,6 +17,14 @@ Place = Literal["device", "host", "disk"]
 FREE_SHARE = 0.5
 """Share of the memory that is free now which activations may take."""
 KEY = "x"
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError where it can't be written, such as on a full disk."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def choose_place(choice: OffloadChoice, needed: int, device: torch.device) -> Place:
@@ -80,7 +88,7 @@ class OffloadedTensors:
         assert self._folder is not None
         path = self._folder / f"{index:06d}.safetensors"
         beside = path.with_suffix(".new")
-        save_file({KEY: tensor.contiguous()}, beside)
+        save_tensors({KEY: tensor}, beside)
         beside.replace(path)  # a new file each time: a saved state may still be linked to the old one
         return path
 
@@ -88,9 +96,9 @@ class OffloadedTensors:
         """Keep what is here now in a folder, which is made; files are linked, not copied."""
         folder.mkdir(parents=True)
         held = {f"{index:06d}": t for index, t in enumerate(self._tensors)}
-        memory = {name: t.contiguous() for name, t in held.items() if isinstance(t, Tensor)}
+        memory = {name: t for name, t in held.items() if isinstance(t, Tensor)}
         if memory:
-            save_file(memory, folder / "memory")
+            save_tensors(memory, folder / "memory")
         for name, path in held.items():
             if isinstance(path, Path):
                 os.link(path, folder / f"{name}.safetensors")

@@ -15,14 +15,13 @@ from eigenslice.manifest import site_summary
 from eigenslice.measuring import Measurement
 from eigenslice.offload import Offload
 from eigenslice.plan import Plan
+from eigenslice.progress import Progress
 from eigenslice.ranks import Ranks
 from eigenslice.refitting import SlicedTwin
 from eigenslice.resume import RunState
 from eigenslice.stream import STREAMS, Batch, Stream, share_batches
 from eigenslice.transform import SiteBasis, identity_basis, slice_block
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, how many steps are done, and of how many."""
 STAGE = "slicing"
 SLICED_STREAMS = "sliced"
 
@@ -49,9 +48,10 @@ class Run:
         """This rank's calibration sequences."""
         return share_batches(self.tokens.batches, self.ranks)
 
-    def report(self, stage: str) -> Callable[[int], None]:
-        """Progress of a stage that goes through all blocks."""
-        return lambda block: self.progress(stage, block, self.dense.blocks)
+    def report(self, stage: str, tokens: int | None = None) -> Callable[[int], None]:
+        """Progress of a stage in which tokens go through all blocks; None are all tokens."""
+        count = self.tokens.count if tokens is None else tokens
+        return lambda block: self.progress(stage, block, self.dense.blocks, count)
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Slicing:
     ) -> torch.Tensor | None:
         """Fit all blocks beside the dense stream; what an untied head reads."""
         run, state = self.run, self.run.state
-        groups = {batch.group for batch in run.tokens.batches}
+        stream, groups = run.stream(), {batch.group for batch in run.tokens.batches}
         twin = SlicedTwin(
             run.dense,
             self.plan,
@@ -116,7 +116,7 @@ class Slicing:
             twin.restore(position, SLICED_STREAMS, position.content["fits"])
             self.writer.checksums.update(position.content["written"])
         report = run.report(STAGE)
-        for site in run.stream().walk(run.batches, position=position):
+        for site in stream.walk(run.batches, position=position):
             report(site.block)
             if not site.resumed:
                 twin.arrive(site)

@@ -23,6 +23,7 @@ from eigenslice.resume import Position
 from eigenslice.stream import RANDOM_GROUP, Activations, BlockRunner, Site, captured_inputs
 from eigenslice.transform import SiteBasis, keep_neurons
 
+
 class SlicedTwin:
     """A sliced model in the making.
 
@@ -111,9 +112,7 @@ class SlicedTwin:
         else:
             self._run(site, site.folded, reading)
 
-    def _fit(
-        self, kind: str, site: Site, base: Tensor, tokens: Callable[[int, Activations], Tokens]
-    ) -> Tensor:
+    def _fit(self, kind: str, site: Site, base: Tensor, tokens: Callable[[int, Activations], Tokens]) -> Tensor:
         """Ridge regression towards `base` (m, n); tokens gives a batch's inputs (T, n) and outputs (T, m).
 
         Groups take turns in being held out, to choose the ridge; the fit itself then has all tokens.

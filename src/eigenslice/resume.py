@@ -1,7 +1,6 @@
 """What an interrupted run needs to go on, kept in files while it works."""
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -9,10 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from eigenslice.offload import OffloadedTensors
+from eigenslice.offload import OffloadedTensors, save_tensors
 from eigenslice.ranks import Ranks
 
 CURRENT = "current.json"
@@ -76,7 +75,7 @@ class RunState:
 
         def keep() -> int:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_file(_plain(tensors), self.folder / f"{stage}.safetensors")
+            save_tensors(_plain(tensors), self.folder / f"{stage}.safetensors")
             self._current["finished"][stage] = {"file": f"{stage}.safetensors", "content": dict(content)}
             return self._commit(None)
 
@@ -117,7 +116,7 @@ class RunState:
         folder = self._folder_of(serial)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that ended while it saved this
         folder.mkdir(parents=True)
-        save_file(_plain(tensors), folder / "tensors.safetensors")
+        save_tensors(_plain(tensors), folder / "tensors.safetensors")
         for name, held in activations.items():
             held.save(folder / name)
         self.ranks.wait()
@@ -134,14 +133,11 @@ class RunState:
         """Make the state that lies there the current one; its number."""
         self._current |= {"serial": self._current["serial"] + 1, "at": at}
         path = self.folder / f"{CURRENT}.new"
-        with path.open("w", encoding="utf-8") as file:
-            json.dump(self._current, file)
-            file.flush()
-            os.fsync(file.fileno())
+        path.write_text(json.dumps(self._current), encoding="utf-8")
         path.replace(self.folder / CURRENT)
         return self._current["serial"]
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """As safetensors takes them."""
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}

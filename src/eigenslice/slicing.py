@@ -22,9 +22,10 @@ from eigenslice.manifest import NAME, finished_manifest, manifest, run_identity
 from eigenslice.measuring import Measurement, measure
 from eigenslice.offload import Offload, choose_place
 from eigenslice.options import SliceOptions
-from eigenslice.passes import Progress, Run, Slicing
+from eigenslice.passes import Run, Slicing
 from eigenslice.plan import Plan, layout, stored_parameters
 from eigenslice.planning import make_plans
+from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks, join_ranks
 from eigenslice.resume import RunState
 from eigenslice.trials import trial_batches, try_plans
@@ -38,7 +39,7 @@ class SliceResult:
     manifest: dict[str, Any]
 
 
-def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, total: None) -> SliceResult:
+def slice_model(options: SliceOptions, progress: Progress = no_progress) -> SliceResult:
     """Slice a checkpoint into a new folder.
 
     Under torchrun, all processes call this; they share the sequences, and the first one writes.
@@ -53,7 +54,7 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
     """
     device = resolve_device(options.device)
     with join_ranks(device) as ranks:
-        return _slice(options, device, ranks, progress if ranks.first else lambda stage, done, total: None)
+        return _slice(options, device, ranks, progress if ranks.first else no_progress)
 
 
 def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: Progress) -> SliceResult:
@@ -148,7 +149,7 @@ def _choose(
         return plans[0], []
     measurement, spectrum = found
     batches = trial_batches(run.tokens.batches)
-    report, stream = run.report("planning"), run.stream()
+    report, stream = run.report("planning", sum(batch.tokens for batch in batches)), run.stream()
     losses = try_plans(run.dense, plans, spectrum, measurement, batches, stream, report, run.state, run.ranks)
     best = min(range(len(plans)), key=losses.__getitem__)
     return plans[best], [plan.describe() | {"kl": loss} for plan, loss in zip(plans, losses, strict=True)]

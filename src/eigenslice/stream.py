@@ -264,12 +264,14 @@ class Stream:
     def _pass(self, layer: Any, block: int, site: int, a: Activations, observe: Observer | None) -> Tensor:
         """Let one batch pass a site's sublayers; whether it is finite then, a boolean on the device."""
         mlp = self.dense.table.mlp
-        writers = mlp.writers[:1] if observe and mlp in self._sites[site] else ()
+        watched = observe is not None and mlp in self._sites[site]
+        writers = mlp.writers[:1] if watched else ()
         hidden = a.hidden
         with captured_inputs(layer, writers) as inputs:
             update = layer.update(site, layer.normalize(site, hidden), **a.kwargs[block])
-        if observe and inputs:
-            observe(block, a, inputs[writers[0]])
+        if observe is not None:
+            for captured in inputs.values():
+                observe(block, a, captured)
         hidden = hidden + update
         a.put(hidden)
         return self._finite(a, hidden)

@@ -61,9 +61,7 @@ def identity_basis(width: int, device: torch.device | str) -> SiteBasis:
     return SiteBasis(torch.eye(width, dtype=torch.float64, device=device))
 
 
-def keep_neurons(
-    sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Tensor | None
-) -> Iterator[tuple[str, Tensor]]:
+def keep_neurons(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """The weights of a sublayer's readers and writers with only some of its neurons; None keeps all.
 
     Args:

@@ -128,7 +128,9 @@ def _head(dense: DenseModel, plan: Plan, basis: GlobalBasis, twin: SlicedTwin) -
     head, norm = dense.table.head, dense.table.final_norm
     tensors = dict(slice_head(dense, plan, basis.site, basis.tied_gain, torch.float32, twin.reading))
     if plan.tied:
-        embedding = dict(slice_embeddings(dense, plan, basis.site, torch.float32))[dense.table.embeddings[0] + ".weight"]
+        embedding = dict(slice_embeddings(dense, plan, basis.site, torch.float32))[
+            dense.table.embeddings[0] + ".weight"
+        ]
         return embedding * tensors[norm + ".weight"].float(), tensors.get(head + ".bias")
     return tensors[head + ".weight"], tensors.get(head + ".bias")
 

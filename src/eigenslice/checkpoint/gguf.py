@@ -66,7 +66,7 @@ class GgufWeights:
         self._parts: dict[str, list[str]] = {}  # several tensors of the file may make one of the model
         for stored in self._stored:
             name = self._mapping.get(stored)
-            if name in self._shapes:
+            if name is not None and name in self._shapes:
                 self._parts.setdefault(name, []).append(stored)
 
     def names(self) -> list[str]:

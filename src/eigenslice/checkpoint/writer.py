@@ -128,7 +128,7 @@ class ShardWriter:
                 next_step="pass --dtype bfloat16 or --dtype float32",
             )
         place = self._places[name]
-        data = memoryview(stored.reshape(-1).view(torch.uint8).numpy())
+        data = stored.reshape(-1).view(torch.uint8).numpy().data
         descriptor = os.open(self._folder / place.file, os.O_WRONLY)
         try:
             done = 0
