@@ -76,8 +76,9 @@ def test_a_rank_that_dies_ends_the_run(dense_folder: Folders, tmp_path: Path) ->
     file = tmp_path / "ids.safetensors"
     save_file({"calibration": tiny.structured_ids(400, 64, seed=1)}, file)
     arguments = ["slice", dense_folder("llama"), "--calibration", file, "--keep", "0.75", "-o", tmp_path / "out"]
-    command = [arg for arg in torchrun(2, *arguments)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) as launcher:
+    with subprocess.Popen(
+        torchrun(2, *arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as launcher:
         state = tmp_path / "out.partial" / "state" / "current.json"
         deadline = time.monotonic() + 120
         while not state.exists() and launcher.poll() is None and time.monotonic() < deadline:

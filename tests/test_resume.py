@@ -215,7 +215,8 @@ def test_a_state_is_current_only_when_it_is_complete(tmp_path: Path, monkeypatch
     assert torch.equal(restored[0], torch.ones(2, 3))
     again = RunState(tmp_path, ALONE)
     again.save("measuring", 4, {"dense": streams}, {}, {})
-    assert (position := RunState(tmp_path, ALONE).position("measuring")) is not None
+    position = RunState(tmp_path, ALONE).position("measuring")
+    assert position is not None
     assert position.block == 4
     again.finish("measuring", {"moment": torch.eye(2)}, {"kl": [0.1]})
     later = RunState(tmp_path, ALONE)

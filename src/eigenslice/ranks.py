@@ -17,6 +17,7 @@ from torch import Tensor
 
 from eigenslice.errors import EigensliceError, RankError
 
+CPU = torch.device("cpu")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
 
 
@@ -32,7 +33,7 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @property
     def first(self) -> bool:

@@ -140,10 +140,15 @@ def test_an_output_that_exists_is_refused_and_left_alone(make: Any, tmp_path: Pa
 
 def test_an_output_that_appears_meanwhile_is_left_alone_and_the_result_kept(tmp_path: Path) -> None:
     output = tmp_path / "out"
-    with pytest.raises(IncompleteError) as caught, work_folder(output, IDENTITY, resume=False) as work:
-        (work.result / "file").write_text("content")
-        (work.state / "current.json").write_text("{}")
-        output.mkdir()
+
+    def be_overtaken() -> None:
+        with work_folder(output, IDENTITY, resume=False) as work:
+            (work.result / "file").write_text("content")
+            (work.state / "current.json").write_text("{}")
+            output.mkdir()
+
+    with pytest.raises(IncompleteError) as caught:
+        be_overtaken()
     check_message(caught.value, "meanwhile")
     assert names(output) == []
     assert (partial_path(output) / "result" / "file").read_text() == "content"
