@@ -148,7 +148,7 @@ def run_twin(
     groups = {batch.group for batch in batches} - set(trial)
     twin = SlicedTwin(dense, plan, basis, [None] * dense.blocks, torch.float32, write, groups=groups)
     streams: list[Tensor] = []
-    for site in Stream(dense, torch.float32).walk(batches):
+    for site in Stream(dense, torch.float32).walk(batches, hold=True):
         twin.arrive(site)
         twin.leave(site)
         streams = list(twin.streams)

@@ -6,7 +6,7 @@ architectures are alike: x <- x + sublayer(RMSN(x)).
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,18 +163,24 @@ class DenseModel:
         for index, module in enumerate(self.table.embeddings):
             name = module + ".weight"
             centred = self.layer_norm and (centre or index > 0)
-            rows[name] = Rows(self._stored(name), self.device, centre_rows if centred else None)
+            rows[name] = self._rows(name, centre_rows if centred else None)
         return rows
 
     def head(self) -> tuple["Rows", Tensor | None]:
         """The head's weight (V, D) and bias (V,) with the final norm folded in."""
-        rows = Rows(self._stored((self.table.embeddings[0] if self.tied else self.table.head) + ".weight"), self.device)
+        name = (self.table.embeddings[0] if self.tied else self.table.head) + ".weight"
         bias, shift = self.raw(self.table.head + ".bias"), self.raw(self.table.final_norm + ".bias")
         if shift is not None:
-            shifted = rows.map(lambda chunk: (chunk @ shift)[:, None], torch.float64)[:, 0]
+            shifted = self._rows(name).map(lambda rows: (rows @ shift)[:, None], torch.float64)[:, 0]
             bias = shifted if bias is None else bias + shifted
         gain = self.final_gain()
-        return Rows(rows.stored, self.device, lambda chunk: chunk * gain), bias
+        return self._rows(name, lambda rows: rows * gain), bias
+
+    def _rows(self, name: str, change: Callable[[Tensor], Tensor] | None = None) -> "Rows":
+        stored = self._names[name]
+        return Rows(
+            lambda: self.source.weights.rows(stored, ROWS), self.source.weights.shape(stored)[0], self.device, change
+        )
 
     def read_block(self, index: int) -> Tensors:
         """Weights of one decoder layer as they are stored, in memory; names relative to the layer."""
@@ -190,32 +196,43 @@ class DenseModel:
 
         Args:
             index: Number of the layer.
-            stored: What `read_block` gave; None reads it.
+            stored: What `read_block` gave; None reads each when it is asked for.
         """
-        return FoldedBlock(self.table, self.read_block(index) if stored is None else stored, self.device)
+        if stored is not None:
+            return FoldedBlock(self.table, stored.keys(), stored.__getitem__, self.device)
+        prefix = f"{self.table.layers}.{index}."
+        names = {name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)}
+        return FoldedBlock(self.table, names.keys(), lambda name: self._stored(names[name]), self.device)
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A matrix with a row for each token, changed a few thousand rows at a time: it may be the largest of all.
+    """A matrix with a row for each token, read and changed a few thousand rows at a time.
 
     Attributes:
-        stored: (V, D), as the checkpoint has it.
+        pieces: Reads it, (n, D) at a time, as the checkpoint has it.
+        count: Number of rows.
         device: Where it is changed, in float64.
         change: From rows (n, D) to rows (n, D); None leaves them as they are.
     """
 
-    stored: Tensor
+    pieces: Callable[[], Iterator[Tensor]]
+    count: int
     device: torch.device
     change: Callable[[Tensor], Tensor] | None = None
 
     def map(self, then: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         """All rows, changed by `change` and then by `then`, from (n, D) to (n, m); (V, m) of a dtype on the device."""
-        parts = []
-        for chunk in self.stored.split(ROWS):
-            rows = chunk.to(device=self.device, dtype=torch.float64)
-            parts.append(then(rows if self.change is None else self.change(rows)).to(dtype))
-        return torch.cat(parts)
+        result = torch.empty(0)
+        start = 0
+        for piece in self.pieces():
+            rows = piece.to(device=self.device, dtype=torch.float64)
+            rows = then(rows if self.change is None else self.change(rows))
+            if start == 0:
+                result = torch.empty(self.count, rows.shape[1], dtype=dtype, device=self.device)
+            result[start : start + len(rows)] = rows
+            start += len(rows)
+        return result
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """All rows, changed."""
@@ -225,12 +242,25 @@ class Rows:
 class FoldedBlock(Mapping[str, Tensor]):
     """Canonical weights of one decoder layer, in float64 on the device; names are relative to the layer.
 
-    Each is folded when it is asked for, so that only what is stored stays in memory.
+    Each is folded when it is asked for, and not kept.
     """
 
-    def __init__(self, table: Table, stored: Tensors, device: torch.device) -> None:
-        """stored: all parameters of the layer. Raises UnsupportedModelError: the table doesn't account for one."""
-        self._stored, self._device, self._centred = stored, device, table.norm == "layer"
+    def __init__(
+        self, table: Table, stored: Collection[str], load: Callable[[str], Tensor], device: torch.device
+    ) -> None:
+        """Nothing is loaded yet.
+
+        Args:
+            table: The layer's architecture.
+            stored: Names of all its parameters.
+            load: Gives one of them.
+            device: Where they are folded.
+
+        Raises:
+            UnsupportedModelError: the table doesn't account for one of them.
+        """
+        self._stored, self._load = frozenset(stored), load
+        self._device, self._centred = device, table.norm == "layer"
         self._norms: dict[str, str] = {}  # the norm before each reader
         self._names: list[str] = []
         writers: set[str] = set()
@@ -280,8 +310,7 @@ class FoldedBlock(Mapping[str, Tensor]):
         return tensor
 
     def _raw(self, name: str) -> Tensor | None:
-        tensor = self._stored.get(name)
-        return None if tensor is None else tensor.to(device=self._device, dtype=torch.float64)
+        return self._load(name).to(device=self._device, dtype=torch.float64) if name in self._stored else None
 
     def _fold(self, module: str, norm: str, kind: str) -> Tensor:
         """A reader's weight with the norm's gain in it, or its bias with the norm's shift in it."""

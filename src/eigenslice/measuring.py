@@ -85,9 +85,10 @@ def measure(
         if state and site.index == 0 and site.block and not site.resumed:
             sums = {"moment": moment, "energies": energies, "columns": columns}
             state.save(STAGE, site.block, {STREAMS: site.streams}, sums, {})
-        if count and site.folded and site.index == 0:
-            columns[site.block] = site.folded[dense.table.mlp.writers[0] + ".weight"].square().sum(0)
-        moment += (HEAD_WEIGHT if site.folded is None else 1.0) * site.moment(normalized=True)
+        if count and site.layer is not None and site.index == 0:
+            weight = site.layer.get_submodule(dense.table.mlp.writers[0]).weight
+            columns[site.block] = weight.to(torch.float64).square().sum(0)
+        moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
     importance = ranks.sum(energies) * columns
     ranks.sum(moment)
     if state:

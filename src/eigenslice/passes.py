@@ -10,7 +10,7 @@ from eigenslice.algebra.basis import Spectrum, kept_basis, principal_components
 from eigenslice.assembly import NamedTensors, block_names, global_basis, slice_embeddings, slice_head, stock_extras
 from eigenslice.checkpoint.writer import ShardWriter
 from eigenslice.data import Tokens
-from eigenslice.dense import DenseModel, FoldedBlock, Tensors
+from eigenslice.dense import DenseModel, Tensors
 from eigenslice.manifest import site_summary
 from eigenslice.measuring import Measurement
 from eigenslice.offload import Offload
@@ -116,7 +116,7 @@ class Slicing:
             twin.restore(position, SLICED_STREAMS, position.content["fits"])
             self.writer.checksums.update(position.content["written"])
         report = run.report(STAGE)
-        for site in stream.walk(run.batches, position=position):
+        for site in stream.walk(run.batches, position=position, hold=True):
             report(site.block)
             if not site.resumed:
                 twin.arrive(site)
@@ -137,14 +137,12 @@ class Slicing:
         dense = run.dense
         sites = dense.table.sites(dense.config)
         summaries: list[dict[str, Any]] = []
-        pending: FoldedBlock | None = None
         bases: list[SiteBasis] = []
         position = state.position(STAGE)
         if position:
             summaries = list(position.content["summaries"])
             self.writer.checksums.update(position.content["written"])
             bases = [SiteBasis(position.tensors[str(n)].to(dense.device)) for n in range(len(sites))]
-            pending = dense.block(position.block - 1)
         report = run.report(STAGE)
         for site in run.stream().walk(run.batches, position=position):
             report(site.block)
@@ -154,7 +152,7 @@ class Slicing:
                 state.save(STAGE, site.block, {STREAMS: site.streams}, tensors, content)
             number = site.block * len(sites) + site.index
             width = plan.site_widths[number]
-            if site.folded is None:
+            if site.layer is None:
                 basis = identity_basis(dense.width, dense.device)
             else:
                 spectrum = principal_components(run.ranks.sum(site.moment(normalized=False)), dense.layer_norm)
@@ -163,11 +161,11 @@ class Slicing:
                 summaries.append(site_summary(f"block {site.block} site {site.index}", spectrum, width))
             if number == 0:
                 self.write(slice_embeddings(dense, plan, basis, self.writer.dtype))
-            if site.index == 0 and pending is not None:
-                block = slice_block(sites, pending, [*bases, basis], shortcuts=True)
-                self.write(block_names(dense, site.block - 1, block))
+            if site.index == 0 and site.block:
+                before = site.block - 1
+                block = slice_block(sites, dense.block(before), [*bases, basis], shortcuts=True)
+                self.write(block_names(dense, before, block))
                 bases = []
-            pending = site.folded
             bases.append(basis)
         self.write(slice_head(dense, plan, bases[-1], None, self.writer.dtype))
         run.progress(STAGE, dense.blocks, dense.blocks)

@@ -100,7 +100,7 @@ class SlicedTwin:
 
     def leave(self, site: Site) -> None:
         """Let readers predict what was cut from what is kept, then run the site's sublayers up to their writers."""
-        if site.folded is None and self._tied:
+        if site.layer is None and self._tied:
             return  # the head reads what the embeddings' basis lets it read
 
         def tokens(number: int, a: Activations) -> Tokens:
@@ -108,6 +108,7 @@ class SlicedTwin:
 
         reading = self._fit("read", site, self._basis.reading, tokens)
         if site.folded is None:
+            assert site.layer is None, "a twin needs the weights that the walk holds"
             self.reading = reading
         else:
             self._run(site, site.folded, reading)

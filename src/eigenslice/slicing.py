@@ -30,6 +30,9 @@ from eigenslice.ranks import Ranks, join_ranks
 from eigenslice.resume import RunState
 from eigenslice.trials import trial_batches, try_plans
 
+TOGETHER = 3
+"""Plans that are tried beside one pass of the dense model."""
+
 
 @dataclass(frozen=True)
 class SliceResult:
@@ -149,7 +152,14 @@ def _choose(
         return plans[0], []
     measurement, spectrum = found
     batches = trial_batches(run.tokens.batches)
-    report, stream = run.report("planning", sum(batch.tokens for batch in batches)), run.stream()
-    losses = try_plans(run.dense, plans, spectrum, measurement, batches, stream, report, run.state, run.ranks)
-    best = min(range(len(plans)), key=losses.__getitem__)
-    return plans[best], [plan.describe() | {"kl": loss} for plan, loss in zip(plans, losses, strict=True)]
+    report, losses = run.report("planning", sum(batch.tokens for batch in batches)), []
+    while len(losses) < len(plans):
+        some = plans[len(losses) : len(losses) + TOGETHER]
+        stage, stream = f"planning-{len(losses)}", run.stream()
+        losses += try_plans(
+            run.dense, some, spectrum, measurement, batches, stream, report, run.state, run.ranks, stage
+        )
+        if min(losses) < losses[-1]:
+            break  # those that cut more of the width lose more
+    best = min(range(len(losses)), key=losses.__getitem__)
+    return plans[best], [plan.describe() | {"kl": loss} for plan, loss in zip(plans, losses, strict=False)]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from eigenslice.algebra.covariance import SecondMoment, normalize
 from eigenslice.dense import DenseModel, FoldedBlock, Tensors
+from eigenslice.device import trim_memory
 from eigenslice.errors import ActivationError
 from eigenslice.forms import canonical_config
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM
@@ -90,7 +91,8 @@ class Site:
     Attributes:
         block: Number of the block, or the number of blocks before the head.
         index: Number of the site within its block.
-        folded: The block's canonical weights, None before the head.
+        layer: The block with its canonical weights, in the dtype of the stream; None before the head.
+        folded: Those weights, if the walk was asked to hold them.
         activations: One per batch; their streams may be changed before the walk goes on.
         streams: Those streams.
         width, eps: The stream's width D and the norms' epsilon.
@@ -99,6 +101,7 @@ class Site:
 
     block: int
     index: int
+    layer: Any
     folded: FoldedBlock | None
     activations: list[Activations]
     streams: OffloadedTensors
@@ -225,7 +228,11 @@ class Stream:
         return result
 
     def walk(
-        self, batches: list[Batch], observe: Observer | None = None, position: Position | None = None
+        self,
+        batches: list[Batch],
+        observe: Observer | None = None,
+        position: Position | None = None,
+        hold: bool = False,
     ) -> Iterator[Site]:
         """Yield the stream at each site, the last one before the head, and run the sublayers in between.
 
@@ -234,6 +241,7 @@ class Stream:
         Args:
             batches: The sequences.
             observe: Called for each batch with what the MLP's writer reads.
+            hold: Whether a block's weights stay in memory, in float64's precision, while the stream passes it.
             position: Where to go on, with the streams saved as `STREAMS`; None begins with the embeddings.
 
         Raises:
@@ -251,15 +259,19 @@ class Stream:
             for block in range(start, dense.blocks):
                 assert following is not None
                 folded, layer = dense.block(block, following.result()), self._layers[block]
-                following = reader.submit(dense.read_block, block + 1) if block + 1 < dense.blocks else None
+                following = None
                 self._runner.assign(layer, folded.items())
+                held = folded if hold else None
+                del folded
+                following = reader.submit(dense.read_block, block + 1) if block + 1 < dense.blocks else None
                 for site in range(len(layer.sites)):
                     resumed = position is not None and block == start and site == 0
-                    yield Site(block, site, folded, activations, streams, width, eps, resumed)
+                    yield Site(block, site, layer, held, activations, streams, width, eps, resumed)
                     finite = [self._pass(layer, block, site, a, observe) for a in activations]
                 self._runner.release(layer)
+                trim_memory()
                 self._check(finite, f"block {block} (of 0 to {dense.blocks - 1}) gives")
-            yield Site(dense.blocks, 0, None, activations, streams, width, eps, start == dense.blocks)
+            yield Site(dense.blocks, 0, None, None, activations, streams, width, eps, start == dense.blocks)
 
     def _pass(self, layer: Any, block: int, site: int, a: Activations, observe: Observer | None) -> Tensor:
         """Let one batch pass a site's sublayers; whether it is finite then, a boolean on the device."""

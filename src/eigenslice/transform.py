@@ -45,7 +45,7 @@ class SiteBasis:
 
     def write(self, weight: Tensor) -> Tensor:
         """Weight (D, in) or bias (D,) of a layer that writes the stream: c Q^T W."""
-        return self.scale * (self.matrix.T @ weight)
+        return (self.scale * self.matrix.T) @ weight
 
     def embed(self, rows: Tensor) -> Tensor:
         """Rows (..., D) of an embedding or of the stream: c E Q."""

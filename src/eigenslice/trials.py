@@ -106,7 +106,7 @@ def try_plans(
     if position:
         for number, twin in enumerate(twins):
             twin.restore(position, f"plan-{number}", position.content[str(number)])
-    for site in stream.walk(share_batches(batches, ranks), position=position):
+    for site in stream.walk(share_batches(batches, ranks), position=position, hold=True):
         progress(site.block)
         for twin in twins:
             if not site.resumed:

@@ -216,7 +216,7 @@ def test_batches_hold_at_most_so_many_tokens(tmp_path: Path) -> None:
     sizes = [batch.input_ids.numel() for batch in tokens.batches]
     assert sum(sizes) == 12_900
     assert max(sizes) <= BATCH_TOKENS
-    assert len(sizes) == 4  # 81 windows are 4050 tokens: 3 times, and the rest
+    assert len(sizes) == 8  # 40 windows are 2000 tokens: of each quarter, that and the rest
 
 
 @pytest.mark.parametrize("dtype", ["int64", "int32", "int16", "uint8", "uint16", "uint32"])

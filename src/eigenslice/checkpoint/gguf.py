@@ -1,5 +1,6 @@
 """Reading the tensors of a GGUF file one at a time, dequantized, under transformers' names."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,3 +101,7 @@ class GgufWeights:
                 next_step="convert or download the file again",
             )
         return tensor
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """The tensor in pieces of so many rows; it is dequantized as a whole."""
+        yield from self.load(name).split(count)

@@ -1,6 +1,7 @@
 """Reading tensors one at a time, by name; nothing is unpickled and nothing is read before it is asked for."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -34,6 +35,10 @@ class Weights(Protocol):
         ...
 
     def load(self, name: str) -> Tensor: ...
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """The tensor in pieces of so many rows: a vocabulary's matrix may be larger than all else."""
+        ...
 
 
 def _broken(file: Path, why: object) -> CheckpointError:
@@ -128,3 +133,13 @@ class SafetensorsWeights:
                 return tensors.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise _broken(self._file_of[name], error) from error
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """The tensor in pieces of so many rows, each copied."""
+        for start in range(0, self.shape(name)[0], count):
+            try:
+                with safe_open(self._file_of[name], framework="pt") as tensors:
+                    piece = tensors.get_slice(name)[start : start + count].clone()
+            except (SafetensorError, OSError) as error:
+                raise _broken(self._file_of[name], error) from error
+            yield piece

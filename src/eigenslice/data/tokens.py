@@ -20,7 +20,7 @@ from eigenslice.options import CalibrationOptions
 from eigenslice.stream import RANDOM_GROUP, Batch
 
 CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read from large data sets
-BATCH_TOKENS = 4096  # a forward pass of more tokens isn't faster
+BATCH_TOKENS = 2048  # a forward pass of more tokens isn't faster, and takes more memory
 DEFAULT_TENSOR = "calibration"
 PARTS = 4  # groups that a single text is cut into
 
