@@ -252,11 +252,11 @@ def _token_ids(path: Path, name: str, config: Any) -> Tokens:
             "an attention_mask of the same shape, 0 for padding, if sequences are padded",
             next_step="write the token ids of this model's tokenizer",
         )
-    rows = max(1, min(BATCH_TOKENS // ids.shape[1], -(-ids.shape[0] // PARTS)))
-    chunks = ids.split(rows)
-    masks = [None] * len(chunks) if mask is None else mask.long().split(rows)
-    parts = _groups([0] * len(chunks))
-    batches = [Batch(chunk, m, part) for chunk, m, part in zip(chunks, masks, parts, strict=True)]
+    groups = torch.tensor(_groups([0] * len(ids)))
+    batches: list[Batch] = []
+    for group in groups.unique().tolist():
+        for rows in (groups == group).nonzero()[:, 0].split(max(1, BATCH_TOKENS // ids.shape[1])):
+            batches.append(Batch(ids[rows], None if mask is None else mask.long()[rows], group))
     tokens = Tokens(batches, {})
     description = {
         "data": f"{path.name}, tensor {name!r}",
