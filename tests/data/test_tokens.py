@@ -248,7 +248,7 @@ def test_token_ids_are_in_groups_of_neighbours_of_similar_size(count: int, tmp_p
     tokens = from_ids(ids_file(tmp_path, calibration=random_ids(count, 50)))
     assert groups(tokens) == sorted(groups(tokens))
     sizes = Counter(groups(tokens))
-    assert len(sizes) == (3 if count == 5 else min(count, 4))
+    assert len(sizes) == min(count, 4)
     assert max(sizes.values()) <= 2 * min(sizes.values())
     if count in (4, 12, 200):
         assert list(sizes.values()) == [count // 4] * 4
