@@ -286,7 +286,8 @@ class Stream:
                 observe(block, a, captured)
         hidden = hidden + update
         a.put(hidden)
-        return self._finite(a, hidden)
+        last = site == len(self._sites) - 1  # what isn't finite stays so: it is enough to look at the end of a block
+        return self._finite(a, hidden) if last else torch.tensor(True, device=self.device)
 
     def _finite(self, a: Activations, hidden: Tensor) -> Tensor:
         return torch.isfinite(hidden if a.mask is None else hidden[a.mask]).all()

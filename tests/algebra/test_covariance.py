@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenslice.algebra.covariance import SecondMoment, normalize
+from eigenslice.algebra.covariance import SecondMoment, gram_matrix, normalize
 
 WIDTH = 6
 
@@ -28,6 +28,14 @@ def test_the_second_moment_is_the_sum_of_outer_products() -> None:
     moment.add(x)
     torch.testing.assert_close(moment.matrix, written_out(x), rtol=0, atol=0)
     assert moment.tokens == 12
+
+
+@pytest.mark.parametrize("width", [1, 255, 256, 259, 300])
+def test_a_gram_matrix_is_the_product_and_symmetric(width: int) -> None:
+    rows = torch.randn(50, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = gram_matrix(rows)
+    torch.testing.assert_close(found, rows.T @ rows)
+    assert torch.equal(found, found.T)
 
 
 def test_chunks_add_up_to_the_whole() -> None:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from eigenslice.algebra.covariance import gram_matrix
+
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Ridges to choose from, as shares of the inputs' mean energy per dimension."""
 DEFAULT_RIDGE = 0.1
@@ -42,7 +44,7 @@ class NormalEquations:
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add tokens: inputs (T, n) and outputs (T, m), multiplied in float32 and summed in float64."""
-        self.gram += inputs.T @ inputs
+        self.gram += gram_matrix(inputs)
         self.cross += inputs.T @ outputs
 
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
