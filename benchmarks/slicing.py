@@ -4,11 +4,11 @@
         --run global="--slicing 0.25 --no-refit" --run per-block="--slicing 0.25 --basis per-block" \\
         -o benchmarks/results/NAME
 
-writes NAME.json and NAME.md. A run is NAME=OPTIONS, as `eigenslice slice` takes them. Each model and run has a process of
-its own, in which the dense pass and slicing take turns; the medians are compared. "forward" is the pass of all tokens
-through transformers' own decoder layers, embeddings and head left out; "slicing" is all of `eigenslice slice` after the
-imports: opening, hashing, forward, eigenvectors, fits, writing and verifying. Peak memory is that of a process which
-only slices.
+writes NAME.json and NAME.md. A run is NAME=OPTIONS, as `eigenslice slice` takes them. Each model and run has a process
+of its own, in which the dense pass and slicing take turns; the medians are compared. "forward" is the pass of all
+tokens through transformers' own decoder layers, embeddings and head left out; "slicing" is all of `eigenslice slice`
+after the imports: opening, hashing, forward, eigenvectors, fits, writing and verifying. Peak memory is that of a
+process which only slices.
 """
 
 import argparse

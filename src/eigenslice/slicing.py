@@ -78,7 +78,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     item = torch.empty((), dtype=dtype).element_size()
     ranks.on_first(lambda: check_space(options.output, max(stored_parameters(dense, p) for p in plans) * item))
     with work_folder(options.output, identity, options.resume, ranks) as work:
-        place = choose_place(options.offload, activation_bytes(dense, tokens, compute) // ranks.size, device)
+        place = choose_place(options.offload, activation_bytes(dense, tokens.count, compute) // ranks.size, device)
         offload = Offload(place, device, work.offload / str(ranks.rank))
         run = Run(dense, tokens, compute, offload, ranks, RunState(work.state, ranks), progress)
         neurons = any(plan.neurons != dense.all_neurons for plan in plans)
