@@ -33,6 +33,7 @@ class Projection:
         self.seen: list[Tensor] = []
         self.projector: Tensor | None = None
         self._centre, self._taken = table.norm == "layer", torch.tensor(0.0)
+        self._scale = getattr(model.config, table.residual_scale) if table.residual_scale else 1.0
         module = model.get_submodule(name)
         self.handles = [module.register_forward_pre_hook(self._before, with_kwargs=True)]
         if name.startswith(table.layers) and name.endswith(table.mlp.norm):
@@ -48,7 +49,8 @@ class Projection:
         return (kept, *args[1:]), kwargs
 
     def _after(self, module: Any, args: tuple, output: Tensor) -> Tensor:
-        return output - self._taken
+        taken = (self._taken / self._scale).reshape(output.shape)  # the layer multiplies what it adds
+        return output - taken
 
 
 @contextmanager
@@ -75,10 +77,13 @@ def top(matrix: Tensor, width: int) -> Tensor:
     return vectors @ vectors.T
 
 
-def per_block_logits(model: Any, calibration: Tensor, ids: Tensor, width: int) -> Tensor:
-    """The paper's algorithm: each site's basis from the network sliced so far; the last site is not sliced."""
+def per_block_logits(model: Any, calibration: Tensor, ids: Tensor, width: int, last: bool) -> Tensor:
+    """The paper's algorithm: each site's basis from the network sliced so far.
+
+    The last site is only sliced where transformers' code wants its output as wide as its input (`last`).
+    """
     with projections(model) as sites, torch.no_grad():
-        for site in sites[:-1]:
+        for site in sites if last else sites[:-1]:
             model(calibration)
             site.projector = top(moment(site.seen[-1]), width)
         return model(ids).logits
@@ -97,9 +102,11 @@ def global_logits(model: Any, calibration: Tensor, ids: Tensor, width: int, head
         if not tied:
             return logits
         # E P diag(g) P x instead of E diag(g) P x, for the same x
-        gain = model.get_submodule(lookup(model.config).final_norm).weight
+        table = lookup(model.config)
+        gain = model.get_submodule(table.final_norm).weight + (1 if table.gain == "1+w" else 0)
+        scale = table.logit_scale(model.config) if table.logit_scale else 1
         x = rms_norm(sites[-1].seen[-1] @ projector, eps)
-        return (gain * x) @ projector @ model.get_input_embeddings().weight.T
+        return scale * (gain * x) @ projector @ model.get_input_embeddings().weight.T
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:

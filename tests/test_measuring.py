@@ -48,7 +48,7 @@ def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize("case", tiny.CORE)
 def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folder: Folders) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     ids, mask = tiny.random_ids(6, 18), None

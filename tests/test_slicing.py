@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eigenslice.arch import TABLES, lookup
 from eigenslice.errors import OptionsError, OutputError
 from eigenslice.measuring import HEAD_WEIGHT
 from tests import reference, tiny
-from tests.conftest import Slicer, load, relative, stored_tensors
+from tests.conftest import Slicer, load, relative, size, stored_tensors
 
 WIDTH = 20
 
@@ -24,14 +25,16 @@ def test_per_block_is_the_papers_algorithm(
 ) -> None:
     result = run_slice(case, width=WIDTH, basis="per-block")
     ids = tiny.random_ids(2, 20, seed=5)
-    model = load(dense_folder(case), dtype=torch.float64)
-    expected = reference.per_block_logits(model, load_file(calibration)["calibration"], ids, WIDTH)
+    model = load(dense_folder(case), dtype=tiny.CASES[case].widest)
+    last = TABLES[tiny.CASES[case].model_type].one_width
+    assert result.manifest["site_widths"][-1] == (WIDTH if last else tiny.WIDTH)
+    expected = reference.per_block_logits(model, load_file(calibration)["calibration"], ids, WIDTH, last)
     with torch.no_grad():
         assert relative(load(result.output)(ids).logits, expected) < 1e-3
 
 
 RMS_OR_UNTIED = [
-    name for name, case in tiny.CASES.items() if not (case.tied and case.model_type in ("opt", "phi", "gpt_neox"))
+    name for name, case in tiny.CASES.items() if not (case.tied and TABLES[case.model_type].norm == "layer")
 ]
 
 
@@ -43,9 +46,9 @@ def test_global_without_refit_is_projection_onto_one_subspace(
     result = run_slice(case, width=WIDTH, form=form, refit=False)
     assert not result.manifest["refitted"]
     ids = tiny.random_ids(2, 20, seed=5)
-    model = load(dense_folder(case), dtype=torch.float64)
+    model = load(dense_folder(case), dtype=tiny.CASES[case].widest)
     # a stock LayerNorm needs one of its dimensions for the constant vector
-    kept = WIDTH - 1 if result.manifest["form"] == "stock" and case.startswith("phi") else WIDTH
+    kept = WIDTH - 1 if result.manifest["form"] == "stock" and lookup(model.config).norm == "layer" else WIDTH
     tokens = load_file(calibration)["calibration"]
     tied = tiny.CASES[case].tied
     expected = reference.global_logits(model, tokens, ids, kept, HEAD_WEIGHT, tied)
@@ -76,8 +79,8 @@ def test_counted_parameters_are_the_stored_ones(
     counts = result.manifest["parameters"]
     stored = stored_tensors(result.output)
     assert counts["stored"] == sum(map(math.prod, stored.values())) == sum(counts["by_role"].values())
-    assert counts["stored"] == load(result.output).num_parameters()
-    assert counts["dense"] == load(dense_folder(case)).num_parameters()
+    assert counts["stored"] == size(load(result.output))
+    assert counts["dense"] == size(load(dense_folder(case)))
     assert counts["kept"] == counts["stored"] / counts["dense"]
 
 

@@ -1,5 +1,6 @@
 """Tiny random models of every architecture, in which nothing is accidentally the identity."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 VOCABULARY = 96
 WIDTH = 32
 POSITIONS = 64
+NORM = re.compile(r"(norm\w*|ln_\w+)\.weight$")
+EMBEDDING = re.compile(r"embed|wte|wpe")
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -43,11 +46,18 @@ class Case:
         return tiny_model(self.model_type, self.config | self.extra, dtype)
 
     @property
+    def widest(self) -> torch.dtype:
+        """The dtype of a reference (XGLM's attention overflows in float64)."""
+        return torch.float32 if self.model_type == "xglm" else torch.float64
+
+    @property
     def tied(self) -> bool:
-        return AutoConfig.for_model(self.model_type, **self.config | self.extra).tie_word_embeddings
+        """Whether the embeddings can stay tied (BLOOM's norm between them and the stream parts them)."""
+        tied = AutoConfig.for_model(self.model_type, **self.config | self.extra).tie_word_embeddings
+        return tied and self.model_type != "bloom"
 
 
-CASES = {
+CORE = {
     "llama": Case("llama", LLAMA, "llama"),
     "llama-tied": Case("llama", LLAMA, "llama", {"tie_word_embeddings": True}),
     "llama-biased": Case("llama", LLAMA, "llama", {"attention_bias": True, "mlp_bias": True}),
@@ -73,6 +83,69 @@ CASES = {
     "gpt_neox-tied": Case("gpt_neox", NEOX, None, {"tie_word_embeddings": True}),
 }
 
+"""Cases that all tests run over."""
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+HEAD = LLAMA | {"head_dim": 12, "rope_parameters": ROPE}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.4,
+}
+
+FAMILIES = {
+    "arcee": Case("arcee", HEAD, "arcee"),
+    "cwm": Case(
+        "cwm", HEAD, "cwm", {"sliding_window": 6, "layer_types": ["full_attention", *["sliding_attention"] * 2]}
+    ),
+    "ministral": Case("ministral", HEAD, "ministral", {"sliding_window": 6}),
+    "ministral3": Case("ministral3", HEAD, "ministral3", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}),
+    "smollm3": Case("smollm3", HEAD, "smollm3", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "ernie4_5": Case("ernie4_5", HEAD, "ernie4_5", {"use_bias": True, "tie_word_embeddings": True}),
+    "seed_oss": Case("seed_oss", HEAD, "seed_oss", {"attention_out_bias": True}),
+    "helium": Case("helium", LLAMA | {"head_dim": 8}),
+    "hunyuan_v1_dense": Case("hunyuan_v1_dense", HEAD, "hunyuan_v1_dense", {"attention_bias": True}),
+    "apertus": Case("apertus", HEAD, "apertus"),
+    "glm": Case("glm", HEAD, "glm"),
+    "phi3": Case("phi3", HEAD, "phi3"),
+    "granite": Case("granite", HEAD, "granite", GRANITE),
+    "granite-tied": Case("granite", HEAD, "granite", GRANITE | {"tie_word_embeddings": True}),
+    "gemma": Case("gemma", HEAD, "gemma", {"tie_word_embeddings": True}),
+    "gemma-untied": Case("gemma", HEAD, "gemma"),
+    "starcoder2": Case("starcoder2", HEAD, "starcoder2", {"tie_word_embeddings": False}),
+    "starcoder2-tied": Case("starcoder2", HEAD, None, {"tie_word_embeddings": True}),
+    "nemotron": Case("nemotron", HEAD, "nemotron"),
+    "cohere": Case("cohere", HEAD, "cohere", {"logit_scale": 0.3, "use_qk_norm": True}),
+    "cohere2": Case("cohere2", HEAD, "cohere2", {"logit_scale": 0.3, "sliding_window": 6}),
+    "cohere2-tied": Case("cohere2", HEAD, None, {"logit_scale": 0.3, "tie_word_embeddings": True}),
+    "olmo": Case("olmo", HEAD, "olmo"),
+    "gpt2": Case("gpt2", COMMON, None, {"n_inner": 56}),
+    "gpt2-untied": Case("gpt2", COMMON, None, {"n_inner": 56, "tie_word_embeddings": False}),
+    "gpt_bigcode": Case("gpt_bigcode", COMMON, None, {"n_inner": 56}),
+    "gpt_neo": Case(
+        "gpt_neo", COMMON, None, {"intermediate_size": 56, "attention_types": [[["global", "local", "global"], 1]]}
+    ),
+    "gptj": Case("gptj", COMMON, None, {"n_inner": 56, "rotary_dim": 4}),
+    "codegen": Case("codegen", COMMON, None, {"n_inner": 56, "rotary_dim": 4}),
+    "bloom": Case("bloom", COMMON),
+    "mpt": Case("mpt", COMMON),
+    "falcon": Case("falcon", COMMON),
+    "falcon-new": Case("falcon", COMMON, None, {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-new-one-norm": Case(
+        "falcon", COMMON, None, {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}
+    ),
+    "falcon-sequential": Case("falcon", COMMON, None, {"parallel_attn": False, "alibi": True, "bias": True}),
+    "xglm": Case("xglm", COMMON, None, {"ffn_dim": 56, "dropout": 0.0, "attention_heads": 4, "num_layers": 3}),
+    "stablelm": Case("stablelm", LLAMA, None, {"qk_layernorm": True}),
+    "stablelm-parallel": Case("stablelm", LLAMA, None, {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "persimmon": Case("persimmon", LLAMA),
+}
+"""One case or more for each further table: at full width and below, each form loads and computes the same."""
+
+CASES = CORE | FAMILIES
+
 
 def tiny_model(model_type: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """A model with random weights, norm gains away from 1, and shifts and biases away from 0."""
@@ -82,14 +155,17 @@ def tiny_model(model_type: str, config: dict[str, Any], dtype: torch.dtype = tor
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
+            if NORM.search(name):
                 parameter.copy_(1 + 0.3 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.2 * noise)
-            elif "embed" in name:
+            elif EMBEDDING.search(name):
                 parameter.copy_(0.5 + noise)  # a mean that centring has to remove
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.to(dtype).eval()
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum, kept_basis, layer_norm_basis, tied_basis
+from eigenslice.algebra.norms import centre_rows
 from eigenslice.dense import DenseModel, Tensors
 from eigenslice.plan import Plan
 from eigenslice.transform import SiteBasis
@@ -32,16 +33,21 @@ def global_basis(dense: DenseModel, plan: Plan, spectrum: Spectrum) -> GlobalBas
 
 
 def block_names(dense: DenseModel, index: int, tensors: Tensors) -> Tensors:
-    """A block's tensors under their names in the model."""
-    return {f"{dense.table.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
+    """A block's tensors (out x in) as its modules hold them, under their names in the model."""
+    return {f"{dense.table.layers}.{index}.{name}": tensor for name, tensor in dense.table.turned(tensors).items()}
 
 
 def slice_embeddings(dense: DenseModel, plan: Plan, basis: SiteBasis) -> Tensors:
-    """Weights of the token embedding and of learned positions."""
+    """Weights of the token embedding and of positions."""
     tensors = {name: basis.embed(w) for name, w in dense.embeddings(centre=not plan.tied).items()}
+    token = dense.table.embeddings[0]
+    if plan.stock and dense.table.width_scales_embedding:
+        tensors[token + ".weight"] = (
+            tensors[token + ".weight"] / basis.scale
+        )  # the class now takes another width's root
     if plan.tied and dense.layer_norm:
         # The constant vector in the basis: the direction that a LayerNorm's mean subtraction removes
-        tensors[dense.table.embeddings[0] + ".center"] = basis.matrix.sum(0) / dense.width**0.5
+        tensors[token + ".center"] = basis.matrix.sum(0) / dense.width**0.5
     return tensors
 
 
@@ -63,27 +69,48 @@ def slice_head(
     if bias is not None:
         tensors[head + ".bias"] = bias
     if tied_gain is not None:
-        tensors[norm + ".weight"] = tied_gain / basis.scale**2
+        scaled = plan.stock is not None and dense.table.width_scales_embedding
+        gain = tied_gain / (basis.scale if scaled else basis.scale**2)
+        tensors[norm + ".weight"] = gain - 1 if plan.stock and dense.table.gain == "1+w" else gain
     elif plan.stock:
-        tensors |= _unit_norm(dense, norm, norm, basis.width)
+        tensors = _stock_norm(dense, "", norm, [(head + ".weight", head + ".bias")], tensors, basis.width)
     return tensors
 
 
-def _unit_norm(dense: DenseModel, norm: str, dense_name: str, width: int) -> Tensors:
-    """The norm that a stock config insists on, with nothing left to do: gain 1, shift 0."""
-    kinds = {"weight": torch.ones, "bias": torch.zeros}
-    return {f"{norm}.{k}": make(width) for k, make in kinds.items() if f"{dense_name}.{k}" in dense.shapes}
-
-
-def stock_extras(dense: DenseModel, plan: Plan, index: int) -> Tensors:
-    """What a stock config insists on in a block and slicing leaves nothing for."""
+def stock_block(dense: DenseModel, plan: Plan, index: int, tensors: Tensors) -> Tensors:
+    """A sliced block (names relative to it) as a stock class has it, with what its config insists on."""
     if plan.stock is None:
-        return {}
-    tensors: Tensors = {}
-    width = plan.site_widths[0]
-    for sublayer in (dense.table.attention, dense.table.mlp):
-        dense_name = f"{dense.table.layers}.{index}.{sublayer.norm}"
-        tensors |= _unit_norm(dense, sublayer.norm, dense_name, width)
-    for module in plan.stock.zero_biases:
-        tensors[module + ".bias"] = torch.zeros(width)
-    return tensors
+        return tensors
+    prefix, width = f"{dense.table.layers}.{index}.", plan.site_widths[0]
+    for norm in dict.fromkeys(sublayer.norm for sublayer in dense.table.sublayers):
+        readers = [(s.weight(n), s.bias(n)) for s in dense.table.sublayers if s.norm == norm for n in s.readers]
+        tensors = _stock_norm(dense, prefix, norm, readers, tensors, width)
+    return tensors | {module + ".bias": torch.zeros(width) for module in plan.stock.zero_biases}
+
+
+def _stock_norm(
+    dense: DenseModel, prefix: str, norm: str, readers: list[tuple[str, str]], tensors: Tensors, width: int
+) -> Tensors:
+    """Add a stock norm that has nothing left to do, unless its readers have no bias for the folded shift.
+
+    A stock LayerNorm over `width` numbers gives n with sum zero (`layer_norm_basis`); with a shift of 1 it gives n + 1.
+    Readers whose rows sum to zero don't see the 1, and those whose rows sum to b add b.
+
+    Args:
+        dense: The model.
+        prefix: Where names are relative to.
+        norm: The norm.
+        readers: Names of the weight and the bias of each reader behind it.
+        tensors: The folded weights.
+        width: Of the stream.
+    """
+    carried = [bias for _, bias in readers if bias in tensors and not dense.keeps_bias(prefix + bias, stock=True)]
+    result = {name: tensor for name, tensor in tensors.items() if name not in carried}
+    for weight, bias in readers if carried else ():
+        if weight in tensors:
+            result[weight] = centre_rows(tensors[weight])
+        if bias in carried:
+            result[weight] = result[weight] + tensors[bias][..., None] / width
+    unit = torch.zeros if dense.table.gain == "1+w" else torch.ones
+    kinds = {".weight": unit, ".bias": torch.ones if carried else torch.zeros}
+    return result | {norm + k: make(width) for k, make in kinds.items() if prefix + norm + k in dense.shapes}

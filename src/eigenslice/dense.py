@@ -6,25 +6,20 @@ architectures are alike: x <- x + sublayer(RMSN(x)).
 """
 
 import copy
-import re
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor
 from transformers import AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from eigenslice.algebra.norms import centre_rows, centre_writer, fold_into_reader
+from eigenslice.algebra.norms import centre_rows, centre_writer, fold_into_reader, layer_norm
 from eigenslice.arch import Table, lookup
+from eigenslice.checkpoint.mapping import origins
 from eigenslice.checkpoint.source import Source
 from eigenslice.errors import CheckpointError, UnsupportedModelError
 
 Tensors = dict[str, Tensor]
-
-# Buffers that older versions of transformers stored beside the weights.
-LEFTOVERS = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
 
 
 def empty_model(config: Any) -> Any:
@@ -45,40 +40,6 @@ def empty_model(config: Any) -> Any:
         ) from error
 
 
-def _checkpoint_names(source: Source, model: Any) -> dict[str, str]:
-    """Map the names of a model's parameters to the names of a checkpoint's tensors; every tensor has to fit."""
-    state = model.state_dict()
-    if source.gguf:
-        return {name: name for name in state}
-    transforms = get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    names, unknown = {}, []
-    for stored in source.weights.names():
-        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if name in state and converter is None:
-            names[name] = stored
-        elif not LEFTOVERS.search(stored):
-            unknown.append(stored)
-    table = lookup(source.config)
-    ends = [table.embeddings[0] + ".weight", table.head + ".weight"]
-    if source.config.tie_word_embeddings and any(name in names for name in ends):
-        # Checkpoints of tied models hold the embedding, the head, or both
-        present = next(name for name in ends if name in names)
-        for name in ends:
-            names.setdefault(name, names[present])
-    missing = sorted(set(state) - set(names))
-    if missing or unknown:
-        found = [f"lacks {len(missing)} tensors ({', '.join(missing[:3])})"] if missing else []
-        found += [f"has {len(unknown)} unknown ones ({', '.join(sorted(unknown)[:3])})"] if unknown else []
-        raise CheckpointError(
-            f"{source.name} {' and '.join(found)}",
-            allowed=f"exactly the weights of transformers' {type(model).__name__}",
-            next_step="download or save the checkpoint again; merge adapters into the weights first",
-        )
-    return names
-
-
 class DenseModel:
     """A dense checkpoint's weights, checked against transformers' model, folded on request.
 
@@ -87,6 +48,7 @@ class DenseModel:
         shapes: Shape of every stored parameter by transformers' name; a tied head isn't stored.
         device: Where folding is computed (in float64).
         neurons: Number of neurons in each MLP; 0 if the table doesn't say that they can be cut.
+        sinusoids: Tables of positions that no checkpoint holds, (positions, D).
     """
 
     def __init__(self, source: Source, device: torch.device | str = "cpu") -> None:
@@ -95,7 +57,7 @@ class DenseModel:
         self.table: Table = lookup(source.config)
         model = empty_model(source.config)
         self.shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        self._names = _checkpoint_names(source, model)
+        self._origins = origins(source, model)
         self._check()
         self.tied = self._is_tied()
         if self.tied:
@@ -104,36 +66,60 @@ class DenseModel:
         self.blocks = int(self.config.num_hidden_layers)
         self.eps = self.table.epsilon(self.config)
         self.layer_norm = self.table.norm == "layer"
-        self.neurons = int(getattr(self.config, self.table.mlp.neurons)) if self.table.mlp.neurons else 0
+        self.neurons = self._count_neurons()
+        self.sinusoids = self._fixed_positions(model)
 
     def _check(self) -> None:
         weights = self.source.weights
-        for name, stored in self._names.items():
-            if weights.shape(stored) != self.shapes[name]:
+        for name, origin in self._origins.items():
+            try:
+                shape = origin.shape(weights)
+            except (RuntimeError, ValueError) as error:  # torch's and transformers' for parts that don't fit
+                shape = str(error).strip().splitlines()[0]
+            if shape != self.shapes[name]:
                 raise CheckpointError(
-                    f"{self.source.name}: {stored} is {weights.shape(stored)}, the config says {self.shapes[name]}",
+                    f"{self.source.name}: {origin.stored[0]} is {shape}, the config says {self.shapes[name]}",
                     allowed="weights that fit the config",
                     next_step="check that config.json and the weights belong together",
                 )
-            if weights.dtype(stored) is None:
+            if origin.dtype(weights) is None:
                 raise CheckpointError(
-                    f"{self.source.name}: {stored} is stored as integers or 8-bit floats",
+                    f"{self.source.name}: {origin.stored[0]} is stored as integers or 8-bit floats",
                     allowed="float32, float16 or bfloat16 weights",
                     next_step="slice the unquantized checkpoint and quantize the result",
                 )
 
     def _is_tied(self) -> bool:
         """As transformers decides it: the config says so, and the two are not stored with different values."""
-        names = [self._names[f"{module}.weight"] for module in (self.table.embeddings[0], self.table.head)]
-        if not self.config.tie_word_embeddings or names[0] == names[1]:
+        ends = [self._origins[f"{module}.weight"] for module in (self.table.embeddings[0], self.table.head)]
+        if not self.config.tie_word_embeddings or ends[0].stored == ends[1].stored:
             return self.config.tie_word_embeddings
-        embedding, head = (self.source.weights.load(name) for name in names)
+        embedding, head = (end.load(self.source.weights) for end in ends)
         return torch.equal(embedding, head)
+
+    def _count_neurons(self) -> int:
+        mlp = self.table.mlp
+        if not mlp.neurons:
+            return 0
+        writer = f"{self.table.layers}.0.{mlp.weight(mlp.writers[0])}"
+        return mlp.turn(mlp.writers[0], self.shapes[writer])[1]
+
+    def _fixed_positions(self, model: Any) -> Tensors:
+        """The positions that transformers computes, by the name that they have where they are stored."""
+        if not self.table.sinusoids:
+            return {}
+        name = self.table.sinusoids + ".weights"
+        return {name: model.get_submodule(self.table.sinusoids).weights.to(self.device, torch.float64)}
+
+    @property
+    def can_stay_tied(self) -> bool:
+        """Whether one matrix can still be embedding and head when the norms are folded."""
+        return self.tied and not self.table.embedding_norm
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the checkpoint's embedding is stored in."""
-        dtype = self.source.weights.dtype(self._names[self.table.embeddings[0] + ".weight"])
+        dtype = self._origins[self.table.embeddings[0] + ".weight"].dtype(self.source.weights)
         assert dtype is not None  # checked in __init__
         return dtype
 
@@ -147,16 +133,20 @@ class DenseModel:
         """Whether folding gives every reader a bias (the norms have a shift)."""
         return f"{self.table.final_norm}.bias" in self.shapes
 
-    @property
-    def head_bias(self) -> bool:
-        """Whether the folded head has a bias."""
-        return self.reader_bias or f"{self.table.head}.bias" in self.shapes
+    def keeps_bias(self, name: str, stock: bool) -> bool:
+        """Whether a reader's bias is stored: if the dense model has it, or where it holds the norm's shift.
+
+        Args:
+            name: Of the bias.
+            stock: In a stock class, which has the dense model's biases only.
+        """
+        return name in self.shapes or (self.reader_bias and not stock)
 
     def raw(self, name: str) -> Tensor | None:
-        """A tensor as stored, in float64 on the device; None if the model has none of this name."""
-        if name not in self._names:
+        """A tensor as the model has it, in float64 on the device; None if the model has none of this name."""
+        if name not in self._origins:
             return None
-        return self.source.weights.load(self._names[name]).to(device=self.device, dtype=torch.float64)
+        return self._origins[name].load(self.source.weights).to(device=self.device, dtype=torch.float64)
 
     def _weight(self, module: str) -> Tensor:
         tensor = self.raw(module + ".weight")
@@ -165,20 +155,25 @@ class DenseModel:
 
     def final_gain(self) -> Tensor:
         """The final norm's gain (D,)."""
-        gain = self.raw(self.table.final_norm + ".weight")
-        return torch.ones(self.width, dtype=torch.float64, device=self.device) if gain is None else gain
+        weight = self.raw(self.table.final_norm + ".weight")
+        if weight is None:
+            return torch.ones(self.width, dtype=torch.float64, device=self.device)
+        return gain_of(self.table, weight)
 
     def embeddings(self, centre: bool = True) -> Tensors:
-        """Weights of the token embedding and of learned positions, centred in a LayerNorm model.
+        """Weights of the token embedding and of positions, centred in a LayerNorm model.
 
         Args:
             centre: False leaves the token embedding as stored, for a tied head.
         """
-        tensors = {}
-        for index, module in enumerate(self.table.embeddings):
-            weight = self._weight(module)
-            tensors[module + ".weight"] = centre_rows(weight) if self.layer_norm and (centre or index > 0) else weight
-        return tensors
+        tensors = {module + ".weight": self._weight(module) for module in self.table.embeddings} | self.sinusoids
+        token = self.table.embeddings[0] + ".weight"
+        norm = self.table.embedding_norm
+        if norm:
+            tensors[token] = layer_norm(tensors[token], self._weight(norm), self.raw(norm + ".bias"), self.eps)
+        if not self.layer_norm:
+            return tensors
+        return {name: rows if name == token and not centre else centre_rows(rows) for name, rows in tensors.items()}
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """The head's weight (V, D) and bias (V,) with the final norm folded in."""
@@ -188,36 +183,49 @@ class DenseModel:
         return fold_into_reader(weight, bias, self.final_gain(), shift)
 
     def block(self, index: int) -> Tensors:
-        """Weights of one decoder layer, folded; names relative to the layer."""
+        """Weights of one decoder layer, folded, out x in; names relative to the layer."""
         prefix = f"{self.table.layers}.{index}."
         raw = {name.removeprefix(prefix): self.raw(name) for name in self.shapes if name.startswith(prefix)}
-        return fold_block(self.table, {name: tensor for name, tensor in raw.items() if tensor is not None})
+        scale = float(getattr(self.config, self.table.residual_scale)) if self.table.residual_scale else 1.0
+        return fold_block(self.table, {name: tensor for name, tensor in raw.items() if tensor is not None}, scale)
 
 
-def fold_block(table: Table, raw: Tensors) -> Tensors:
+def gain_of(table: Table, weight: Tensor | None) -> Tensor | None:
+    """The gain (D,) of a norm with this weight."""
+    return 1 + weight if table.gain == "1+w" and weight is not None else weight
+
+
+def fold_block(table: Table, raw: Tensors, residual_scale: float = 1.0) -> Tensors:
     """Fold the norms of one decoder layer.
 
     Args:
         table: Its architecture.
-        raw: All its parameters, names relative to the layer, float64.
+        raw: All its parameters as its modules hold them, names relative to the layer, float64.
+        residual_scale: What the layer multiplies by what its sublayers add to the stream.
+
+    Returns:
+        Weights, out x in.
 
     Raises:
         UnsupportedModelError: the table doesn't account for a parameter.
     """
     folded: Tensors = {}
-    for sublayer in (table.attention, table.mlp):
-        gain, shift = raw.get(sublayer.norm + ".weight"), raw.get(sublayer.norm + ".bias")
-        for module in sublayer.readers:
-            weight, bias = fold_into_reader(raw[module + ".weight"], raw.get(module + ".bias"), gain, shift)
-            folded |= {module + ".weight": weight} | ({} if bias is None else {module + ".bias": bias})
-        for module in sublayer.writers:
-            weight, bias = raw[module + ".weight"], raw.get(module + ".bias")
-            if table.norm == "layer":
-                weight, bias = centre_writer(weight), None if bias is None else centre_rows(bias)
-            folded |= {module + ".weight": weight} | ({} if bias is None else {module + ".bias": bias})
-        inner = tuple(module + "." for module in sublayer.inner)
-        folded |= {name: tensor for name, tensor in raw.items() if name.startswith(inner)} if inner else {}
-    norms = {f"{s.norm}.{kind}" for s in (table.attention, table.mlp) for kind in ("weight", "bias")}
+    raw = table.turned(raw)
+    for sublayer in table.sublayers:
+        gain, shift = gain_of(table, raw.get(sublayer.norm + ".weight")), raw.get(sublayer.norm + ".bias")
+        for name in sublayer.ends:
+            weight, bias = raw.get(sublayer.weight(name)), raw.get(sublayer.bias(name))
+            if weight is None:
+                continue  # this layer is of another kind
+            if name in sublayer.readers:
+                weight, bias = fold_into_reader(weight, bias, gain, shift)
+            else:
+                weight, bias = weight * residual_scale, None if bias is None else bias * residual_scale
+                if table.norm == "layer":
+                    weight, bias = centre_writer(weight), None if bias is None else centre_rows(bias)
+            folded |= {sublayer.weight(name): weight} | ({} if bias is None else {sublayer.bias(name): bias})
+        folded |= {name: tensor for name, tensor in raw.items() if is_inside(name, sublayer.inner)}
+    norms = {f"{s.norm}.{kind}" for s in table.sublayers for kind in ("weight", "bias")}
     unknown = set(raw) - set(folded) - norms
     if unknown:
         raise UnsupportedModelError(
@@ -226,3 +234,8 @@ def fold_block(table: Table, raw: Tensors) -> Tensors:
             next_step="report this model: the table has to be extended",
         )
     return folded
+
+
+def is_inside(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a parameter is one of these or in one of these modules."""
+    return any(name == module or name.startswith(module + ".") for module in modules)

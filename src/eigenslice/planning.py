@@ -24,7 +24,7 @@ def make_plans(dense: DenseModel, options: SliceOptions) -> list[Plan]:
     Raises:
         OptionsError: a width that the model doesn't have, a size that no width reaches, or a recipe that isn't one.
     """
-    tied = dense.tied and options.basis == "global" and not options.untie
+    tied = dense.can_stay_tied and options.basis == "global" and not options.untie
     if options.keep is not None:
         return _plans_for_size(dense, options, tied)
     if options.recipe is not None:
@@ -108,7 +108,7 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
     _check_width(dense, recipe["width"], f"the recipe's width is {recipe['width']}")
     for count in counts:
         _check_neurons(dense, options.basis, count, f"the recipe keeps {count} neurons")
-    tied = dense.tied and basis == "global" and not options.untie and recipe.get("tied", True)
+    tied = dense.can_stay_tied and basis == "global" and not options.untie and recipe.get("tied", True)
     return choose_form(dense, basis, recipe["width"], tied, options.form, counts)
 
 

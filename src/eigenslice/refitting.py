@@ -13,11 +13,11 @@ from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
 from eigenslice.algebra.refit import DEFAULT_RIDGE, NormalEquations, RidgeChoice
-from eigenslice.dense import DenseModel, Tensors
+from eigenslice.dense import DenseModel, Tensors, is_inside
 from eigenslice.forms import custom_config
 from eigenslice.plan import Plan
 from eigenslice.stream import RANDOM_GROUP, Activations, BlockRunner, Site, captured_inputs
-from eigenslice.transform import SiteBasis, keep_neurons
+from eigenslice.transform import SiteBasis, keep_neurons, read_ends, write_ends
 
 FloatTensors = list[Tensor]
 
@@ -55,7 +55,7 @@ class SlicedTwin:
         """
         self.streams: FloatTensors = []
         self.reading: Tensor | None = None
-        self._basis, self._kept, self._write, self._trial = basis, kept, write, trial
+        self._dense, self._basis, self._kept, self._write, self._trial = dense, basis, kept, write, trial
         config = custom_config(dense, replace(plan, stock=None), torch.float32)
         self._runner = BlockRunner(config, dense.table.layers, dense.device, dtype)
         self._sites = dense.table.sites(dense.config)
@@ -107,26 +107,33 @@ class SlicedTwin:
         layer = self._runner.layers[site.block]
         for sublayer in self._sites[site.index]:
             weights = keep_neurons(sublayer, site.folded, self._kept[site.block] if sublayer.neurons else None)
-            for module in sublayer.readers:
-                weights[module + ".weight"] = weights[module + ".weight"] @ reading
-            for name in _names(sublayer.writers, weights):
-                weights[name] = self._basis.write(weights[name])
+            weights |= read_ends(sublayer, weights, reading) | write_ends(sublayer, weights, self._basis)
             self._block |= weights
-            inner = tuple(module + "." for module in sublayer.inner)
-            self._runner.assign(
-                layer, weights | {n: w for n, w in site.folded.items() if inner and n.startswith(inner)}
-            )
-        writers = [module for sublayer in self._sites[site.index] for module in sublayer.writers]
+            weights |= {name: w for name, w in site.folded.items() if is_inside(name, sublayer.inner)}
+            self._runner.assign(layer, self._dense.table.turned(weights))
+        writers = self._fitted_writers(site.index)
         self._inputs = []
         for number, a in enumerate(site.activations):
             with captured_inputs(layer, writers) as inputs:
-                layer.update(site.index, layer.normalize(site.index, self.streams[number]), **a.kwargs[site.block])
-            self._inputs.append([inputs[module] for module in writers])
+                normalized = layer.normalize(site.index, self.streams[number])
+                update = layer.update(site.index, normalized, **a.kwargs[site.block])
+            self._inputs.append([inputs[module] for module in writers] if writers else [update])
+
+    def _fitted_writers(self, index: int) -> list[str]:
+        """The writers at a site of this block, or none if there are experts: those stay as they were rotated."""
+        sublayers = self._sites[index]
+        if any(name in self._block for s in sublayers for name in s.stacked):
+            return []
+        return [name for s in sublayers for name in s.writers if s.weight(name) in self._block]
 
     def _fit_writers(self, site: Site) -> None:
         """Fit what writes to a site so that the sliced stream becomes the dense one, in the basis."""
-        sublayers = self._sites[(self._number - 1) % len(self._sites)]
-        writers = [module for sublayer in sublayers for module in sublayer.writers]
+        index = (self._number - 1) % len(self._sites)
+        sublayers, writers = self._sites[index], self._fitted_writers(index)
+        if not writers:
+            for number, (update,) in enumerate(self._inputs):
+                self.streams[number] = self.streams[number] + update
+            return
         biases = [name for name in _names(writers, self._block) if name.endswith(".bias")]
         parts = [self._block[module + ".weight"] for module in writers]
         if biases:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from eigenslice.algebra.basis import Spectrum, kept_basis, principal_components
-from eigenslice.assembly import block_names, global_basis, slice_embeddings, slice_head, stock_extras
+from eigenslice.assembly import block_names, global_basis, slice_embeddings, slice_head, stock_block
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_output, output_folder, write_json
@@ -20,9 +20,10 @@ from eigenslice.forms import custom_config, stock_config
 from eigenslice.manifest import manifest, site_summary
 from eigenslice.measuring import Measurement, measure
 from eigenslice.options import SliceOptions
-from eigenslice.plan import Plan, layout
+from eigenslice.plan import Plan
 from eigenslice.planning import make_plans
 from eigenslice.refitting import SlicedTwin
+from eigenslice.stored import StoredForm
 from eigenslice.stream import Stream
 from eigenslice.transform import SiteBasis, identity_basis, slice_block
 from eigenslice.trials import trial_batches, try_plans
@@ -86,12 +87,12 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
     with output_folder(options.output) as folder:
         found = _measure(run) if options.basis == "global" else None
         plan, trials = _choose(run, plans, found)
-        shapes = {_stored_name(plan, name): shape for name, (_, shape) in layout(dense, plan).items()}
-        writer = ShardWriter(folder, shapes, dtype, int(options.shard_gib * GIB))
+        stored = StoredForm(dense, plan)
+        writer = ShardWriter(folder, stored.shapes, dtype, int(options.shard_gib * GIB))
 
         def write(tensors: Tensors) -> None:
-            for name, tensor in tensors.items():
-                writer.add(_stored_name(plan, name), tensor)
+            for name, tensor in stored(tensors).items():
+                writer.add(name, tensor)
 
         refitted = options.fits and plan.cuts(dense)
         spectra = _slice_global(run, plan, found, refitted, write) if found else _slice_per_block(run, plan, write)
@@ -104,11 +105,6 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
         content = manifest(options, dense, plan, tokens, dtype, spectra) | {"refitted": refitted, "trials": trials}
         write_json(folder / "eigenslice.json", content)
     return SliceResult(options.output, content)
-
-
-def _stored_name(plan: Plan, name: str) -> str:
-    """The custom class wraps the dense architecture's model."""
-    return name if plan.stock else f"model.{name}"
 
 
 def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Path) -> None:
@@ -147,7 +143,7 @@ def _slice_global(
     sites = dense.table.sites(dense.config)
 
     def write_block(index: int, tensors: Tensors) -> None:
-        write(block_names(dense, index, tensors | stock_extras(dense, plan, index)))
+        write(block_names(dense, index, stock_block(dense, plan, index, tensors)))
 
     write(slice_embeddings(dense, plan, basis.site))
     reading = None
@@ -183,7 +179,7 @@ def _slice_per_block(run: Run, plan: Plan, write: Write) -> list[dict[str, Any]]
     for number, site in enumerate(run.stream().walk(run.tokens.batches)):
         report(site.block)
         width = plan.site_widths[number]
-        if site.folded is None:
+        if site.folded is None and width == dense.width:
             basis = identity_basis(dense.width, dense.device)
         else:
             spectrum = principal_components(site.moment(normalized=False).matrix, dense.layer_norm)

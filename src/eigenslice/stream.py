@@ -108,16 +108,17 @@ def captured_inputs(layer: nn.Module, modules: Sequence[str]) -> Iterator[Tensor
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps what it is called with."""
+    """Stands in for a decoder layer and keeps what it is called with, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.kwargs: dict[str, Any] = {}
         self.hidden: Tensor | None = None
+        self._arguments, self._gives_tuple = layer.arguments, layer.gives_tuple
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden, self.kwargs = hidden_states, kwargs
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.kwargs = hidden_states, kwargs | dict(zip(self._arguments, args, strict=False))
+        return (hidden_states, None) if self._gives_tuple else hidden_states
 
 
 class BlockRunner:
@@ -167,7 +168,7 @@ class Stream:
     def _embed(self, batches: list[Batch]) -> list[Activations]:
         self._runner.assign(self._inner, self.dense.embeddings())
         parent, _, leaf = self.dense.table.layers.rpartition(".")
-        recorders = [_Recorder() for _ in range(self.dense.blocks)]
+        recorders = [_Recorder(layer) for layer in self._layers]
         setattr(self._inner.get_submodule(parent), leaf, nn.ModuleList(recorders))
         shared: dict[torch.Size, list[dict[str, Any]]] = {}
         result = []
@@ -204,7 +205,7 @@ class Stream:
             eps = self.dense.eps
             for block in range(self.dense.blocks):
                 folded, layer = self.dense.block(block), self._layers[block]
-                self._runner.assign(layer, folded)
+                self._runner.assign(layer, self.dense.table.turned(folded))
                 for site in range(len(layer.sites)):
                     yield Site(block, site, folded, activations, eps)
                     writers = self._observed(site)

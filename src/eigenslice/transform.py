@@ -39,16 +39,12 @@ class SiteBasis:
         """Q / c, (D, width): the normalized stream in dense coordinates, from the sliced one's."""
         return self.matrix / self.scale
 
-    def read(self, weight: Tensor) -> Tensor:
-        """Weight (out, D) of a layer that reads the normalized stream: W Q / c."""
-        return weight @ self.reading
-
     def write(self, weight: Tensor) -> Tensor:
-        """Weight (D, in) or bias (D,) of a layer that writes the stream: c Q^T W."""
+        """Weight (..., D, in) of a layer that writes the stream: c Q^T W."""
         return self.scale * (self.matrix.T @ weight)
 
     def embed(self, rows: Tensor) -> Tensor:
-        """Rows (..., D) of an embedding or of the stream: c E Q."""
+        """Rows (..., D) of an embedding, a writer's bias or of the stream: c E Q."""
         return self.scale * (rows @ self.matrix.to(rows.dtype))
 
     def shortcut_to(self, other: "SiteBasis") -> Tensor:
@@ -70,15 +66,36 @@ def keep_neurons(sublayer: Sublayer, folded: Tensors, kept: Tensor | None) -> Te
         kept: Indices, ascending.
     """
     result: Tensors = {}
-    for module in (*sublayer.readers, *sublayer.writers):
-        for name in (module + ".weight", module + ".bias"):
-            if name in folded:
-                result[name] = folded[name]
-                if kept is not None and module in sublayer.readers:
-                    result[name] = folded[name][kept]
-                elif kept is not None and name.endswith(".weight"):
-                    result[name] = folded[name][:, kept]
+    for name in sublayer.ends:
+        weight, bias = sublayer.weight(name), sublayer.bias(name)
+        for part in (weight, bias):
+            if part not in folded:
+                continue
+            tensor = folded[part]
+            if kept is not None and name in sublayer.gated:
+                tensor = tensor.unflatten(0, (2, -1))[:, kept].flatten(0, 1)
+            elif kept is not None and name in sublayer.readers:
+                tensor = tensor[kept]
+            elif kept is not None and part == weight:
+                tensor = tensor[:, kept]
+            result[part] = tensor
     return result
+
+
+def write_ends(sublayer: Sublayer, tensors: Tensors, basis: SiteBasis) -> Tensors:
+    """Weights and biases of a sublayer's writers, for the stream in a basis."""
+    result: Tensors = {}
+    for name in sublayer.writers:
+        weight, bias = sublayer.weight(name), sublayer.bias(name)
+        result |= {weight: basis.write(tensors[weight])} if weight in tensors else {}
+        result |= {bias: basis.embed(tensors[bias])} if bias in tensors else {}
+    return result
+
+
+def read_ends(sublayer: Sublayer, tensors: Tensors, reading: Tensor) -> Tensors:
+    """Weights of a sublayer's readers; reading is what they get from the normalized stream, (D, width)."""
+    names = [sublayer.weight(name) for name in sublayer.readers]
+    return {name: tensors[name] @ reading for name in names if name in tensors}
 
 
 def slice_block(
@@ -101,12 +118,7 @@ def slice_block(
     for index, (sublayers, basis, following) in enumerate(zip(sites, bases[:-1], bases[1:], strict=True)):
         for sublayer in sublayers:
             result |= keep_neurons(sublayer, folded, kept if sublayer.neurons else None)
-            for module in sublayer.readers:
-                result[module + ".weight"] = basis.read(result[module + ".weight"])
-            for module in sublayer.writers:
-                for name in (module + ".weight", module + ".bias"):
-                    if name in result:
-                        result[name] = following.write(result[name])
+            result |= read_ends(sublayer, result, basis.reading) | write_ends(sublayer, result, following)
         if shortcuts:
             result[f"shortcuts.{index}.weight"] = basis.shortcut_to(following)
     return result

@@ -1,6 +1,7 @@
 """Plans tried on held-out calibration tokens: each is fitted on a few sequences and measured on others."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -92,10 +93,11 @@ def try_plans(
             twin.step(site)
     heads = []
     for plan, basis, twin in zip(plans, bases, twins, strict=True):
-        tensors = slice_head(dense, plan, basis.site, basis.tied_gain, twin.reading)
+        custom = replace(plan, stock=None)  # whatever it is saved as, this is what it computes
+        tensors = slice_head(dense, custom, basis.site, basis.tied_gain, twin.reading)
         if plan.tied:
             table = dense.table
-            embedding = slice_embeddings(dense, plan, basis.site)[table.embeddings[0] + ".weight"]
+            embedding = slice_embeddings(dense, custom, basis.site)[table.embeddings[0] + ".weight"]
             weight = embedding * tensors[table.final_norm + ".weight"]
         else:
             weight = tensors[dense.table.head + ".weight"]
@@ -109,6 +111,7 @@ def _divergences(
     """KL of the twins at the site before the head, over the sequences of the trial group."""
     weight, bias = dense.head()
     weight = weight.float()
+    scale = dense.table.logit_scale(dense.config) if dense.table.logit_scale else 1.0
     totals, tokens = [0.0] * len(twins), 0
     for number, a in enumerate(site.activations):
         if a.group != TRIAL:
@@ -118,13 +121,13 @@ def _divergences(
         sliced = [a.rows(normalize(twin.streams[number], site.eps)) for twin in twins]
         for start in range(0, len(rows), ROWS):
             part = slice(start, start + ROWS)
-            expected = _log_probabilities(rows[part], weight, bias)
+            expected = _log_probabilities(rows[part], weight, bias, scale)
             for index, (head, shift) in enumerate(heads):
-                actual = _log_probabilities(sliced[index][part], head, shift)
+                actual = _log_probabilities(sliced[index][part], head, shift, scale)
                 totals[index] += float((expected.exp() * (expected - actual)).sum(-1).double().sum())
     return [total / tokens for total in totals]
 
 
-def _log_probabilities(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _log_probabilities(rows: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     logits = rows @ weight.T
-    return (logits if bias is None else logits + bias.float()).log_softmax(-1)
+    return (scale * (logits if bias is None else logits + bias.float())).log_softmax(-1)

@@ -1,13 +1,18 @@
 """Tables by `config.model_type`; never by a model's name."""
 
+import importlib
+import pkgutil
+from dataclasses import replace
 from typing import Any
 
+from eigenslice.arch import tables
 from eigenslice.arch.schema import Table
-from eigenslice.arch.tables import gpt_neox, llama, mistral, opt, phi, qwen2, qwen3
 from eigenslice.errors import UnsupportedModelError
 
 TABLES: dict[str, Table] = {
-    module.TABLE.model_type: module.TABLE for module in (gpt_neox, llama, mistral, opt, phi, qwen2, qwen3)
+    table.model_type: table
+    for module in pkgutil.iter_modules(tables.__path__)
+    for table in importlib.import_module(f"{tables.__name__}.{module.name}").TABLES
 }
 
 NORM_AFTER = frozenset(
@@ -57,4 +62,7 @@ def lookup(config: Any) -> Table:
             "stream has one width",
             next_step="choose another checkpoint of this family",
         )
+    for variant in table.variants:
+        if variant.when(config):
+            table = replace(table, **variant.changes)
     return table

@@ -22,10 +22,11 @@ TABLE = Table(
         modules=("mlp",),
         readers=("mlp.fc1",),
         writers=("mlp.fc2",),
-        neurons="intermediate_size",
+        neurons=True,
     ),
     parallel=True,
     dropout="resid_pdrop",
     # transformers sizes the query and key norms by hidden_size / heads, which is no longer head_dim after slicing
     stock=(StockForm(model_type="phi", applies=lambda c: not c.qk_layernorm),),
 )
+TABLES = (TABLE,)

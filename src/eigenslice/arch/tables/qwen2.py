@@ -14,6 +14,8 @@ AS_LLAMA = StockForm(
     applies=lambda c: all(kind == "full_attention" for kind in c.layer_types),
     overrides={"attention_bias": True},
     zero_biases=("self_attn.o_proj",),
+    portable=True,
 )
 
-TABLE = replace(llama.TABLE, model_type="qwen2", stock=(AS_LLAMA, StockForm(model_type="qwen2", portable=False)))
+TABLE = replace(llama.TABLE, model_type="qwen2", stock=(AS_LLAMA, StockForm(model_type="qwen2")))
+TABLES = (TABLE,)

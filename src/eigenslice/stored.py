@@ -1,0 +1,33 @@
+"""Names, and parts, under which a result's tensors are stored."""
+
+import torch
+
+from eigenslice.checkpoint.mapping import as_stored
+from eigenslice.dense import DenseModel, Tensors, empty_model
+from eigenslice.forms import checked_config, stock_config
+from eigenslice.plan import Plan, layout
+
+
+class StoredForm:
+    """Takes tensors from transformers' names to those in the result's files.
+
+    A stock result's experts are taken apart, as on the hub: other runtimes read them so. The custom class wraps the
+    dense architecture's model.
+    """
+
+    def __init__(self, dense: DenseModel, plan: Plan) -> None:
+        self._plan = plan
+        self._model = empty_model(checked_config(stock_config(dense, plan, torch.float32))) if plan.stock else None
+        self.shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in self(
+                {name: torch.empty(shape, device="meta") for name, (_, shape) in layout(dense, plan).items()}
+            ).items()
+        }
+        """Of all tensors in the result's files."""
+
+    def __call__(self, tensors: Tensors) -> Tensors:
+        """Some tensors under their names in the files."""
+        if self._model is None:
+            return {f"model.{name}": tensor for name, tensor in tensors.items()}
+        return as_stored(self._model, tensors)
