@@ -8,12 +8,22 @@ projection took off is subtracted from what the layer adds.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eigenslice.arch import Table, lookup
+from tests.conftest import load
+
+
+def load_wide(folder: Path, dtype: torch.dtype) -> Any:
+    """The dense model in a wide dtype. (Only the plain implementation of experts takes float64.)"""
+    model = load(folder, dtype=dtype)
+    if lookup(model.config).mlp.stacked:
+        model.set_experts_implementation("eager")
+    return model
 
 
 def site_names(table: Table, config: Any) -> list[str]:
@@ -48,7 +58,9 @@ class Projection:
         self._taken = args[0] - kept
         return (kept, *args[1:]), kwargs
 
-    def _after(self, module: Any, args: tuple, output: Tensor) -> Tensor:
+    def _after(self, module: Any, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):  # beside it, a router's logits
+            return (self._after(module, args, output[0]), *output[1:])
         taken = (self._taken / self._scale).reshape(output.shape)  # the layer multiplies what it adds
         return output - taken
 

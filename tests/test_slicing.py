@@ -25,7 +25,7 @@ def test_per_block_is_the_papers_algorithm(
 ) -> None:
     result = run_slice(case, width=WIDTH, basis="per-block")
     ids = tiny.random_ids(2, 20, seed=5)
-    model = load(dense_folder(case), dtype=tiny.CASES[case].widest)
+    model = reference.load_wide(dense_folder(case), tiny.CASES[case].widest)
     last = TABLES[tiny.CASES[case].model_type].one_width
     assert result.manifest["site_widths"][-1] == (WIDTH if last else tiny.WIDTH)
     expected = reference.per_block_logits(model, load_file(calibration)["calibration"], ids, WIDTH, last)
@@ -46,7 +46,7 @@ def test_global_without_refit_is_projection_onto_one_subspace(
     result = run_slice(case, width=WIDTH, form=form, refit=False)
     assert not result.manifest["refitted"]
     ids = tiny.random_ids(2, 20, seed=5)
-    model = load(dense_folder(case), dtype=tiny.CASES[case].widest)
+    model = reference.load_wide(dense_folder(case), tiny.CASES[case].widest)
     # a stock LayerNorm needs one of its dimensions for the constant vector
     kept = WIDTH - 1 if result.manifest["form"] == "stock" and lookup(model.config).norm == "layer" else WIDTH
     tokens = load_file(calibration)["calibration"]

@@ -95,6 +95,18 @@ GRANITE = {
     "attention_multiplier": 0.4,
 }
 
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+LATENT = {
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
+
 FAMILIES = {
     "arcee": Case("arcee", HEAD, "arcee"),
     "cwm": Case(
@@ -141,6 +153,29 @@ FAMILIES = {
     "stablelm": Case("stablelm", LLAMA, None, {"qk_layernorm": True}),
     "stablelm-parallel": Case("stablelm", LLAMA, None, {"use_parallel_residual": True, "use_qkv_bias": True}),
     "persimmon": Case("persimmon", LLAMA),
+    "mixtral": Case("mixtral", HEAD, "mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": Case(
+        "qwen2_moe", HEAD, "qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}
+    ),
+    "qwen3_moe": Case("qwen3_moe", HEAD, "qwen3_moe", EXPERTS | {"tie_word_embeddings": True}),
+    "glm4_moe": Case("glm4_moe", HEAD, "glm4_moe", EXPERTS | DEEPSEEK | {"use_qk_norm": True}),
+    "deepseek_v2": Case("deepseek_v2", HEAD, "deepseek_v2", EXPERTS | DEEPSEEK | LATENT | {"topk_method": "greedy"}),
+    "deepseek_v3": Case("deepseek_v3", HEAD, "deepseek_v3", EXPERTS | DEEPSEEK | LATENT),
+    "deepseek_v3-plain-queries": Case(
+        "deepseek_v3", HEAD, "deepseek_v3", EXPERTS | DEEPSEEK | LATENT | {"q_lora_rank": None}
+    ),
+    "minimax_m2": Case("minimax_m2", HEAD, "minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": Case("granitemoe", HEAD, "granitemoe", GRANITE | {"num_local_experts": 4}),
+    "gpt_oss": Case(
+        "gpt_oss", HEAD, "gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
+    ),
+    "llama4_text": Case(
+        "llama4_text",
+        HEAD,
+        "llama4_text",
+        {"num_local_experts": 4, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2},
+    ),
+    "olmoe": Case("olmoe", LLAMA, None, EXPERTS),
 }
 """One case or more for each further table: at full width and below, each form loads and computes the same."""
 

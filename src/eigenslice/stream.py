@@ -175,7 +175,7 @@ class Stream:
         for batch in batches:
             ids = batch.input_ids.to(self.device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(self.device)
-            self._inner.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            self._inner.get_submodule(parent)(input_ids=ids, attention_mask=mask, use_cache=False)
             kwargs = [recorder.kwargs for recorder in recorders]
             if mask is None:  # the same for all batches of this shape
                 kwargs = shared.setdefault(ids.shape, kwargs)
