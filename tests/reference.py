@@ -32,7 +32,7 @@ def site_names(table: Table, config: Any) -> list[str]:
     for index in range(config.num_hidden_layers):
         names.append(f"{table.layers}.{index}")
         if not table.is_parallel(config):
-            names.append(f"{table.layers}.{index}.{table.mlp.norm}")
+            names.append(f"{table.layers}.{index}.{table.mlp.norm or table.mlp.modules[0]}")
     return [*names, table.final_norm]
 
 
@@ -46,7 +46,7 @@ class Projection:
         self._scale = getattr(model.config, table.residual_scale) if table.residual_scale else 1.0
         module = model.get_submodule(name)
         self.handles = [module.register_forward_pre_hook(self._before, with_kwargs=True)]
-        if name.startswith(table.layers) and name.endswith(table.mlp.norm):
+        if name.startswith(table.layers) and name.endswith(table.mlp.norm or table.mlp.modules[0]):
             layer = model.get_submodule(name.rpartition(".")[0])
             last = layer.get_submodule(table.mlp.modules[-1])
             self.handles.append(last.register_forward_hook(self._after))
@@ -118,7 +118,9 @@ def global_logits(model: Any, calibration: Tensor, ids: Tensor, width: int, head
         gain = model.get_submodule(table.final_norm).weight + (1 if table.gain == "1+w" else 0)
         scale = table.logit_scale(model.config) if table.logit_scale else 1
         x = rms_norm(sites[-1].seen[-1] @ projector, eps)
-        return scale * (gain * x) @ projector @ model.get_input_embeddings().weight.T
+        logits = scale * (gain * x) @ projector @ model.get_input_embeddings().weight.T
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:

@@ -157,9 +157,12 @@ FAMILIES = {
     "qwen2_moe": Case(
         "qwen2_moe", HEAD, "qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}
     ),
-    "qwen3_moe": Case("qwen3_moe", HEAD, "qwen3_moe", EXPERTS | {"tie_word_embeddings": True}),
+    "qwen3_moe": Case("qwen3_moe", HEAD, "qwen3_moe", EXPERTS | {"tie_word_embeddings": True, "mlp_only_layers": [1]}),
     "glm4_moe": Case("glm4_moe", HEAD, "glm4_moe", EXPERTS | DEEPSEEK | {"use_qk_norm": True}),
     "deepseek_v2": Case("deepseek_v2", HEAD, "deepseek_v2", EXPERTS | DEEPSEEK | LATENT | {"topk_method": "greedy"}),
+    "deepseek_v2-plain-queries": Case(
+        "deepseek_v2", HEAD, "deepseek_v2", EXPERTS | DEEPSEEK | LATENT | {"topk_method": "greedy", "q_lora_rank": None}
+    ),
     "deepseek_v3": Case("deepseek_v3", HEAD, "deepseek_v3", EXPERTS | DEEPSEEK | LATENT),
     "deepseek_v3-plain-queries": Case(
         "deepseek_v3", HEAD, "deepseek_v3", EXPERTS | DEEPSEEK | LATENT | {"q_lora_rank": None}
@@ -176,6 +179,14 @@ FAMILIES = {
         {"num_local_experts": 4, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2},
     ),
     "olmoe": Case("olmoe", LLAMA, None, EXPERTS),
+    "gemma2": Case(
+        "gemma2", HEAD, None, {"tie_word_embeddings": True, "sliding_window": 6, "query_pre_attn_scalar": 12}
+    ),
+    "gemma3_text": Case("gemma3_text", HEAD | {"rope_parameters": None}, None, {"sliding_window": 6}),
+    "glm4": Case("glm4", HEAD),
+    "olmo2": Case("olmo2", LLAMA),
+    "olmo3": Case("olmo3", LLAMA, None, {"sliding_window": 6}),
+    "exaone4": Case("exaone4", LLAMA, None, {"sliding_window": 6, "sliding_window_pattern": 2}),
 }
 """One case or more for each further table: at full width and below, each form loads and computes the same."""
 

@@ -82,7 +82,7 @@ def stock_block(dense: DenseModel, plan: Plan, index: int, tensors: Tensors) -> 
     if plan.stock is None:
         return tensors
     prefix, width = f"{dense.table.layers}.{index}.", plan.site_widths[0]
-    for norm in dict.fromkeys(sublayer.norm for sublayer in dense.table.sublayers):
+    for norm in dict.fromkeys(sublayer.norm for sublayer in dense.table.sublayers if sublayer.norm):
         readers = [(s.weight(n), s.bias(n)) for s in dense.table.sublayers if s.norm == norm for n in s.readers]
         tensors = _stock_norm(dense, prefix, norm, readers, tensors, width)
     return tensors | {module + ".bias": torch.zeros(width) for module in plan.stock.zero_biases}

@@ -48,6 +48,7 @@ class DenseModel:
         shapes: Shape of every stored parameter by transformers' name; a tied head isn't stored.
         device: Where folding is computed (in float64).
         neurons: Number of neurons in each MLP; 0 if the table doesn't say that they can be cut.
+        in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
         sinusoids: Tables of positions that no checkpoint holds, (positions, D).
     """
 
@@ -68,6 +69,7 @@ class DenseModel:
         self.layer_norm = self.table.norm == "layer"
         self.neurons = self._count_neurons()
         self.sinusoids = self._fixed_positions(model)
+        self.in_float32 = frozenset(model._keep_in_fp32_modules_strict or ())
 
     def _check(self) -> None:
         weights = self.source.weights
@@ -212,7 +214,11 @@ def fold_block(table: Table, raw: Tensors, residual_scale: float = 1.0) -> Tenso
     folded: Tensors = {}
     raw = table.turned(raw)
     for sublayer in table.sublayers:
-        gain, shift = gain_of(table, raw.get(sublayer.norm + ".weight")), raw.get(sublayer.norm + ".bias")
+        gain, shift = gain_of(table, raw.get(f"{sublayer.norm}.weight")), raw.get(f"{sublayer.norm}.bias")
+        if sublayer.post_norm:
+            after = gain_of(table, raw.get(f"{sublayer.post_norm}.weight"))
+            assert after is not None  # transformers' post norms have gains
+            raw[sublayer.weight(sublayer.writers[0])] = torch.diag(after)
         for name in sublayer.ends:
             weight, bias = raw.get(sublayer.weight(name)), raw.get(sublayer.bias(name))
             if weight is None:
@@ -225,7 +231,7 @@ def fold_block(table: Table, raw: Tensors, residual_scale: float = 1.0) -> Tenso
                     weight, bias = centre_writer(weight), None if bias is None else centre_rows(bias)
             folded |= {sublayer.weight(name): weight} | ({} if bias is None else {sublayer.bias(name): bias})
         folded |= {name: tensor for name, tensor in raw.items() if is_inside(name, sublayer.inner)}
-    norms = {f"{s.norm}.{kind}" for s in table.sublayers for kind in ("weight", "bias")}
+    norms = {f"{norm}.{kind}" for s in table.sublayers for norm in (s.norm, s.post_norm) for kind in ("weight", "bias")}
     unknown = set(raw) - set(folded) - norms
     if unknown:
         raise UnsupportedModelError(

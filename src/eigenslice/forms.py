@@ -39,6 +39,7 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
             "modules": list(s.modules),
             "readers": list(s.readers),
             "writers": list(s.writers),
+            "post_norm": s.post_norm,
             "gated": list(s.gated),
             "transposed": list(s.transposed),
             "stacked": list(s.stacked),
@@ -207,7 +208,9 @@ def choose_form(
     if basis == "per-block":
         reasons.append("no stock config has the shortcuts of a per-block basis")
     elif not dense.table.stock:
-        reasons.append(f"{dense.table.model_type!r} ties the attention's width to the hidden width")
+        reasons.append(
+            f"{dense.table.model_type!r} ties the attention's width to the hidden width, or norms its output"
+        )
     else:
         for form in dense.table.stock:
             plan = replace(custom, stock=form)

@@ -104,9 +104,12 @@ def _block_layout(
             role: Role = "attention" if sublayer is dense.table.attention else "mlp"
             for name in sublayer.ends:
                 weight, bias = prefix + sublayer.weight(name), prefix + sublayer.bias(name)
-                if weight not in dense.shapes:
+                if sublayer.post_norm and name in sublayer.writers:
+                    *experts, outputs, inputs = dense.width, dense.width
+                elif weight in dense.shapes:
+                    *experts, outputs, inputs = sublayer.turn(name, dense.shapes[weight])
+                else:
                     continue  # this layer is of another kind
-                *experts, outputs, inputs = sublayer.turn(name, dense.shapes[weight])
                 if name in sublayer.readers:
                     inputs = width
                     if sublayer.neurons:

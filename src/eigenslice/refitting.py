@@ -97,8 +97,13 @@ class SlicedTwin:
     def _fit_readers(self, site: Site) -> None:
         """Let readers predict what was cut from what is kept, then run the site's sublayers up to their writers."""
 
+        normed = site.folded is None or self._sites[site.index][0].norm
+
+        def seen(stream: Tensor) -> Tensor:
+            return normalize(stream, site.eps) if normed else stream
+
         def tokens(number: int, a: Activations) -> tuple[Tensor, Tensor]:
-            return a.rows(normalize(self.streams[number], site.eps)), a.rows(normalize(a.hidden, site.eps))
+            return a.rows(seen(self.streams[number])), a.rows(seen(a.hidden))
 
         reading = self._fit("read", site, self._basis.reading, tokens)
         if site.folded is None:

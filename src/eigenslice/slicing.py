@@ -88,7 +88,7 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
         found = _measure(run) if options.basis == "global" else None
         plan, trials = _choose(run, plans, found)
         stored = StoredForm(dense, plan)
-        writer = ShardWriter(folder, stored.shapes, dtype, int(options.shard_gib * GIB))
+        writer = ShardWriter(folder, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
 
         def write(tensors: Tensors) -> None:
             for name, tensor in stored(tensors).items():

@@ -1,5 +1,7 @@
 """Names, and parts, under which a result's tensors are stored."""
 
+import re
+
 import torch
 
 from eigenslice.checkpoint.mapping import as_stored
@@ -25,6 +27,9 @@ class StoredForm:
             ).items()
         }
         """Of all tensors in the result's files."""
+        patterns = [re.compile(rf"(^|\.){name}($|\.)") for name in dense.in_float32]
+        self.in_float32 = frozenset(n for n in self.shapes if any(pattern.search(n) for pattern in patterns))
+        """Names of those that transformers keeps in float32 beside 16-bit weights."""
 
     def __call__(self, tensors: Tensors) -> Tensors:
         """Some tensors under their names in the files."""

@@ -21,8 +21,8 @@ def always(config: Any) -> bool:
 class Sublayer:
     """Attention or MLP: what stands between a norm and the addition to the residual stream."""
 
-    norm: str
-    """The norm whose output the sublayer reads."""
+    norm: str | None
+    """The norm whose output the sublayer reads; None if it reads the stream as it is."""
     modules: tuple[str, ...]
     """Modules called one after the other; the first one's input is the norm's output."""
     readers: tuple[str, ...]
@@ -31,6 +31,10 @@ class Sublayer:
     """Linear layers whose output is added to the residual stream."""
     inner: tuple[str, ...] = ()
     """Modules or parameters that touch the stream at neither end; kept as they are."""
+    post_norm: str | None = None
+    """An RMSNorm between the last linear layer and the stream. It doesn't commute with a rotation: gain * RMSN(W a), in
+    a basis Q, is Q^T diag(gain) RMSN(W a), which needs W as it is. So W is inner, and the norm, in the custom class, is
+    followed by a matrix: `POST_NORM.project` is the writer."""
     neurons: bool = False
     """Whether its neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in
     between joins two of them."""

@@ -85,8 +85,17 @@ class ShardWriter:
     Only what was announced may be written, and all of it must be.
     """
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        shard_bytes: int,
+        in_float32: frozenset[str] = frozenset(),
+    ) -> None:
+        """in_float32: names of those that are stored in float32, whatever the others are in."""
         self._folder, self._expected, self._dtype = folder, dict(shapes), dtype
+        self._in_float32 = in_float32
         self._limit = shard_bytes
         self._buffer: dict[str, Tensor] = {}
         self._size = 0
@@ -102,10 +111,11 @@ class ShardWriter:
         expected = self._expected.pop(name, None)
         if expected != tuple(tensor.shape):
             raise ValueError(f"{name} is {tuple(tensor.shape)}, announced was {expected}")
-        stored = tensor.to(device="cpu", dtype=self._dtype).contiguous()
+        dtype = torch.float32 if name in self._in_float32 else self._dtype
+        stored = tensor.to(device="cpu", dtype=dtype).contiguous()
         if not torch.isfinite(stored).all():
             raise OutputError(
-                f"{name} doesn't fit into {str(self._dtype).removeprefix('torch.')}: NaN or infinite numbers",
+                f"{name} doesn't fit into {str(dtype).removeprefix('torch.')}: NaN or infinite numbers",
                 allowed="a dtype that holds every weight",
                 next_step="pass --dtype bfloat16 or --dtype float32",
             )

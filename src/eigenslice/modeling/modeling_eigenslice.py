@@ -75,6 +75,17 @@ class SlicedRMSNorm(nn.Module):
         return x.to(hidden_states.dtype)
 
 
+class ProjectedRMSNorm(SlicedRMSNorm):
+    """A norm between a sublayer and the stream: over the dense width, then into the stream's basis, with its gain."""
+
+    def __init__(self, dense_width: int, width: int, eps: float, like: torch.Tensor):
+        super().__init__(dense_width, eps)
+        self.project = nn.Linear(dense_width, width, bias=False, device=like.device, dtype=like.dtype)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.project(super().forward(hidden_states))
+
+
 class SlicedLayerMixin(nn.Module):
     """The forward of a decoder layer, for any architecture: norm, sublayers, addition.
 
@@ -106,7 +117,8 @@ class SlicedLayerMixin(nn.Module):
 
     def normalize(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the sublayers of a site read."""
-        return self.get_submodule(self.sites[site][0]["norm"])(hidden_states)
+        norm = self.sites[site][0]["norm"]
+        return self.get_submodule(norm)(hidden_states) if norm else hidden_states
 
     def skip(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """The stream at a site in the basis of the next one."""
@@ -232,10 +244,14 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
     layer.arguments = _parameters(layer.forward)[0][1:]
     shortcuts = []
     for sublayers, width, next_width in zip(sites, widths[:-1], widths[1:], strict=True):
-        for norm in {sublayer["norm"] for sublayer in sublayers}:
+        for norm in {sublayer["norm"] for sublayer in sublayers} - {None}:
             delattr(layer, norm)
-        setattr(layer, sublayers[0]["norm"], SlicedRMSNorm(width, config.norm_eps))
+        if sublayers[0]["norm"]:
+            setattr(layer, sublayers[0]["norm"], SlicedRMSNorm(width, config.norm_eps))
         for sublayer in sublayers:
+            if sublayer["post_norm"]:
+                norm = ProjectedRMSNorm(dense_width, next_width, config.norm_eps, weight)
+                setattr(layer, sublayer["post_norm"], norm)
             inner = None if sublayer["attention"] else neurons
             for name in sublayer["readers"]:
                 outputs = 2 * inner if inner and name in sublayer["gated"] else inner

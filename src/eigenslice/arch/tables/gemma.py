@@ -5,12 +5,11 @@ from dataclasses import replace
 from eigenslice.arch.schema import StockForm
 from eigenslice.arch.tables import llama
 
-TABLES = (
-    replace(
-        llama.TABLE,
-        model_type="gemma",
-        gain="1+w",
-        width_scales_embedding=True,
-        stock=(StockForm(model_type="gemma", portable=True),),
-    ),
+TABLE = replace(
+    llama.TABLE,
+    model_type="gemma",
+    gain="1+w",
+    width_scales_embedding=True,
+    stock=(StockForm(model_type="gemma", portable=True),),
 )
+TABLES = (TABLE,)

@@ -14,18 +14,24 @@ GATED = ("gate_proj", "up_proj", "down_proj")
 
 
 def mixture(
-    block: str = "mlp", router: str = "gate", shared: str = "", more: Iterable[str] = (), inner: tuple[str, ...] = ()
+    block: str = "mlp",
+    router: str = "gate",
+    dense: bool = False,
+    shared: str = "",
+    more: Iterable[str] = (),
+    inner: tuple[str, ...] = (),
 ) -> Sublayer:
-    """An MLP that is a mixture in some or all layers, and a plain one in the others.
+    """An MLP that is a mixture.
 
     Args:
         block: Name of the module.
         router: Name of the router in it.
+        dense: Whether some layers have a plain MLP instead.
         shared: Name of the experts that all tokens pass, in it; none if empty.
         more: Names of further readers in it.
         inner: Names of what is kept as it is, in it.
     """
-    plain = [f"{block}.{name}" for name in GATED]
+    plain = [f"{block}.{name}" for name in GATED] if dense else []
     plain += [f"{block}.{shared}.{name}" for name in GATED] if shared else []
     experts = (f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj")
     return Sublayer(
@@ -56,36 +62,38 @@ LATENT = replace(
 )
 """DeepSeek's attention: keys and values pass a narrow layer with a norm of its own."""
 GPT_OSS = mixture(router="router")
-LLAMA4 = mixture("feed_forward", router="router", shared="shared_expert")
+LLAMA4 = mixture("feed_forward", router="router", dense=True, shared="shared_expert")
 
 TABLES = (
     replace(llama.TABLE, model_type="mixtral", mlp=mixture(), stock=stays("mixtral")),
     replace(
         llama.TABLE,
         model_type="qwen2_moe",
-        mlp=mixture(shared="shared_expert", more=["shared_expert_gate"]),
+        mlp=mixture(dense=True, shared="shared_expert", more=["shared_expert_gate"]),
         stock=stays("qwen2_moe"),
     ),
-    replace(llama.TABLE, model_type="qwen3_moe", attention=WITH_NORMS, mlp=mixture(), stock=stays("qwen3_moe")),
+    replace(
+        llama.TABLE, model_type="qwen3_moe", attention=WITH_NORMS, mlp=mixture(dense=True), stock=stays("qwen3_moe")
+    ),
     replace(
         llama.TABLE,
         model_type="glm4_moe",
         attention=WITH_NORMS,
-        mlp=mixture(shared="shared_experts", inner=(BIAS,)),
+        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,)),
         stock=stays("glm4_moe"),
     ),
     replace(
         llama.TABLE,
         model_type="deepseek_v2",
         attention=LATENT,
-        mlp=mixture(shared="shared_experts"),
+        mlp=mixture(dense=True, shared="shared_experts"),
         stock=stays("deepseek_v2"),
     ),
     replace(
         llama.TABLE,
         model_type="deepseek_v3",
         attention=LATENT,
-        mlp=mixture(shared="shared_experts", inner=(BIAS,)),
+        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,)),
         stock=stays("deepseek_v3"),
     ),
     replace(
