@@ -97,6 +97,13 @@ GRANITE = {
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
 LATENT = {
     "head_dim": 4,
     "num_key_value_heads": 4,
@@ -186,6 +193,16 @@ FAMILIES = {
     "glm4": Case("glm4", HEAD),
     "olmo2": Case("olmo2", LLAMA),
     "olmo3": Case("olmo3", LLAMA, None, {"sliding_window": 6}),
+    "qwen3_next": Case(
+        "qwen3_next",
+        HEAD,
+        "qwen3_next",
+        EXPERTS | DELTA | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+    ),
+    "qwen3_5_text": Case("qwen3_5_text", HEAD, "qwen3_5_text", DELTA | {"tie_word_embeddings": True}),
+    "qwen3_5_moe_text": Case(
+        "qwen3_5_moe_text", HEAD, "qwen3_5_moe_text", EXPERTS | DELTA | {"shared_expert_intermediate_size": 40}
+    ),
     "exaone4": Case("exaone4", LLAMA, None, {"sliding_window": 6, "sliding_window_pattern": 2}),
 }
 """One case or more for each further table: at full width and below, each form loads and computes the same."""

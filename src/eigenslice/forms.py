@@ -43,7 +43,7 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
             "gated": list(s.gated),
             "transposed": list(s.transposed),
             "stacked": list(s.stacked),
-            "renames": dict(s.renames),
+            "renames": {module: dict(names) for module, names in s.renames.items()},
             "adds_stream": s.adds_stream,
         }
         for name, s in (("attention", table.attention), ("mlp", table.mlp))

@@ -25,9 +25,6 @@ RECURRENT = "has recurrent layers beside attention, whose state and caches no te
 REFUSED = {
     "gemma4_text": "adds an embedding of the token to the stream in every layer, behind a norm of its own",
     "gemma3n_text": "carries several residual streams side by side",
-    "qwen3_next": RECURRENT,
-    "qwen3_5_text": RECURRENT,
-    "qwen3_5_moe_text": RECURRENT,
     "mamba": "has no attention: its state-space layers aren't described by a table yet",
     "mamba2": "has no attention: its state-space layers aren't described by a table yet",
     "jamba": RECURRENT,

@@ -24,7 +24,7 @@ class Sublayer:
     norm: str | None
     """The norm whose output the sublayer reads; None if it reads the stream as it is."""
     modules: tuple[str, ...]
-    """Modules called one after the other; the first one's input is the norm's output."""
+    """Modules called one after the other, as far as a layer has them; the first one's input is the norm's output."""
     readers: tuple[str, ...]
     """Linear layers whose input is the norm's output."""
     writers: tuple[str, ...]
@@ -45,8 +45,8 @@ class Sublayer:
     stacked: tuple[str, ...] = ()
     """Readers and writers that are no modules, but one parameter for all experts, (experts, out, in); a bias, if there
     is one, is called NAME_bias. They aren't refitted where they write."""
-    renames: Mapping[str, str] = field(default_factory=dict)
-    """Arguments of the layer that its attention takes under other names."""
+    renames: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    """For a module of the attention: arguments of the layer that it takes under another name, or (None) doesn't get."""
     adds_stream: bool = False
     """Whether the modules take the stream as an argument `residual` and add it themselves."""
 

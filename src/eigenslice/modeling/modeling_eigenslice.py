@@ -95,7 +95,7 @@ class SlicedLayerMixin(nn.Module):
     Attributes:
         sites: The sublayers at each site: their names in the table, and whether they are attention.
         arguments: Names of the arguments that transformers' layer takes after the stream, in order.
-        attention_takes: Names of those that its attention takes; None for any.
+        takes: The arguments that each of its modules takes by name; None for any.
         gives_tuple: Whether transformers' model expects a tuple from its layers.
         shortcuts: One matrix a site, or None.
         residual_dropout: Dropout on what a sublayer adds, as in the dense layer (training only).
@@ -103,7 +103,7 @@ class SlicedLayerMixin(nn.Module):
 
     sites: list[list[dict]]
     arguments: list[str]
-    attention_takes: frozenset[str] | None
+    takes: dict[str, frozenset[str] | None]
     gives_tuple: bool
     shortcuts: nn.ModuleList | None
     residual_dropout: float
@@ -134,21 +134,26 @@ class SlicedLayerMixin(nn.Module):
 
     def run(self, sublayer: dict, normalized: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """One sublayer: its modules, one after the other."""
-        kwargs = {sublayer["renames"].get(name, name): value for name, value in kwargs.items()}
-        if not sublayer["attention"]:
-            kwargs = {}
-        elif self.attention_takes is not None:
-            kwargs = {name: value for name, value in kwargs.items() if name in self.attention_takes}
-        if sublayer["adds_stream"]:
-            kwargs["residual"] = normalized.new_zeros(())
         output: Any = normalized
         for name in sublayer["modules"]:
-            output = self.get_submodule(name)(output, **kwargs)
+            if name not in self.takes:
+                continue  # another kind of layer
+            output = self.get_submodule(name)(output, **self.arguments_of(name, sublayer, output, kwargs))
             output = (
                 output[0] if isinstance(output, tuple) else output
             )  # beside it: attention weights, a router's logits
-            kwargs = {}
         return output.reshape(*normalized.shape[:-1], -1)  # some experts return tokens without their sequences
+
+    def arguments_of(self, name: str, sublayer: dict, x: torch.Tensor, kwargs: dict) -> dict:
+        """What a module takes beside its input."""
+        result = {}
+        if sublayer["attention"]:
+            names, takes = sublayer["renames"].get(name, {}), self.takes[name]
+            renamed = {names.get(key, key): value for key, value in kwargs.items()}
+            result = {k: value for k, value in renamed.items() if k is not None and (takes is None or k in takes)}
+        if sublayer["adds_stream"]:
+            result["residual"] = x.new_zeros(())
+        return result
 
 
 class CenteredEmbeddingMixin(nn.Module):
@@ -190,6 +195,14 @@ class SinusoidsMixin(nn.Module):
         super().make_weights(num_embeddings, *args)
 
 
+def _module(layer: nn.Module, name: str) -> nn.Module | None:
+    """A module by its name, None if there is none."""
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        return None
+
+
 def _resize(layer: Any, sublayer: dict, name: str, inputs: int | None, outputs: int | None, bias: bool = False) -> None:
     """Change the widths of a reader or writer (None: unchanged), and give it a bias if it has none and is to.
 
@@ -197,11 +210,10 @@ def _resize(layer: Any, sublayer: dict, name: str, inputs: int | None, outputs: 
     """
     stacked, transposed = name in sublayer["stacked"], name in sublayer["transposed"]
     path, _, leaf = name.rpartition(".") if stacked else (name, "", "weight")
-    try:
-        module = layer.get_submodule(path)
-        weight = getattr(module, leaf)
-    except AttributeError:
+    module: Any = _module(layer, path)
+    if not hasattr(module, leaf):
         return
+    weight = getattr(module, leaf)
     *experts, rows, columns = weight.shape
     if transposed:
         rows, columns = columns, rows
@@ -241,7 +253,7 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
     """Narrow one decoder layer. widths: at each of its sites, then at the next layer's first one."""
     weight = next(layer.parameters())
     sites, dense_width = _sites(config.architecture), config.text_config.hidden_size
-    layer.arguments = _parameters(layer.forward)[0][1:]
+    layer.arguments, layer.takes = _parameters(layer.forward)[0][1:], {}
     shortcuts = []
     for sublayers, width, next_width in zip(sites, widths[:-1], widths[1:], strict=True):
         for norm in {sublayer["norm"] for sublayer in sublayers} - {None}:
@@ -260,9 +272,11 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
                 _resize(layer, sublayer, name, inner, next_width)
             if sublayer["stacked"]:
                 _narrow_experts(layer.get_submodule(sublayer["modules"][0]), dense_width, width)
-            if sublayer["attention"]:
-                names, others = _parameters(layer.get_submodule(sublayer["modules"][0]).forward)
-                layer.attention_takes = None if others else frozenset(names)
+            for name in sublayer["modules"]:
+                module = _module(layer, name)
+                if module is not None:
+                    names, others = _parameters(module.forward)
+                    layer.takes[name] = None if others else frozenset(names)
         shortcuts.append(nn.Linear(width, next_width, bias=False, device=weight.device, dtype=weight.dtype))
     _derive(layer, SlicedLayerMixin, "Sliced")
     layer.sites = sites

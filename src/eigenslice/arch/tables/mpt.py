@@ -17,7 +17,7 @@ TABLES = (
             modules=("attn",),
             readers=("attn.Wqkv",),
             writers=("attn.out_proj",),
-            renames={"layer_past": "past_key_values"},
+            renames={"attn": {"layer_past": "past_key_values"}},
         ),
         mlp=Sublayer(
             norm="norm_2",
