@@ -185,6 +185,8 @@ FAMILIES = {
         "llama4_text",
         {"num_local_experts": 4, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2},
     ),
+    "phimoe": Case("phimoe", HEAD, "phimoe", {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
+    "phimoe-no-biases": Case("phimoe", HEAD, "phimoe", {"num_local_experts": 4}),
     "olmoe": Case("olmoe", LLAMA, None, EXPERTS),
     "gemma2": Case(
         "gemma2", HEAD, None, {"tie_word_embeddings": True, "sliding_window": 6, "query_pre_attn_scalar": 12}

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum, kept_basis, layer_norm_basis, tied_basis
-from eigenslice.algebra.norms import centre_rows
-from eigenslice.dense import DenseModel, Tensors
+from eigenslice.dense import DenseModel, Tensors, carry
 from eigenslice.plan import Plan
 from eigenslice.transform import SiteBasis
 
@@ -27,14 +26,19 @@ def global_basis(dense: DenseModel, plan: Plan, spectrum: Spectrum) -> GlobalBas
         basis = kept_basis(spectrum, width, constant=dense.layer_norm)
         matrix, gain = tied_basis(basis, dense.final_gain())
         return GlobalBasis(SiteBasis(matrix), gain)
-    if plan.stock and dense.layer_norm:
-        return GlobalBasis(SiteBasis(layer_norm_basis(spectrum, width)), None)
-    return GlobalBasis(SiteBasis(kept_basis(spectrum, width)), None)
+    return GlobalBasis(site_basis(dense, spectrum, width, plan.stock is not None), None)
 
 
-def block_names(dense: DenseModel, index: int, tensors: Tensors) -> Tensors:
+def site_basis(dense: DenseModel, spectrum: Spectrum, width: int, stock: bool = False) -> SiteBasis:
+    """The kept basis of a site whose norm is a stock class's, or the custom one's."""
+    if (stock and dense.layer_norm) or dense.carries_shifts:
+        return SiteBasis(layer_norm_basis(spectrum, width))
+    return SiteBasis(kept_basis(spectrum, width))
+
+
+def block_names(dense: DenseModel, index: int, tensors: Tensors, width: int) -> Tensors:
     """A block's tensors (out x in) as its modules hold them, under their names in the model."""
-    return {f"{dense.table.layers}.{index}.{name}": tensor for name, tensor in dense.table.turned(tensors).items()}
+    return {f"{dense.table.layers}.{index}.{name}": t for name, t in dense.as_modules(tensors, width).items()}
 
 
 def slice_embeddings(dense: DenseModel, plan: Plan, basis: SiteBasis) -> Tensors:
@@ -42,9 +46,8 @@ def slice_embeddings(dense: DenseModel, plan: Plan, basis: SiteBasis) -> Tensors
     tensors = {name: basis.embed(w) for name, w in dense.embeddings(centre=not plan.tied).items()}
     token = dense.table.embeddings[0]
     if plan.stock and dense.table.width_scales_embedding:
-        tensors[token + ".weight"] = (
-            tensors[token + ".weight"] / basis.scale
-        )  # the class now takes another width's root
+        # The class now multiplies by another width's root
+        tensors[token + ".weight"] = tensors[token + ".weight"] / basis.scale
     if plan.tied and dense.layer_norm:
         # The constant vector in the basis: the direction that a LayerNorm's mean subtraction removes
         tensors[token + ".center"] = basis.matrix.sum(0) / dense.width**0.5
@@ -108,9 +111,7 @@ def _stock_norm(
     result = {name: tensor for name, tensor in tensors.items() if name not in carried}
     for weight, bias in readers if carried else ():
         if weight in tensors:
-            result[weight] = centre_rows(tensors[weight])
-        if bias in carried:
-            result[weight] = result[weight] + tensors[bias][..., None] / width
+            result[weight] = carry(tensors[weight], tensors[bias] if bias in carried else None)
     unit = torch.zeros if dense.table.gain == "1+w" else torch.ones
     kinds = {".weight": unit, ".bias": torch.ones if carried else torch.zeros}
     return result | {norm + k: make(width) for k, make in kinds.items() if prefix + norm + k in dense.shapes}

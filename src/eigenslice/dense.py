@@ -116,7 +116,15 @@ class DenseModel:
     @property
     def can_stay_tied(self) -> bool:
         """Whether one matrix can still be embedding and head when the norms are folded."""
-        return self.tied and not self.table.embedding_norm
+        return self.tied and not self.table.embedding_norm and not self.carries_shifts
+
+    @property
+    def carries_shifts(self) -> bool:
+        """Whether folded shifts reach experts without biases through the norm: see `as_modules`.
+
+        The stream's coordinates have to sum to zero then, in every basis (`layer_norm_basis`).
+        """
+        return self.reader_bias and bool(self.table.mlp.stacked)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -140,9 +148,27 @@ class DenseModel:
 
         Args:
             name: Of the bias.
-            stock: In a stock class, which has the dense model's biases only.
+            stock: In a class that has the dense model's biases only.
         """
         return name in self.shapes or (self.reader_bias and not stock)
+
+    def as_modules(self, tensors: Tensors, width: int) -> Tensors:
+        """Weights of a decoder layer as the custom class's modules hold them.
+
+        Experts have no biases. Where the norm before them has a shift, the custom class's norm gives n + 1, n of sum
+        zero; rows that sum to zero don't see the 1, and those that sum to b add b.
+
+        Args:
+            tensors: Out x in; names relative to the layer.
+            width: Of the stream.
+        """
+        mlp = self.table.mlp
+        result = dict(tensors)
+        for name in mlp.readers if self.carries_shifts else ():
+            bias = result.pop(mlp.bias(name), None)
+            if bias is not None:
+                result[mlp.weight(name)] = carry(tensors[mlp.weight(name)], bias)
+        return self.table.turned(result)
 
     def raw(self, name: str) -> Tensor | None:
         """A tensor as the model has it, in float64 on the device; None if the model has none of this name."""
@@ -190,6 +216,12 @@ class DenseModel:
         raw = {name.removeprefix(prefix): self.raw(name) for name in self.shapes if name.startswith(prefix)}
         scale = float(getattr(self.config, self.table.residual_scale)) if self.table.residual_scale else 1.0
         return fold_block(self.table, {name: tensor for name, tensor in raw.items() if tensor is not None}, scale)
+
+
+def carry(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Weight (..., out, width) that gives W n + b for n + 1, where n sums to zero."""
+    rows = centre_rows(weight)
+    return rows if bias is None else rows + bias[..., None] / weight.shape[-1]
 
 
 def gain_of(table: Table, weight: Tensor | None) -> Tensor | None:

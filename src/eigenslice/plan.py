@@ -114,7 +114,7 @@ def _block_layout(
                     inputs = width
                     if sublayer.neurons:
                         outputs = neurons * (2 if name in sublayer.gated else 1)
-                    biased = dense.keeps_bias(bias, stock)
+                    biased = dense.keeps_bias(bias, stock or (dense.carries_shifts and bool(sublayer.stacked)))
                 else:
                     outputs = following
                     if sublayer.neurons:

@@ -115,7 +115,7 @@ class SlicedTwin:
             weights |= read_ends(sublayer, weights, reading) | write_ends(sublayer, weights, self._basis)
             self._block |= weights
             weights |= {name: w for name, w in site.folded.items() if is_inside(name, sublayer.inner)}
-            self._runner.assign(layer, self._dense.table.turned(weights))
+            self._runner.assign(layer, self._dense.as_modules(weights, self._basis.width))
         writers = self._fitted_writers(site.index)
         self._inputs = []
         for number, a in enumerate(site.activations):

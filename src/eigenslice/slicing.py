@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from eigenslice.algebra.basis import Spectrum, kept_basis, principal_components
-from eigenslice.assembly import block_names, global_basis, slice_embeddings, slice_head, stock_block
+from eigenslice.algebra.basis import Spectrum, principal_components
+from eigenslice.assembly import block_names, global_basis, site_basis, slice_embeddings, slice_head, stock_block
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_output, output_folder, write_json
@@ -143,7 +143,7 @@ def _slice_global(
     sites = dense.table.sites(dense.config)
 
     def write_block(index: int, tensors: Tensors) -> None:
-        write(block_names(dense, index, stock_block(dense, plan, index, tensors)))
+        write(block_names(dense, index, stock_block(dense, plan, index, tensors), plan.site_widths[0]))
 
     write(slice_embeddings(dense, plan, basis.site))
     reading = None
@@ -183,13 +183,13 @@ def _slice_per_block(run: Run, plan: Plan, write: Write) -> list[dict[str, Any]]
             basis = identity_basis(dense.width, dense.device)
         else:
             spectrum = principal_components(site.moment(normalized=False).matrix, dense.layer_norm)
-            basis = SiteBasis(kept_basis(spectrum, width))
+            basis = site_basis(dense, spectrum, width)
             site.project(basis.matrix)
             summaries.append(site_summary(f"block {site.block} site {site.index}", spectrum, width))
         if number == 0:
             write(slice_embeddings(dense, plan, basis))
         if site.index == 0 and pending is not None:
-            write(block_names(dense, site.block - 1, slice_block(sites, pending, [*bases, basis], True)))
+            write(block_names(dense, site.block - 1, slice_block(sites, pending, [*bases, basis], True), width))
             bases = []
         pending = site.folded
         bases.append(basis)

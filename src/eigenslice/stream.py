@@ -205,7 +205,7 @@ class Stream:
             eps = self.dense.eps
             for block in range(self.dense.blocks):
                 folded, layer = self.dense.block(block), self._layers[block]
-                self._runner.assign(layer, self.dense.table.turned(folded))
+                self._runner.assign(layer, self.dense.as_modules(folded, self.dense.width))
                 for site in range(len(layer.sites)):
                     yield Site(block, site, folded, activations, eps)
                     writers = self._observed(site)

@@ -60,11 +60,17 @@ class SlicedConfig(PreTrainedConfig):
 
 
 class SlicedRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), over a sliced stream, with a gain only where the embeddings are tied."""
+    """x / sqrt(mean(x^2) + eps), over a sliced stream.
 
-    def __init__(self, width: int, eps: float, gain: bool = False, like: torch.Tensor | None = None):
+    With a gain only where the embeddings are tied. With a shift of 1 before experts, which have no biases: it carries
+    what the dense norm's shift gives them. (Their weights' rows sum to it; the stream's numbers sum to zero.)
+    """
+
+    def __init__(
+        self, width: int, eps: float, gain: bool = False, like: torch.Tensor | None = None, shift: float = 0.0
+    ):
         super().__init__()
-        self.eps = eps
+        self.eps, self.shift = eps, shift
         self.weight = nn.Parameter(like.new_ones(width)) if gain and like is not None else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -72,6 +78,8 @@ class SlicedRMSNorm(nn.Module):
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         if self.weight is not None:
             x = x * self.weight
+        if self.shift:
+            x = x + self.shift
         return x.to(hidden_states.dtype)
 
 
@@ -259,7 +267,9 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
         for norm in {sublayer["norm"] for sublayer in sublayers} - {None}:
             delattr(layer, norm)
         if sublayers[0]["norm"]:
-            setattr(layer, sublayers[0]["norm"], SlicedRMSNorm(width, config.norm_eps))
+            shifted = config.reader_bias and any(sublayer["stacked"] for sublayer in sublayers)
+            norm = SlicedRMSNorm(width, config.norm_eps, shift=1.0 if shifted else 0.0)
+            setattr(layer, sublayers[0]["norm"], norm)
         for sublayer in sublayers:
             if sublayer["post_norm"]:
                 norm = ProjectedRMSNorm(dense_width, next_width, config.norm_eps, weight)
@@ -267,7 +277,7 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
             inner = None if sublayer["attention"] else neurons
             for name in sublayer["readers"]:
                 outputs = 2 * inner if inner and name in sublayer["gated"] else inner
-                _resize(layer, sublayer, name, width, outputs, config.reader_bias)
+                _resize(layer, sublayer, name, width, outputs, config.reader_bias and not sublayer["stacked"])
             for name in sublayer["writers"]:
                 _resize(layer, sublayer, name, inner, next_width)
             if sublayer["stacked"]:

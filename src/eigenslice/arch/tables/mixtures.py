@@ -122,6 +122,13 @@ TABLES = (
         mlp=replace(LLAMA4, transposed=LLAMA4.stacked),
         stock=stays("llama4_text"),
     ),
+    replace(
+        llama.TABLE,
+        model_type="phimoe",
+        norm="layer",
+        mlp=mixture(router="router"),
+        stock=stays("phimoe"),
+    ),
     # Norms over all of q and k, as wide as the stream in the config
     replace(llama.TABLE, model_type="olmoe", attention=WITH_NORMS, mlp=mixture(), stock=()),
 )
