@@ -20,7 +20,7 @@ def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list
     table = lookup(model.config)
     real = torch.ones_like(ids).bool() if mask is None else mask.bool()
     names = [f"{table.layers}.{index}." for index in range(model.config.num_hidden_layers)]
-    norms = [name + site[0].norm for name in names for site in table.sites(model.config)] + [table.final_norm]
+    norms = [f"{name}{site[0].norm}" for name in names for site in table.sites(model.config)] + [table.final_norm]
     writers = [name + table.mlp.writers[0] for name in names]
     seen: dict[str, Tensor] = {}
     for name in (*norms, *writers):

@@ -140,7 +140,7 @@ FAMILIES = {
     "cohere2": Case("cohere2", HEAD, "cohere2", {"logit_scale": 0.3, "sliding_window": 6}),
     "cohere2-tied": Case("cohere2", HEAD, None, {"logit_scale": 0.3, "tie_word_embeddings": True}),
     "olmo": Case("olmo", HEAD, "olmo"),
-    "gpt2": Case("gpt2", COMMON, None, {"n_inner": 56}),
+    "gpt2": Case("gpt2", COMMON, None, {"n_inner": 56, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "gpt2-untied": Case("gpt2", COMMON, None, {"n_inner": 56, "tie_word_embeddings": False}),
     "gpt_bigcode": Case("gpt_bigcode", COMMON, None, {"n_inner": 56}),
     "gpt_neo": Case(

@@ -224,9 +224,9 @@ def carry(weight: Tensor, bias: Tensor | None) -> Tensor:
     return rows if bias is None else rows + bias[..., None] / weight.shape[-1]
 
 
-def gain_of(table: Table, weight: Tensor | None) -> Tensor | None:
+def gain_of(table: Table, weight: Tensor) -> Tensor:
     """The gain (D,) of a norm with this weight."""
-    return 1 + weight if table.gain == "1+w" and weight is not None else weight
+    return 1 + weight if table.gain == "1+w" else weight
 
 
 def fold_block(table: Table, raw: Tensors, residual_scale: float = 1.0) -> Tensors:
@@ -246,10 +246,10 @@ def fold_block(table: Table, raw: Tensors, residual_scale: float = 1.0) -> Tenso
     folded: Tensors = {}
     raw = table.turned(raw)
     for sublayer in table.sublayers:
-        gain, shift = gain_of(table, raw.get(f"{sublayer.norm}.weight")), raw.get(f"{sublayer.norm}.bias")
+        weight, shift = (raw.get(f"{sublayer.norm}.{kind}") for kind in ("weight", "bias"))
+        gain = None if weight is None else gain_of(table, weight)
         if sublayer.post_norm:
-            after = gain_of(table, raw.get(f"{sublayer.post_norm}.weight"))
-            assert after is not None  # transformers' post norms have gains
+            after = gain_of(table, raw[f"{sublayer.post_norm}.weight"])
             raw[sublayer.weight(sublayer.writers[0])] = torch.diag(after)
         for name in sublayer.ends:
             weight, bias = raw.get(sublayer.weight(name)), raw.get(sublayer.bias(name))

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -21,6 +22,7 @@ from tests import tiny
 from tests.conftest import Slicer, load
 from tests.messages import check_message
 
+ROOT = Path(__file__).parents[2]
 EPS = 3e-4  # no architecture's default
 
 
@@ -186,7 +188,7 @@ def test_a_running_layer_does_what_the_table_says(case: str) -> None:
     for sublayers in table.sites(model.config):
         added: list[Tensor] = []
         for sublayer in sublayers:
-            norm = records[sublayer.norm]
+            norm = records[str(sublayer.norm)]
             assert torch.equal(norm.input, stream)
             modules, readers, writers = (
                 [records[name] for name in names if name in records]  # layers of one model may differ
@@ -322,3 +324,15 @@ def test_a_table_is_found_by_an_entry_point(own_type: Table, monkeypatch: pytest
     assert table_of("own_llama") is own_type
     with pytest.raises(UnsupportedModelError):
         table_of("other_llama")
+
+
+def test_the_readme_names_every_type() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## What can be sliced") : text.index("Experts' width is sliced")]
+    assert set(re.findall(r"`(\w+)`", section)) - {"model_type"} == set(TABLES)
+    assert f"these {len(TABLES)} `model_type`s" in section
+
+
+def test_the_support_page_has_every_case() -> None:
+    page = (ROOT / "docs/support.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| (\S+) \| `\w+` \|", page, re.MULTILINE)) == set(tiny.CASES)

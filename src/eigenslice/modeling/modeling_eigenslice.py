@@ -197,10 +197,10 @@ def _resize_embedding(module: Any, width: int) -> None:
 class SinusoidsMixin(nn.Module):
     """Computed positions that are stored, since they are in the model's basis."""
 
+    weights: nn.Parameter
+
     def make_weights(self, num_embeddings: int, *args: Any) -> None:
-        if hasattr(self, "weights"):
-            raise IndexError(f"{num_embeddings} positions are more than this model has, {self.weights.shape[0]}")
-        super().make_weights(num_embeddings, *args)
+        raise IndexError(f"{num_embeddings} positions are more than this model has, {len(self.weights)}")
 
 
 def _module(layer: nn.Module, name: str) -> nn.Module | None:
@@ -320,7 +320,9 @@ def _slice_model(model: nn.Module, config: Any) -> None:
     if architecture["sinusoids"]:
         positions: Any = model.get_submodule(architecture["sinusoids"])
         _derive(positions, SinusoidsMixin, "Stored")
-        positions.weights = nn.Parameter(embedding.weight.new_zeros(len(positions.weights), widths[0]))
+        # Not trained: transformers' module detaches them
+        rows = embedding.weight.new_zeros(len(positions.weights), widths[0])
+        positions.weights = nn.Parameter(rows, requires_grad=False)
     if architecture["embedding_norm"]:
         _replace(model, architecture["embedding_norm"], nn.Identity())  # the embedding's rows hold what it gave
     norm = SlicedRMSNorm(widths[-1], config.norm_eps, config.tie_word_embeddings, head.weight)
