@@ -68,6 +68,9 @@ class Sublayer:
         return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
 
 
+NOT_LLAMA_CPP = "llama.cpp refuses this type at widths other than heads x head_dim"
+
+
 @dataclass(frozen=True, kw_only=True)
 class StockForm:
     """A config class of transformers that can hold a sliced model of this architecture."""
@@ -81,6 +84,8 @@ class StockForm:
     """Linear layers (relative to a decoder layer) that this type gives a bias which the source doesn't have."""
     portable: bool = False
     """Whether llama.cpp and vLLM are known to run this type at widths other than heads x head_dim."""
+    warning: str = ""
+    """What other runtimes are known to do wrong at such widths, for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)

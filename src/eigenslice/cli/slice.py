@@ -124,10 +124,9 @@ def slice_(
             highlight=False,
             soft_wrap=True,
         )
-    elif not manifest["portable"]:
+    elif manifest["warning"]:
         errors.print(
-            f"This width can only be saved as {manifest['model_type']}, which llama.cpp refuses and vLLM gets "
-            "wrong; a width that divides by the number of heads is saved in a form that they run.",
+            f"{manifest['warning']}.",
             style="yellow",
             highlight=False,
             soft_wrap=True,

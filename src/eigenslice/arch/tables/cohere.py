@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from eigenslice.arch.schema import StockForm
+from eigenslice.arch.schema import NOT_LLAMA_CPP, StockForm
 from eigenslice.arch.tables import llama
 
 TABLE = replace(
@@ -14,9 +14,14 @@ TABLE = replace(
     mlp=replace(llama.MLP, norm="input_layernorm"),
     parallel=True,
     logit_scale=lambda c: c.logit_scale,
-    stock=(StockForm(model_type="cohere"),),
+    stock=(StockForm(model_type="cohere", warning=NOT_LLAMA_CPP),),
 )
 TABLES = (
     TABLE,
-    replace(TABLE, model_type="cohere2", attention=llama.ATTENTION, stock=(StockForm(model_type="cohere2"),)),
+    replace(
+        TABLE,
+        model_type="cohere2",
+        attention=llama.ATTENTION,
+        stock=(StockForm(model_type="cohere2", warning=NOT_LLAMA_CPP),),
+    ),
 )

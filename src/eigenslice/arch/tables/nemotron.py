@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from eigenslice.arch.schema import StockForm
+from eigenslice.arch.schema import NOT_LLAMA_CPP, StockForm
 from eigenslice.arch.tables import llama_like, starcoder2
 
 TABLES = (
@@ -12,6 +12,6 @@ TABLES = (
         eps="norm_eps",
         gain="1+w",
         mlp=llama_like.UP_DOWN,
-        stock=(StockForm(model_type="nemotron"),),
+        stock=(StockForm(model_type="nemotron", warning=NOT_LLAMA_CPP),),
     ),
 )

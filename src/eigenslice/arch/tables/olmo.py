@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from eigenslice.arch.schema import StockForm
+from eigenslice.arch.schema import NOT_LLAMA_CPP, StockForm
 from eigenslice.arch.tables import llama
 
 TABLES = (
@@ -11,6 +11,6 @@ TABLES = (
         model_type="olmo",
         norm="layer",
         eps=1e-5,  # transformers' code says so, not the config
-        stock=(StockForm(model_type="olmo"),),
+        stock=(StockForm(model_type="olmo", warning=NOT_LLAMA_CPP),),
     ),
 )

@@ -17,5 +17,8 @@ AS_LLAMA = StockForm(
     portable=True,
 )
 
-TABLE = replace(llama.TABLE, model_type="qwen2", stock=(AS_LLAMA, StockForm(model_type="qwen2")))
+WARNING = "llama.cpp refuses Qwen2 at this width and vLLM computes it wrongly; a width that divides by the number of "
+WARNING += "heads is saved as Llama, which both run"
+
+TABLE = replace(llama.TABLE, model_type="qwen2", stock=(AS_LLAMA, StockForm(model_type="qwen2", warning=WARNING)))
 TABLES = (TABLE,)

@@ -1,6 +1,6 @@
 """StarCoder2: LayerNorm, biases, an MLP without a gate."""
 
-from eigenslice.arch.schema import StockForm, Sublayer, Table
+from eigenslice.arch.schema import NOT_LLAMA_CPP, StockForm, Sublayer, Table
 
 ATTENTION = Sublayer(
     norm="input_layernorm",
@@ -25,6 +25,6 @@ TABLE = Table(
         writers=("mlp.c_proj",),
         neurons=True,
     ),
-    stock=(StockForm(model_type="starcoder2"),),
+    stock=(StockForm(model_type="starcoder2", warning=NOT_LLAMA_CPP),),
 )
 TABLES = (TABLE,)
