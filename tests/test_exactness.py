@@ -53,12 +53,3 @@ def test_full_width_is_exact(
             cache = output.past_key_values
             steps.append(output.logits)
         close(torch.cat(steps, dim=1), expected)
-
-
-@pytest.mark.parametrize("case", tiny.CASES)
-def test_saved_form(case: str, run_slice: Slicer) -> None:
-    """Stock wherever the config can hold the result, the custom class elsewhere."""
-    expected = tiny.CASES[case].stock
-    manifest = run_slice(case, width=24).manifest
-    assert manifest["form"] == ("stock" if expected else "custom")
-    assert manifest["model_type"] == (expected or "eigenslice")

@@ -42,8 +42,9 @@ def norms(dense: DenseModel) -> list[str]:
     return [*blocks, dense.table.final_norm]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize(
+    ("case", "padded"), [*((case, True) for case in tiny.CASES), *((case, False) for case in tiny.CORE)]
+)
 def test_moments_are_those_of_the_dense_models_norm_inputs(
     case: str, padded: bool, dense_folder: Callable[[str], Path]
 ) -> None:
