@@ -49,20 +49,32 @@ COLUMNS = {
 NOT_RUN = "not run"
 WIDTH, IDS = 20, tiny.random_ids(2, 20, seed=5)
 OLD = """
-import sys, torch
+import json, sys, torch
 from transformers import AutoModelForCausalLM, __version__
 assert __version__.startswith("4.57"), __version__
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
-with torch.no_grad():
-    torch.save(model(torch.load(sys.argv[2], weights_only=True)).logits, sys.argv[3])
+ids = torch.load(sys.argv[1], weights_only=True)
+for folder in sys.argv[2:]:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        with torch.no_grad():
+            torch.save(model(ids).logits, folder + "/old.pt")
+    except Exception as error:
+        open(folder + "/old.txt", "w").write(type(error).__name__ + ": " + str(error).strip())
 """
+"""Runs in transformers 4.57: logits, or what went wrong, of some folders."""
+
+
+def near(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    """A cell for logits that should be within 1e-4 of the largest one."""
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    return "yes" if error <= 1e-4 else f"no: off by {error:.1e}"
 
 
 class Runner:
     """One case: its dense model and what is made of it, in a temporary folder."""
 
-    def __init__(self, case: str, folder: Path, old: str | None) -> None:
-        self.case, self.folder, self.old = tiny.CASES[case], folder, old
+    def __init__(self, case: str, folder: Path) -> None:
+        self.case, self.folder = tiny.CASES[case], folder
         self.table = TABLES[self.case.model_type]
         self.dense = tiny.save(self.case.build(), folder / "dense")
         self.calibration = tiny.calibration_file(folder)
@@ -84,21 +96,17 @@ class Runner:
         with torch.no_grad():
             return load(folder)(ids, **kwargs).logits
 
-    def near(self, actual: torch.Tensor, expected: torch.Tensor) -> str:
-        error = float((actual - expected).abs().max() / expected.abs().max())
-        return "yes" if error <= 1e-4 else f"no: off by {error:.1e}"
-
     def saved(self) -> str:
         return self.slice(width=24).manifest["model_type"].replace("eigenslice", "custom")
 
     def exact(self) -> str:
-        return self.near(self.logits(self.slice(width=tiny.WIDTH).output), self.logits(self.dense))
+        return near(self.logits(self.slice(width=tiny.WIDTH).output), self.logits(self.dense))
 
     def custom(self) -> str:
-        return self.near(self.logits(self.slice(width=tiny.WIDTH, form="custom").output), self.logits(self.dense))
+        return near(self.logits(self.slice(width=tiny.WIDTH, form="custom").output), self.logits(self.dense))
 
     def per_block(self) -> str:
-        return self.near(self.logits(self.slice(width=tiny.WIDTH, basis="per-block").output), self.logits(self.dense))
+        return near(self.logits(self.slice(width=tiny.WIDTH, basis="per-block").output), self.logits(self.dense))
 
     def tied(self) -> str:
         if not load(self.dense).config.tie_word_embeddings:
@@ -111,7 +119,7 @@ class Runner:
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
         ids, real = IDS.masked_fill(mask == 0, 0), mask.bool()
         actual = self.logits(self.slice(width=tiny.WIDTH).output, ids, **inputs)[real]
-        return self.near(actual, self.logits(self.dense, ids, **inputs)[real])
+        return near(actual, self.logits(self.dense, ids, **inputs)[real])
 
     def cache(self) -> str:
         model, past, steps = load(self.slice(width=24).output), None, []
@@ -120,7 +128,7 @@ class Runner:
                 output = model(IDS[:, i : i + 1], past_key_values=past, use_cache=True)
                 past = output.past_key_values
                 steps.append(output.logits)
-            return self.near(torch.cat(steps, dim=1), model(IDS).logits)
+            return near(torch.cat(steps, dim=1), model(IDS).logits)
 
     def _against(self, expected: Callable[[Any, torch.Tensor, int], torch.Tensor], **options: Any) -> str:
         result = self.slice(width=WIDTH, **options)
@@ -155,31 +163,34 @@ class Runner:
         right = plan["neurons"] == 40 and sizes == result.manifest["parameters"]["stored"]
         return "yes" if right and torch.isfinite(self.logits(result.output)).all() else "no"
 
-    def run_old(self) -> str:
-        if self.old is None:
-            return NOT_RUN
-        folder, ids, out = self.slice(width=24).output, self.folder / "ids.pt", self.folder / "old.pt"
-        if self.slice(width=24).manifest["form"] != "stock":
-            return NOT_RUN
-        torch.save(IDS, ids)
-        run = subprocess.run([self.old, "-c", OLD, folder, ids, out], capture_output=True, text=True)
-        if run.returncode:
-            return "no: " + (run.stderr.strip().splitlines() or [""])[-1][:90]
-        return self.near(torch.load(out, weights_only=True), self.logits(folder))
+
+def run_case(case: str, folder: Path) -> tuple[dict[str, str], Path | None]:
+    """Every column's result for one case, but transformers 4.57's; and where its stock result is."""
+    row: dict[str, str] = {}
+    runner = Runner(case, folder)
+    for column in COLUMNS:
+        check = getattr(runner, column, None)
+        try:
+            row[column] = check() if check else NOT_RUN
+        except Exception as error:  # whatever a model raises is the cell's content
+            row[column] = f"no: {type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"
+    stock = row["saved"] not in ("custom", NOT_RUN) and not row["saved"].startswith("no")
+    return row, runner.slice(width=24).output if stock else None
 
 
-def run_case(case: str, old: str | None) -> dict[str, str]:
-    """Every column's result for one case."""
-    row = {}
-    with tempfile.TemporaryDirectory() as folder:
-        runner = Runner(case, Path(folder), old)
-        for column in COLUMNS:
-            check = getattr(runner, "run_old" if column == "old" else column, None)
-            try:
-                row[column] = check() if check else NOT_RUN
-            except Exception as error:  # whatever a model raises is the cell's content
-                row[column] = f"no: {type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"
-    return row
+def run_old(python: str, folders: list[Path], ids: Path) -> list[str]:
+    """Whether each folder's model has the same logits in transformers 4.57."""
+    torch.save(IDS, ids)
+    subprocess.run([python, "-c", OLD, ids, *folders], check=True, capture_output=True)
+    cells = []
+    for folder in folders:
+        if (folder / "old.txt").is_file():
+            text = (folder / "old.txt").read_text()
+            unknown = "does not recognize this architecture" in text
+            cells.append("no such type" if unknown else f"no: {' '.join(text.split())[:110]}")
+        else:
+            cells.append(near(torch.load(folder / "old.pt", weights_only=True), Runner.logits(folder)))
+    return cells
 
 
 def page(results: dict[str, dict[str, str]]) -> str:
@@ -216,11 +227,21 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    for case in tiny.CASES:
-        if not options.types or tiny.CASES[case].model_type in options.types:
-            results[case] = run_case(case, options.old)
-            print(case, {column: cell for column, cell in results[case].items() if cell not in ("yes", NOT_RUN)})
-            RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    with tempfile.TemporaryDirectory() as root:
+        stock: dict[str, Path] = {}
+        for case in tiny.CASES:
+            if not options.types or tiny.CASES[case].model_type in options.types:
+                (folder := Path(root) / case).mkdir()
+                results[case], output = run_case(case, folder)
+                print(case, {column: cell for column, cell in results[case].items() if cell not in ("yes", NOT_RUN)})
+                if output:
+                    stock[case] = output
+        if options.old and stock:
+            for case, cell in zip(
+                stock, run_old(options.old, list(stock.values()), Path(root) / "ids.pt"), strict=True
+            ):
+                results[case]["old"] = cell
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 
 

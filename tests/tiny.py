@@ -1,5 +1,6 @@
 """Tiny random models of every architecture, in which nothing is accidentally the identity."""
 
+import copy
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,7 +54,8 @@ class Case:
     @property
     def tied(self) -> bool:
         """Whether the embeddings can stay tied (BLOOM's norm between them and the stream parts them)."""
-        tied = AutoConfig.for_model(self.model_type, **self.config | self.extra).tie_word_embeddings
+        config = AutoConfig.for_model(self.model_type, **copy.deepcopy(self.config | self.extra))
+        tied = config.tie_word_embeddings
         return tied and self.model_type != "bloom"
 
 
@@ -215,7 +217,8 @@ CASES = CORE | FAMILIES
 def tiny_model(model_type: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """A model with random weights, norm gains away from 1, and shifts and biases away from 0."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+    # A copy: config classes add to the dictionaries that they are given
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **copy.deepcopy(config)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

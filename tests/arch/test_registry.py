@@ -30,7 +30,8 @@ def config_of(case: str) -> Any:
     """Config of a case, with an unusual epsilon wherever the table says that the config has one."""
     model_type, values = tiny.CASES[case].model_type, tiny.CASES[case].config | tiny.CASES[case].extra
     eps = TABLES[model_type].eps
-    return AutoConfig.for_model(model_type, **values | ({eps: EPS} if isinstance(eps, str) else {}))
+    values = copy.deepcopy(values) | ({eps: EPS} if isinstance(eps, str) else {})
+    return AutoConfig.for_model(model_type, **values)
 
 
 @cache
