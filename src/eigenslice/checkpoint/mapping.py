@@ -26,7 +26,9 @@ from eigenslice.checkpoint.weights import Weights
 from eigenslice.errors import CheckpointError
 
 # Buffers that older versions of transformers stored beside the weights.
-LEFTOVERS = re.compile(r"(rotary_emb\.inv_freq|att(entio)?n\.(masked_)?bias|attn\.causal_mask)$")
+LEFTOVERS = re.compile(
+    r"(rotary_emb\.inv_freq|embed_positions\.weights|attn\.causal_mask|att(entio)?n\.(masked_)?bias)$"
+)
 
 
 @dataclass(frozen=True)
