@@ -201,6 +201,8 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "Made by `python benchmarks/support.py` from runs on tiny random models; no cell is filled in by hand. A type",
         "has a row for each variant that was run. *untied*: the embeddings of this variant aren't tied. *none*: the",
         "table has no neurons to cut. *not run*: nobody has tried, which includes what needs another program.",
+        "transformers 4.57 gets the stock result, at 24 of 32 numbers, and, where that fails, the dense model as",
+        "transformers 5 saves it.",
         "",
         "| variant | type | " + " | ".join(COLUMNS.values()) + " |",
         "| --- " * (len(COLUMNS) + 2) + "|",
@@ -237,10 +239,12 @@ def main() -> None:
                 if output:
                     stock[case] = output
         if options.old and stock:
-            for case, cell in zip(
-                stock, run_old(options.old, list(stock.values()), Path(root) / "ids.pt"), strict=True
-            ):
-                results[case]["old"] = cell
+            ids = Path(root) / "ids.pt"
+            cells = run_old(options.old, list(stock.values()), ids)
+            dense = run_old(options.old, [Path(root) / case / "dense" for case in stock], ids)
+            for case, cell, without in zip(stock, cells, dense, strict=True):
+                also = cell.startswith("no: ") and without.startswith("no: ")
+                results[case]["old"] = cell + (" (and so does the dense model)" if also else "")
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     PAGE.write_text(page(results))
 
