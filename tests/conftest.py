@@ -73,3 +73,9 @@ def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
         with safe_open(file, framework="pt") as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
     return shapes
+
+
+def size(model: Any) -> int:
+    """Numbers that a model's checkpoint has to hold: parameters and buffers, what is shared once."""
+    tensors = {t.data_ptr(): t.numel() for t in model.state_dict().values()}
+    return sum(tensors.values())

@@ -8,12 +8,22 @@ projection took off is subtracted from what the layer adds.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eigenslice.arch import Table, lookup
+from tests.conftest import load
+
+
+def load_wide(folder: Path, dtype: torch.dtype) -> Any:
+    """The dense model in a wide dtype. (Only the plain implementation of experts takes float64.)"""
+    model = load(folder, dtype=dtype)
+    if lookup(model.config).mlp.stacked:
+        model.set_experts_implementation("eager")
+    return model
 
 
 def site_names(table: Table, config: Any) -> list[str]:
@@ -22,7 +32,7 @@ def site_names(table: Table, config: Any) -> list[str]:
     for index in range(config.num_hidden_layers):
         names.append(f"{table.layers}.{index}")
         if not table.is_parallel(config):
-            names.append(f"{table.layers}.{index}.{table.mlp.norm}")
+            names.append(f"{table.layers}.{index}.{table.mlp.norm or table.mlp.modules[0]}")
     return [*names, table.final_norm]
 
 
@@ -33,9 +43,10 @@ class Projection:
         self.seen: list[Tensor] = []
         self.projector: Tensor | None = None
         self._centre, self._taken = table.norm == "layer", torch.tensor(0.0)
+        self._scale = getattr(model.config, table.residual_scale) if table.residual_scale else 1.0
         module = model.get_submodule(name)
         self.handles = [module.register_forward_pre_hook(self._before, with_kwargs=True)]
-        if name.startswith(table.layers) and name.endswith(table.mlp.norm):
+        if name.startswith(table.layers) and name.endswith(table.mlp.norm or table.mlp.modules[0]):
             layer = model.get_submodule(name.rpartition(".")[0])
             last = layer.get_submodule(table.mlp.modules[-1])
             self.handles.append(last.register_forward_hook(self._after))
@@ -47,8 +58,11 @@ class Projection:
         self._taken = args[0] - kept
         return (kept, *args[1:]), kwargs
 
-    def _after(self, module: Any, args: tuple, output: Tensor) -> Tensor:
-        return output - self._taken
+    def _after(self, module: Any, args: tuple, output: Any) -> Any:
+        if isinstance(output, tuple):  # beside it, a router's logits
+            return (self._after(module, args, output[0]), *output[1:])
+        taken = (self._taken / self._scale).reshape(output.shape)  # the layer multiplies what it adds
+        return output - taken
 
 
 @contextmanager
@@ -75,10 +89,13 @@ def top(matrix: Tensor, width: int) -> Tensor:
     return vectors @ vectors.T
 
 
-def per_block_logits(model: Any, calibration: Tensor, ids: Tensor, width: int) -> Tensor:
-    """The paper's algorithm: each site's basis from the network sliced so far; the last site is not sliced."""
+def per_block_logits(model: Any, calibration: Tensor, ids: Tensor, width: int, last: bool) -> Tensor:
+    """The paper's algorithm: each site's basis from the network sliced so far.
+
+    The last site is only sliced where transformers' code wants its output as wide as its input (`last`).
+    """
     with projections(model) as sites, torch.no_grad():
-        for site in sites[:-1]:
+        for site in sites if last else sites[:-1]:
             model(calibration)
             site.projector = top(moment(site.seen[-1]), width)
         return model(ids).logits
@@ -97,9 +114,13 @@ def global_logits(model: Any, calibration: Tensor, ids: Tensor, width: int, head
         if not tied:
             return logits
         # E P diag(g) P x instead of E diag(g) P x, for the same x
-        gain = model.get_submodule(lookup(model.config).final_norm).weight
+        table = lookup(model.config)
+        gain = model.get_submodule(table.final_norm).weight + (1 if table.gain == "1+w" else 0)
+        scale = table.logit_scale(model.config) if table.logit_scale else 1
         x = rms_norm(sites[-1].seen[-1] @ projector, eps)
-        return (gain * x) @ projector @ model.get_input_embeddings().weight.T
+        logits = scale * (gain * x) @ projector @ model.get_input_embeddings().weight.T
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def rms_norm(x: Tensor, eps: float) -> Tensor:

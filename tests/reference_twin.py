@@ -60,7 +60,9 @@ class Fit:
         at_site = table.sites(config)
         blocks = [f"{table.layers}.{i}." for i in range(config.num_hidden_layers)]
         self.norms = [f"{block}{site[0].norm}" for block in blocks for site in at_site] + [table.final_norm]
-        self.all_norms = [{block + s.norm for s in site} for block in blocks for site in at_site] + [{self.norms[-1]}]
+        self.all_norms = [{f"{block}{s.norm}" for s in site} for block in blocks for site in at_site] + [
+            {self.norms[-1]}
+        ]
         self.writers = [[block + s.writers[0] for s in site] for block in blocks for site in at_site]
         self.kinds = ["neurons" if table.mlp in site else "write" for _ in blocks for site in at_site]
         self.mlps = {k: self.writers[k][-1] for k, kind in enumerate(self.kinds) if kind == "neurons"}

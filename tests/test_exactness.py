@@ -38,7 +38,7 @@ def test_full_width_is_exact(
         mask = torch.ones_like(ids)
         mask[1, :6] = 0
         padded = ids.masked_fill(mask == 0, 0)
-        for attention in ("sdpa", "eager"):
+        for attention in ("sdpa", "eager") if dense._supports_sdpa else ("eager",):
             sliced.set_attn_implementation(attention)
             dense.set_attn_implementation(attention)
             positions = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -53,12 +53,3 @@ def test_full_width_is_exact(
             cache = output.past_key_values
             steps.append(output.logits)
         close(torch.cat(steps, dim=1), expected)
-
-
-@pytest.mark.parametrize("case", tiny.CASES)
-def test_saved_form(case: str, run_slice: Slicer) -> None:
-    """Stock wherever the config can hold the result, the custom class elsewhere."""
-    expected = tiny.CASES[case].stock
-    manifest = run_slice(case, width=24).manifest
-    assert manifest["form"] == ("stock" if expected else "custom")
-    assert manifest["model_type"] == (expected or "eigenslice")

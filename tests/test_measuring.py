@@ -20,7 +20,7 @@ def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list
     table = lookup(model.config)
     real = torch.ones_like(ids).bool() if mask is None else mask.bool()
     names = [f"{table.layers}.{index}." for index in range(model.config.num_hidden_layers)]
-    norms = [name + site[0].norm for name in names for site in table.sites(model.config)] + [table.final_norm]
+    norms = [f"{name}{site[0].norm}" for name in names for site in table.sites(model.config)] + [table.final_norm]
     writers = [name + table.mlp.writers[0] for name in names]
     seen: dict[str, Tensor] = {}
     for name in (*norms, *writers):
@@ -48,7 +48,7 @@ def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize("case", tiny.CORE)
 def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folder: Folders) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     ids, mask = tiny.random_ids(6, 18), None

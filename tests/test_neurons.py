@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from eigenslice.arch import lookup
 from eigenslice.modeling import SlicedForCausalLM
 from tests import tiny
-from tests.conftest import Folders, Slicer, load, relative, stored_tensors
+from tests.conftest import Folders, Slicer, load, relative, size, stored_tensors
 
 IDS = tiny.random_ids(2, 20, seed=5)
 PER_BLOCK = (40, 17, 56)
@@ -44,15 +44,18 @@ def mlp_shapes(model: Any) -> list[tuple[int, int]]:
     inner = model.model if isinstance(model, SlicedForCausalLM) else model
     shapes = []
     for layer in inner.get_submodule(table.layers):
-        for name in table.mlp.readers:
+        sizes = {}
+        for name in (*table.mlp.readers, *table.mlp.writers):
             module = layer.get_submodule(name)
-            assert module.weight.shape == (module.out_features, module.in_features)
-            assert module.bias is None or len(module.bias) == module.out_features
-        writer = layer.get_submodule(table.mlp.writers[0])
-        assert writer.weight.shape == (writer.out_features, writer.in_features)
-        (outputs,) = {layer.get_submodule(name).out_features for name in table.mlp.readers}
-        assert outputs == writer.in_features
-        shapes.append((layer.get_submodule(table.mlp.readers[0]).in_features, outputs))
+            outputs, inputs = table.mlp.turn(name, tuple(module.weight.shape))
+            assert module.bias is None or len(module.bias) == outputs
+            if isinstance(module, torch.nn.Linear):
+                assert (outputs, inputs) == (module.out_features, module.in_features)
+            sizes[name] = (outputs // 2 if name in table.mlp.gated else outputs, inputs)
+        readers = {sizes[name] for name in table.mlp.readers}
+        ((neurons, inputs),) = readers
+        assert {sizes[name][1] for name in table.mlp.writers} == {neurons}
+        shapes.append((inputs, neurons))
     return shapes
 
 
@@ -62,7 +65,7 @@ def test_full_width_with_neurons_cut(case: str, run_slice: Slicer, dense_folder:
     manifest, model, stored = result.manifest, load(result.output), stored_tensors(result.output)
     counts = manifest["parameters"]
     assert counts["stored"] == sum(map(math.prod, stored.values())) == sum(counts["by_role"].values())
-    assert counts["stored"] == model.num_parameters() < counts["dense"]
+    assert counts["stored"] == size(model) < counts["dense"]
     assert mlp_shapes(model) == [(tiny.WIDTH, 40)] * 3
     expected = tiny.CASES[case].stock
     assert manifest["model_type"] == model.config.model_type == (expected or "eigenslice")
@@ -98,7 +101,7 @@ def test_a_number_for_each_block(case: str, run_slice: Slicer, recipe: Callable[
     assert manifest["plan"]["neurons"] == list(PER_BLOCK)
     assert mlp_shapes(model) == [(24, neurons) for neurons in PER_BLOCK]
     stored = sum(map(math.prod, stored_tensors(result.output).values()))
-    assert manifest["parameters"]["stored"] == stored == model.num_parameters()
+    assert manifest["parameters"]["stored"] == stored == size(model)
 
     model.save_pretrained(tmp_path / "again")
     again = load(tmp_path / "again")

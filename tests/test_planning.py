@@ -277,3 +277,59 @@ def test_refit_is_the_default_with_one_basis() -> None:
         options = SliceOptions(model="m", output=Path("out"), width=8, basis=basis, refit=refit)  # pyright: ignore[reportArgumentType]
         assert options.fits == fits
         assert json.loads(options.model_dump_json())["refit"] == refit
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 16])
+def test_chosen_widths_and_neurons_are_multiples(multiple: int, plans: Planner) -> None:
+    for options in ({"keep": 0.7}, {"slicing": 0.3}):
+        _, found = plans("llama", multiple=multiple, **options)
+        for width, neurons in map(size, found):
+            assert width % multiple == 0
+            assert neurons % multiple == 0 or neurons == 56
+    (plan,) = plans("llama", multiple=multiple, slicing=0.3)[1]
+    assert size(plan)[0] == {1: 22, 4: 20, 16: 16}[multiple]
+
+
+def test_a_multiple_wider_than_the_model_is_refused(plans: Planner) -> None:
+    with pytest.raises(OptionsError, match="leaves width 0"):
+        plans("llama", slicing=0.3, multiple=64)
+
+
+@pytest.mark.parametrize("multiple", [1, 3])
+def test_portable_widths_divide_by_the_heads(multiple: int, plans: Planner) -> None:
+    """Qwen2 is saved as Llama there, and as Qwen2, which other runtimes don't run, elsewhere."""
+    for keep in (0.9, 0.7, 0.5):
+        _, found = plans("qwen2", keep=keep, portable=True, multiple=multiple)
+        assert found
+        for plan in found:
+            assert plan.stock is not None
+            assert (plan.stock.model_type, plan.stock.portable) == ("llama", True)
+            assert size(plan)[0] % (4 * multiple) == 0 or size(plan)[0] == tiny.WIDTH
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "found"),
+    [
+        ("qwen2", {"width": 22}, "at width 22 this qwen2 model would be saved as qwen2"),
+        ("llama-biased", {"width": 22}, "saved in eigenslice's class"),
+        ("opt", {"width": 24}, "saved in eigenslice's class"),
+        ("granite", {"width": 24}, "saved as granite"),
+    ],
+)
+def test_what_is_not_portable_is_refused(case: str, options: dict, found: str, plans: Planner) -> None:
+    with pytest.raises(OptionsError) as caught:
+        plans(case, portable=True, **options)
+    check_message(caught.value, found)
+    assert "llama, mistral" in caught.value.allowed
+
+
+@pytest.mark.parametrize("options", [{"form": "custom"}, {"basis": "per-block"}])
+def test_portable_results_are_stock(options: dict) -> None:
+    with pytest.raises(OptionsError, match="--portable with"):
+        SliceOptions(model="m", output=Path("out"), width=8, portable=True, **options)
+
+
+@pytest.mark.parametrize("multiple", [0, -8, 5000])
+def test_multiples_have_a_range(multiple: int) -> None:
+    with pytest.raises(OptionsError, match=f"--multiple {multiple}"):
+        SliceOptions(model="m", output=Path("out"), width=8, multiple=multiple)

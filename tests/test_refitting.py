@@ -58,7 +58,7 @@ def constant_ridge(monkeypatch: pytest.MonkeyPatch) -> None:
 
 SIZES = [
     pytest.param(case, *size, id=f"{case}-{'-'.join(map(str, size))}")
-    for case in tiny.CASES
+    for case in tiny.CORE
     for size in [(WIDTH, NEURONS), *([(WIDTH, 56), (tiny.WIDTH, NEURONS)] if case in FAMILIES else [])]
 ]
 
@@ -159,7 +159,7 @@ def in_groups(*seeds: int) -> list[Batch]:
     return [Batch(tiny.random_ids(4, 24, seed), group=group) for group, seed in enumerate(seeds)]
 
 
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize("case", tiny.CORE)
 def test_with_nothing_cut_it_is_the_dense_model(case: str, dense_folder: Folders) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     twin, blocks, _ = run_twin(dense, in_groups(1, 2, 3), SiteBasis(torch.eye(tiny.WIDTH, dtype=torch.float64)))

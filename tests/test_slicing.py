@@ -10,12 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eigenslice.arch import TABLES
 from eigenslice.errors import OptionsError, OutputError
 from eigenslice.measuring import HEAD_WEIGHT
 from tests import reference, tiny
-from tests.conftest import Slicer, load, relative, stored_tensors
+from tests.conftest import Slicer, load, relative, size, stored_tensors
 
 WIDTH = 20
+
+
+def costs_a_dimension(case: str, stock: bool) -> bool:
+    """Whether coordinates have to sum to zero: for a stock LayerNorm, and for experts behind a norm's shift."""
+    table = TABLES[tiny.CASES[case].model_type]
+    return table.norm == "layer" and (stock or bool(table.mlp.stacked))
 
 
 @pytest.mark.parametrize("case", tiny.CASES)
@@ -24,28 +31,33 @@ def test_per_block_is_the_papers_algorithm(
 ) -> None:
     result = run_slice(case, width=WIDTH, basis="per-block")
     ids = tiny.random_ids(2, 20, seed=5)
-    model = load(dense_folder(case), dtype=torch.float64)
-    expected = reference.per_block_logits(model, load_file(calibration)["calibration"], ids, WIDTH)
+    model = reference.load_wide(dense_folder(case), tiny.CASES[case].widest)
+    last = TABLES[tiny.CASES[case].model_type].one_width
+    assert result.manifest["site_widths"][-1] == (WIDTH if last else tiny.WIDTH)
+    kept = WIDTH - costs_a_dimension(case, stock=False)
+    expected = reference.per_block_logits(model, load_file(calibration)["calibration"], ids, kept, last)
     with torch.no_grad():
         assert relative(load(result.output)(ids).logits, expected) < 1e-3
 
 
 RMS_OR_UNTIED = [
-    name for name, case in tiny.CASES.items() if not (case.tied and case.model_type in ("opt", "phi", "gpt_neox"))
+    name for name, case in tiny.CASES.items() if not (case.tied and TABLES[case.model_type].norm == "layer")
 ]
 
 
-@pytest.mark.parametrize("form", ["auto", "custom"])
-@pytest.mark.parametrize("case", RMS_OR_UNTIED)
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [(case, form) for case in RMS_OR_UNTIED for form in (("auto", "custom") if case in tiny.CORE else ("auto",))],
+)
 def test_global_without_refit_is_projection_onto_one_subspace(
     case: str, form: str, run_slice: Slicer, dense_folder: Callable[[str], Path], calibration: Path
 ) -> None:
     result = run_slice(case, width=WIDTH, form=form, refit=False)
     assert not result.manifest["refitted"]
     ids = tiny.random_ids(2, 20, seed=5)
-    model = load(dense_folder(case), dtype=torch.float64)
+    model = reference.load_wide(dense_folder(case), tiny.CASES[case].widest)
     # a stock LayerNorm needs one of its dimensions for the constant vector
-    kept = WIDTH - 1 if result.manifest["form"] == "stock" and case.startswith("phi") else WIDTH
+    kept = WIDTH - costs_a_dimension(case, result.manifest["form"] == "stock")
     tokens = load_file(calibration)["calibration"]
     tied = tiny.CASES[case].tied
     expected = reference.global_logits(model, tokens, ids, kept, HEAD_WEIGHT, tied)
@@ -67,18 +79,23 @@ def test_tied_behind_layer_norms_differs_from_untied_by_the_cut_only(
     assert errors[-1] < 1e-4 < errors[-2]
 
 
-@pytest.mark.parametrize("basis", ["global", "per-block"])
-@pytest.mark.parametrize("case", tiny.CASES)
-def test_counted_parameters_are_the_stored_ones(
+@pytest.mark.parametrize(
+    ("case", "basis"), [*((case, "global") for case in tiny.CASES), *((case, "per-block") for case in tiny.CORE)]
+)
+def test_counted_parameters_are_the_stored_ones_and_in_the_expected_form(
     case: str, basis: str, run_slice: Slicer, dense_folder: Callable[[str], Path]
 ) -> None:
+    """Stock wherever the config can hold the result, the custom class elsewhere."""
     result = run_slice(case, width=24, basis=basis)
     counts = result.manifest["parameters"]
     stored = stored_tensors(result.output)
     assert counts["stored"] == sum(map(math.prod, stored.values())) == sum(counts["by_role"].values())
-    assert counts["stored"] == load(result.output).num_parameters()
-    assert counts["dense"] == load(dense_folder(case)).num_parameters()
+    assert counts["stored"] == size(load(result.output))
+    assert counts["dense"] == size(load(dense_folder(case)))
     assert counts["kept"] == counts["stored"] / counts["dense"]
+    stock = tiny.CASES[case].stock if basis == "global" else None
+    assert result.manifest["form"] == ("stock" if stock else "custom")
+    assert result.manifest["model_type"] == (stock or "eigenslice")
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.8, 0.5])

@@ -21,7 +21,8 @@ def site_inputs(model: Any, names: list[str], ids: torch.Tensor, mask: torch.Ten
     seen: list[torch.Tensor] = []
     hooks = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _, args: seen.append(args[0].double().view(*ids.shape, -1))
+            lambda _, args, kwargs: seen.append((args or (kwargs["hidden_states"],))[0].double().view(*ids.shape, -1)),
+            with_kwargs=True,
         )
         for name in names
     ]
@@ -35,12 +36,15 @@ def site_inputs(model: Any, names: list[str], ids: torch.Tensor, mask: torch.Ten
 def norms(dense: DenseModel) -> list[str]:
     """Names of the norms at the dense model's sites."""
     sites = dense.table.sites(dense.config)
-    blocks = [f"{dense.table.layers}.{i}.{site[0].norm}" for i in range(dense.blocks) for site in sites]
+    blocks = [
+        f"{dense.table.layers}.{i}.{site[0].norm or site[0].modules[0]}" for i in range(dense.blocks) for site in sites
+    ]
     return [*blocks, dense.table.final_norm]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("case", tiny.CASES)
+@pytest.mark.parametrize(
+    ("case", "padded"), [*((case, True) for case in tiny.CASES), *((case, False) for case in tiny.CORE)]
+)
 def test_moments_are_those_of_the_dense_models_norm_inputs(
     case: str, padded: bool, dense_folder: Callable[[str], Path]
 ) -> None:

@@ -1,5 +1,7 @@
 """Tiny random models of every architecture, in which nothing is accidentally the identity."""
 
+import copy
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 VOCABULARY = 96
 WIDTH = 32
 POSITIONS = 64
+NORM = re.compile(r"(norm\w*|ln_\w+)\.weight$")
+EMBEDDING = re.compile(r"embed|wte|wpe")
 
 COMMON = {
     "vocab_size": VOCABULARY,
@@ -43,11 +47,19 @@ class Case:
         return tiny_model(self.model_type, self.config | self.extra, dtype)
 
     @property
+    def widest(self) -> torch.dtype:
+        """The dtype of a reference (XGLM's attention overflows in float64)."""
+        return torch.float32 if self.model_type == "xglm" else torch.float64
+
+    @property
     def tied(self) -> bool:
-        return AutoConfig.for_model(self.model_type, **self.config | self.extra).tie_word_embeddings
+        """Whether the embeddings can stay tied (BLOOM's norm between them and the stream parts them)."""
+        config = AutoConfig.for_model(self.model_type, **copy.deepcopy(self.config | self.extra))
+        tied = config.tie_word_embeddings
+        return tied and self.model_type != "bloom"
 
 
-CASES = {
+CORE = {
     "llama": Case("llama", LLAMA, "llama"),
     "llama-tied": Case("llama", LLAMA, "llama", {"tie_word_embeddings": True}),
     "llama-biased": Case("llama", LLAMA, "llama", {"attention_bias": True, "mlp_bias": True}),
@@ -73,23 +85,155 @@ CASES = {
     "gpt_neox-tied": Case("gpt_neox", NEOX, None, {"tie_word_embeddings": True}),
 }
 
+"""Cases that all tests run over."""
+
+ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = ROPE | {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+HEAD = LLAMA | {"head_dim": 12, "rope_parameters": ROPE}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "logits_scaling": 2.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.4,
+}
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+LATENT = {
+    "head_dim": 4,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
+
+FAMILIES = {
+    "arcee": Case("arcee", HEAD, "arcee"),
+    "cwm": Case(
+        "cwm", HEAD, "cwm", {"sliding_window": 6, "layer_types": ["full_attention", *["sliding_attention"] * 2]}
+    ),
+    "ministral": Case("ministral", HEAD, "ministral", {"sliding_window": 6}),
+    "ministral3": Case("ministral3", HEAD, "ministral3", {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.1}}),
+    "smollm3": Case("smollm3", HEAD, "smollm3", {"no_rope_layers": [1, 0, 1], "tie_word_embeddings": True}),
+    "ernie4_5": Case("ernie4_5", HEAD, "ernie4_5", {"use_bias": True, "tie_word_embeddings": True}),
+    "seed_oss": Case("seed_oss", HEAD, "seed_oss", {"attention_out_bias": True}),
+    "helium": Case("helium", LLAMA | {"head_dim": 8}),
+    "hunyuan_v1_dense": Case("hunyuan_v1_dense", HEAD, "hunyuan_v1_dense", {"attention_bias": True}),
+    "apertus": Case("apertus", HEAD, "apertus"),
+    "glm": Case("glm", HEAD, "glm"),
+    "phi3": Case("phi3", HEAD, "phi3"),
+    "granite": Case("granite", HEAD, "granite", GRANITE),
+    "granite-tied": Case("granite", HEAD, "granite", GRANITE | {"tie_word_embeddings": True}),
+    "gemma": Case("gemma", HEAD, "gemma", {"tie_word_embeddings": True}),
+    "gemma-untied": Case("gemma", HEAD, "gemma"),
+    "starcoder2": Case("starcoder2", HEAD, "starcoder2", {"tie_word_embeddings": False}),
+    "starcoder2-tied": Case("starcoder2", HEAD, None, {"tie_word_embeddings": True}),
+    "nemotron": Case("nemotron", HEAD, "nemotron"),
+    "cohere": Case("cohere", HEAD, "cohere", {"logit_scale": 0.3, "use_qk_norm": True}),
+    "cohere2": Case("cohere2", HEAD, "cohere2", {"logit_scale": 0.3, "sliding_window": 6}),
+    "cohere2-tied": Case("cohere2", HEAD, None, {"logit_scale": 0.3, "tie_word_embeddings": True}),
+    "olmo": Case("olmo", HEAD, "olmo"),
+    "gpt2": Case("gpt2", COMMON, None, {"n_inner": 56, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
+    "gpt2-untied": Case("gpt2", COMMON, None, {"n_inner": 56, "tie_word_embeddings": False}),
+    "gpt_bigcode": Case("gpt_bigcode", COMMON, None, {"n_inner": 56}),
+    "gpt_neo": Case(
+        "gpt_neo", COMMON, None, {"intermediate_size": 56, "attention_types": [[["global", "local", "global"], 1]]}
+    ),
+    "gptj": Case("gptj", COMMON, None, {"n_inner": 56, "rotary_dim": 4}),
+    "codegen": Case("codegen", COMMON, None, {"n_inner": 56, "rotary_dim": 4}),
+    "bloom": Case("bloom", COMMON),
+    "mpt": Case("mpt", COMMON),
+    "falcon": Case("falcon", COMMON),
+    "falcon-new": Case("falcon", COMMON, None, {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-new-one-norm": Case(
+        "falcon", COMMON, None, {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1}
+    ),
+    "falcon-sequential": Case("falcon", COMMON, None, {"parallel_attn": False, "alibi": True, "bias": True}),
+    "xglm": Case("xglm", COMMON, None, {"ffn_dim": 56, "dropout": 0.0, "attention_heads": 4, "num_layers": 3}),
+    "stablelm": Case("stablelm", LLAMA, None, {"qk_layernorm": True}),
+    "stablelm-parallel": Case("stablelm", LLAMA, None, {"use_parallel_residual": True, "use_qkv_bias": True}),
+    "persimmon": Case("persimmon", LLAMA),
+    "mixtral": Case("mixtral", HEAD, "mixtral", {"num_local_experts": 4}),
+    "qwen2_moe": Case(
+        "qwen2_moe", HEAD, "qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}
+    ),
+    "qwen3_moe": Case("qwen3_moe", HEAD, "qwen3_moe", EXPERTS | {"tie_word_embeddings": True, "mlp_only_layers": [1]}),
+    "glm4_moe": Case("glm4_moe", HEAD, "glm4_moe", EXPERTS | DEEPSEEK | {"use_qk_norm": True}),
+    "deepseek_v2": Case("deepseek_v2", HEAD, "deepseek_v2", EXPERTS | DEEPSEEK | LATENT | {"topk_method": "greedy"}),
+    "deepseek_v2-plain-queries": Case(
+        "deepseek_v2", HEAD, "deepseek_v2", EXPERTS | DEEPSEEK | LATENT | {"topk_method": "greedy", "q_lora_rank": None}
+    ),
+    "deepseek_v3": Case("deepseek_v3", HEAD, "deepseek_v3", EXPERTS | DEEPSEEK | LATENT),
+    "deepseek_v3-plain-queries": Case(
+        "deepseek_v3", HEAD, "deepseek_v3", EXPERTS | DEEPSEEK | LATENT | {"q_lora_rank": None}
+    ),
+    "minimax_m2": Case("minimax_m2", HEAD, "minimax_m2", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoe": Case("granitemoe", HEAD, "granitemoe", GRANITE | {"num_local_experts": 4}),
+    "gpt_oss": Case(
+        "gpt_oss", HEAD, "gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6}
+    ),
+    "llama4_text": Case(
+        "llama4_text",
+        HEAD,
+        "llama4_text",
+        {"num_local_experts": 4, "intermediate_size_mlp": 40, "interleave_moe_layer_step": 2},
+    ),
+    "phimoe": Case("phimoe", HEAD, "phimoe", {"num_local_experts": 4, "attention_bias": True, "lm_head_bias": True}),
+    "phimoe-no-biases": Case("phimoe", HEAD, "phimoe", {"num_local_experts": 4}),
+    "olmoe": Case("olmoe", LLAMA, None, EXPERTS),
+    "gemma2": Case(
+        "gemma2", HEAD, None, {"tie_word_embeddings": True, "sliding_window": 6, "query_pre_attn_scalar": 12}
+    ),
+    "gemma3_text": Case("gemma3_text", HEAD | {"rope_parameters": None}, None, {"sliding_window": 6}),
+    "glm4": Case("glm4", HEAD),
+    "olmo2": Case("olmo2", LLAMA),
+    "olmo3": Case("olmo3", LLAMA, None, {"sliding_window": 6}),
+    "qwen3_next": Case(
+        "qwen3_next",
+        HEAD,
+        "qwen3_next",
+        EXPERTS | DELTA | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+    ),
+    "qwen3_5_text": Case("qwen3_5_text", HEAD, "qwen3_5_text", DELTA | {"tie_word_embeddings": True}),
+    "qwen3_5_moe_text": Case(
+        "qwen3_5_moe_text", HEAD, "qwen3_5_moe_text", EXPERTS | DELTA | {"shared_expert_intermediate_size": 40}
+    ),
+    "exaone4": Case("exaone4", LLAMA, None, {"sliding_window": 6, "sliding_window_pattern": 2}),
+}
+"""One case or more for each further table: at full width and below, each form loads and computes the same."""
+
+CASES = CORE | FAMILIES
+
 
 def tiny_model(model_type: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:
     """A model with random weights, norm gains away from 1, and shifts and biases away from 0."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **config))
+    # A copy: config classes add to the dictionaries that they are given
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **copy.deepcopy(config)))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "norm" in name and name.endswith("weight"):
+            if NORM.search(name):
                 parameter.copy_(1 + 0.3 * noise)
             elif name.endswith("bias"):
                 parameter.copy_(0.2 * noise)
-            elif "embed" in name:
+            elif EMBEDDING.search(name):
                 parameter.copy_(0.5 + noise)  # a mean that centring has to remove
             else:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
     return model.to(dtype).eval()
 
 

@@ -4,6 +4,7 @@ Importing it lets transformers' `AutoModelForCausalLM` load sliced models of eve
 """
 
 from eigenslice._version import __version__
+from eigenslice.arch import Refusal, StockForm, Sublayer, Table, Variant, register_table
 from eigenslice.errors import EigensliceError
 from eigenslice.evaluate import Perplexity, evaluate, perplexity
 from eigenslice.inspection import Inspection, inspect_model
@@ -18,13 +19,19 @@ __all__ = [
     "EigensliceError",
     "Inspection",
     "Perplexity",
+    "Refusal",
     "SliceOptions",
     "SliceResult",
     "SlicedConfig",
     "SlicedForCausalLM",
+    "StockForm",
+    "Sublayer",
+    "Table",
+    "Variant",
     "__version__",
     "evaluate",
     "inspect_model",
     "perplexity",
+    "register_table",
     "slice_model",
 ]

@@ -5,60 +5,25 @@ LayerNorm model every writer is centred, so that an RMSNorm does what the LayerN
 architectures are alike: x <- x + sublayer(RMSN(x)).
 """
 
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from eigenslice.algebra.norms import centre_rows, centre_writer, fold_into_reader
-from eigenslice.arch import Table, lookup
+from eigenslice.algebra.norms import centre_rows, centre_writer, fold_into_reader, layer_norm
+from eigenslice.arch import Sublayer, Table, lookup
+from eigenslice.checkpoint.mapping import origins
 from eigenslice.checkpoint.source import Source
 from eigenslice.errors import CheckpointError, UnsupportedModelError
 from eigenslice.skeleton import empty_model
 
 Tensors = dict[str, Tensor]
+NamedTensors = Iterable[tuple[str, Tensor]]
 ROWS = 4096
 """Rows of an embedding or a head that are in float64 at once."""
-
-# Buffers that older versions of transformers stored beside the weights.
-LEFTOVERS = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
-
-
-def _checkpoint_names(source: Source, model: Any) -> dict[str, str]:
-    """Map the names of a model's parameters to the names of a checkpoint's tensors; every tensor has to fit."""
-    state = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    names, unknown = {}, []
-    for stored in source.weights.names():
-        name, converter = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
-        if name in state and converter is None:
-            names[name] = stored
-        elif not LEFTOVERS.search(stored):
-            unknown.append(stored)
-    table = lookup(source.config)
-    ends = [table.embeddings[0] + ".weight", table.head + ".weight"]
-    if source.config.tie_word_embeddings and any(name in names for name in ends):
-        # Checkpoints of tied models hold the embedding, the head, or both
-        present = next(name for name in ends if name in names)
-        for name in ends:
-            names.setdefault(name, names[present])
-    missing = sorted(set(state) - set(names))
-    if missing or unknown:
-        found = [f"lacks {len(missing)} tensors ({', '.join(missing[:3])})"] if missing else []
-        found += [f"has {len(unknown)} unknown ones ({', '.join(sorted(unknown)[:3])})"] if unknown else []
-        raise CheckpointError(
-            f"{source.name} {' and '.join(found)}",
-            allowed=f"exactly the weights of transformers' {type(model).__name__}",
-            next_step="download or save the checkpoint again; merge adapters into the weights first",
-        )
-    return names
 
 
 class DenseModel:
@@ -69,6 +34,8 @@ class DenseModel:
         shapes: Shape of every stored parameter by transformers' name; a tied head isn't stored.
         device: Where folding is computed (in float64).
         neurons: Number of neurons in each MLP; 0 if the table doesn't say that they can be cut.
+        in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
+        sinusoids: Tables of positions that no checkpoint holds, (positions, D).
     """
 
     def __init__(self, source: Source, device: torch.device | str = "cpu") -> None:
@@ -77,7 +44,7 @@ class DenseModel:
         self.table: Table = lookup(source.config)
         model = empty_model(source.config)
         self.shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
-        self._names = _checkpoint_names(source, model)
+        self._origins = origins(source, model)
         self._check()
         self.tied = self._is_tied()
         if self.tied:
@@ -86,36 +53,69 @@ class DenseModel:
         self.blocks = int(self.config.num_hidden_layers)
         self.eps = self.table.epsilon(self.config)
         self.layer_norm = self.table.norm == "layer"
-        self.neurons = int(getattr(self.config, self.table.mlp.neurons)) if self.table.mlp.neurons else 0
+        self.neurons = self._count_neurons()
+        self.sinusoids = self._fixed_positions(model)
+        self.in_float32 = frozenset(model._keep_in_fp32_modules_strict or ())
 
     def _check(self) -> None:
         weights = self.source.weights
-        for name, stored in self._names.items():
-            if weights.shape(stored) != self.shapes[name]:
+        for name, origin in self._origins.items():
+            try:
+                shape = origin.shape(weights)
+            except (RuntimeError, ValueError) as error:  # torch's and transformers' for parts that don't fit
+                shape = str(error).strip().splitlines()[0]
+            if shape != self.shapes[name]:
                 raise CheckpointError(
-                    f"{self.source.name}: {stored} is {weights.shape(stored)}, the config says {self.shapes[name]}",
+                    f"{self.source.name}: {origin.stored[0]} is {shape}, the config says {self.shapes[name]}",
                     allowed="weights that fit the config",
                     next_step="check that config.json and the weights belong together",
                 )
-            if weights.dtype(stored) is None:
+            if origin.dtype(weights) is None:
                 raise CheckpointError(
-                    f"{self.source.name}: {stored} is stored as integers or 8-bit floats",
+                    f"{self.source.name}: {origin.stored[0]} is stored as integers or 8-bit floats",
                     allowed="float32, float16 or bfloat16 weights",
                     next_step="slice the unquantized checkpoint and quantize the result",
                 )
 
     def _is_tied(self) -> bool:
         """As transformers decides it: the config says so, and the two are not stored with different values."""
-        names = [self._names[f"{module}.weight"] for module in (self.table.embeddings[0], self.table.head)]
-        if not self.config.tie_word_embeddings or names[0] == names[1]:
+        ends = [self._origins[f"{module}.weight"] for module in (self.table.embeddings[0], self.table.head)]
+        if not self.config.tie_word_embeddings or ends[0].stored == ends[1].stored:
             return self.config.tie_word_embeddings
-        embedding, head = (self.source.weights.load(name) for name in names)
+        embedding, head = (end.load(self.source.weights) for end in ends)
         return torch.equal(embedding, head)
+
+    def _count_neurons(self) -> int:
+        mlp = self.table.mlp
+        if not mlp.neurons:
+            return 0
+        writer = f"{self.table.layers}.0.{mlp.weight(mlp.writers[0])}"
+        return mlp.turn(mlp.writers[0], self.shapes[writer])[1]
+
+    def _fixed_positions(self, model: Any) -> Tensors:
+        """The positions that transformers computes, by the name that they have where they are stored."""
+        if not self.table.sinusoids:
+            return {}
+        name = self.table.sinusoids + ".weights"
+        return {name: model.get_submodule(self.table.sinusoids).weights.to(self.device, torch.float64)}
+
+    @property
+    def can_stay_tied(self) -> bool:
+        """Whether one matrix can still be embedding and head when the norms are folded."""
+        return self.tied and not self.table.embedding_norm and not self.carries_shifts
+
+    @property
+    def carries_shifts(self) -> bool:
+        """Whether folded shifts reach experts without biases through the norm: see `as_modules`.
+
+        The stream's coordinates have to sum to zero then, in every basis (`layer_norm_basis`).
+        """
+        return self.reader_bias and bool(self.table.mlp.stacked)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the checkpoint's embedding is stored in."""
-        dtype = self.source.weights.dtype(self._names[self.table.embeddings[0] + ".weight"])
+        dtype = self._origins[self.table.embeddings[0] + ".weight"].dtype(self.source.weights)
         assert dtype is not None  # checked in __init__
         return dtype
 
@@ -134,37 +134,70 @@ class DenseModel:
         """Whether folding gives every reader a bias (the norms have a shift)."""
         return f"{self.table.final_norm}.bias" in self.shapes
 
-    @property
-    def head_bias(self) -> bool:
-        """Whether the folded head has a bias."""
-        return self.reader_bias or f"{self.table.head}.bias" in self.shapes
+    def keeps_bias(self, name: str, stock: bool) -> bool:
+        """Whether a reader's bias is stored: if the dense model has it, or where it holds the norm's shift.
+
+        Args:
+            name: Of the bias.
+            stock: In a class that has the dense model's biases only.
+        """
+        return name in self.shapes or (self.reader_bias and not stock)
+
+    def as_modules(self, tensors: NamedTensors, width: int) -> NamedTensors:
+        """Weights of a decoder layer as the custom class's modules hold them.
+
+        Experts have no biases. Where the norm before them has a shift, the custom class's norm gives n + 1, n of sum
+        zero; rows that sum to zero don't see the 1, and those that sum to b add b.
+
+        Args:
+            tensors: Out x in; names relative to the layer.
+            width: Of the stream.
+        """
+        if not self.carries_shifts:
+            return (pair for named in tensors for pair in self.table.turned(dict([named])).items())
+        mlp, result = self.table.mlp, dict(tensors)
+        for name in mlp.readers:
+            bias = result.pop(mlp.bias(name), None)
+            if bias is not None:
+                result[mlp.weight(name)] = carry(result[mlp.weight(name)], bias)
+        return self.table.turned(result).items()
 
     def raw(self, name: str) -> Tensor | None:
-        """A tensor as stored, in float64 on the device; None if the model has none of this name."""
-        if name not in self._names:
+        """A tensor as the model has it, in float64 on the device; None if the model has none of this name."""
+        if name not in self._origins:
             return None
-        return self.source.weights.load(self._names[name]).to(device=self.device, dtype=torch.float64)
+        return self._load(name).to(device=self.device, dtype=torch.float64)
 
-    def _stored(self, name: str) -> Tensor:
-        return self.source.weights.load(self._names[name])
+    def _load(self, name: str) -> Tensor:
+        return self._origins[name].load(self.source.weights)
 
     def final_gain(self) -> Tensor:
         """The final norm's gain (D,)."""
-        gain = self.raw(self.table.final_norm + ".weight")
-        return torch.ones(self.width, dtype=torch.float64, device=self.device) if gain is None else gain
+        weight = self.raw(self.table.final_norm + ".weight")
+        if weight is None:
+            return torch.ones(self.width, dtype=torch.float64, device=self.device)
+        return gain_of(self.table, weight)
 
     def embeddings(self, centre: bool = True) -> "dict[str, Rows]":
-        """Weights of the token embedding and of learned positions, centred in a LayerNorm model.
+        """Weights of the token embedding and of positions, centred in a LayerNorm model.
 
         Args:
             centre: False leaves the token embedding as stored, for a tied head.
         """
-        rows = {}
+        result: dict[str, Rows] = {}
         for index, module in enumerate(self.table.embeddings):
-            name = module + ".weight"
-            centred = self.layer_norm and (centre or index > 0)
-            rows[name] = self._rows(name, centre_rows if centred else None)
-        return rows
+            changes = []
+            if index == 0 and self.table.embedding_norm:
+                gain, shift = (self.raw(f"{self.table.embedding_norm}.{kind}") for kind in ("weight", "bias"))
+                assert gain is not None  # shapes were checked against transformers' model
+                changes.append(partial(layer_norm, gain=gain, shift=shift, eps=self.eps))
+            if self.layer_norm and (centre or index > 0):
+                changes.append(centre_rows)
+            result[module + ".weight"] = self._rows(module + ".weight", *changes)
+        for name, rows in self.sinusoids.items():
+            changes = (centre_rows,) if self.layer_norm else ()
+            result[name] = Rows(partial(torch.split, rows, ROWS), len(rows), self.device, changes)
+        return result
 
     def head(self) -> tuple["Rows", Tensor | None]:
         """The head's weight (V, D) and bias (V,) with the final norm folded in."""
@@ -176,20 +209,18 @@ class DenseModel:
         gain = self.final_gain()
         return self._rows(name, lambda rows: rows * gain), bias
 
-    def _rows(self, name: str, change: Callable[[Tensor], Tensor] | None = None) -> "Rows":
-        stored = self._names[name]
-        return Rows(
-            lambda: self.source.weights.rows(stored, ROWS), self.source.weights.shape(stored)[0], self.device, change
-        )
+    def _rows(self, name: str, *changes: Callable[[Tensor], Tensor]) -> "Rows":
+        origin = self._origins[name]
+        return Rows(lambda: origin.rows(self.source.weights, ROWS), self.shapes_of(name)[0], self.device, changes)
+
+    def shapes_of(self, name: str) -> tuple[int, ...]:
+        """Shape of a parameter; that of a tied head, too."""
+        return self._origins[name].shape(self.source.weights)
 
     def read_block(self, index: int) -> Tensors:
         """Weights of one decoder layer as they are stored, in memory; names relative to the layer."""
         prefix = f"{self.table.layers}.{index}."
-        return {
-            name.removeprefix(prefix): self.source.weights.load(self._names[name])
-            for name in self.shapes
-            if name.startswith(prefix)
-        }
+        return {name.removeprefix(prefix): self._load(name) for name in self.shapes if name.startswith(prefix)}
 
     def block(self, index: int, stored: Tensors | None = None) -> "FoldedBlock":
         """Weights of one decoder layer, folded.
@@ -198,11 +229,28 @@ class DenseModel:
             index: Number of the layer.
             stored: What `read_block` gave; None reads each when it is asked for.
         """
+        scale = float(getattr(self.config, self.table.residual_scale)) if self.table.residual_scale else 1.0
         if stored is not None:
-            return FoldedBlock(self.table, stored.keys(), stored.__getitem__, self.device)
+            return FoldedBlock(self.table, stored.keys(), stored.__getitem__, self.device, scale)
         prefix = f"{self.table.layers}.{index}."
         names = {name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)}
-        return FoldedBlock(self.table, names.keys(), lambda name: self._stored(names[name]), self.device)
+        return FoldedBlock(self.table, names.keys(), lambda name: self._load(names[name]), self.device, scale)
+
+
+def carry(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Weight (..., out, width) that gives W n + b for n + 1, where n sums to zero."""
+    rows = centre_rows(weight)
+    return rows if bias is None else rows + bias[..., None] / weight.shape[-1]
+
+
+def gain_of(table: Table, weight: Tensor) -> Tensor:
+    """The gain (D,) of a norm with this weight."""
+    return 1 + weight if table.gain == "1+w" else weight
+
+
+def is_inside(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a parameter is one of these or in one of these modules."""
+    return any(name == module or name.startswith(module + ".") for module in modules)
 
 
 @dataclass(frozen=True)
@@ -213,21 +261,23 @@ class Rows:
         pieces: Reads it, (n, D) at a time, as the checkpoint has it.
         count: Number of rows.
         device: Where it is changed, in float64.
-        change: From rows (n, D) to rows (n, D); None leaves them as they are.
+        changes: From rows (n, D) to rows (n, D), one after the other.
     """
 
-    pieces: Callable[[], Iterator[Tensor]]
+    pieces: Callable[[], Iterable[Tensor]]
     count: int
     device: torch.device
-    change: Callable[[Tensor], Tensor] | None = None
+    changes: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     def map(self, then: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
-        """All rows, changed by `change` and then by `then`, from (n, D) to (n, m); (V, m) of a dtype on the device."""
+        """All rows, changed by `changes` and then by `then`, from (n, D) to (n, m); (V, m) of a dtype on the device."""
         result = torch.empty(0)
         start = 0
         for piece in self.pieces():
             rows = piece.to(device=self.device, dtype=torch.float64)
-            rows = then(rows if self.change is None else self.change(rows))
+            for change in self.changes:
+                rows = change(rows)
+            rows = then(rows)
             if start == 0:
                 result = torch.empty(self.count, rows.shape[1], dtype=dtype, device=self.device)
             result[start : start + len(rows)] = rows
@@ -240,45 +290,49 @@ class Rows:
 
 
 class FoldedBlock(Mapping[str, Tensor]):
-    """Canonical weights of one decoder layer, in float64 on the device; names are relative to the layer.
+    """Canonical weights of one decoder layer, out x in, in float64 on the device; names are relative to the layer.
 
     Each is folded when it is asked for, and not kept.
     """
 
     def __init__(
-        self, table: Table, stored: Collection[str], load: Callable[[str], Tensor], device: torch.device
+        self,
+        table: Table,
+        stored: Collection[str],
+        load: Callable[[str], Tensor],
+        device: torch.device,
+        residual_scale: float = 1.0,
     ) -> None:
         """Nothing is loaded yet.
 
         Args:
             table: The layer's architecture.
             stored: Names of all its parameters.
-            load: Gives one of them.
+            load: Gives one of them, as its module holds it.
             device: Where they are folded.
+            residual_scale: What the layer multiplies by what its sublayers add to the stream.
 
         Raises:
             UnsupportedModelError: the table doesn't account for one of them.
         """
-        self._stored, self._load = frozenset(stored), load
-        self._device, self._centred = device, table.norm == "layer"
-        self._norms: dict[str, str] = {}  # the norm before each reader
-        self._names: list[str] = []
-        writers: set[str] = set()
-        for sublayer in (table.attention, table.mlp):
+        self._table, self._stored, self._load = table, frozenset(stored), load
+        self._device, self._scale = device, residual_scale
+        self._ends: dict[str, tuple[Sublayer, str]] = {}  # the sublayer and the end that a weight or bias belongs to
+        inner: list[str] = []
+        for sublayer in table.sublayers:
             shift = f"{sublayer.norm}.bias" in stored
-            for module in sublayer.readers:
-                self._norms[module] = sublayer.norm
-                self._names += [
-                    f"{module}.weight",
-                    *([f"{module}.bias"] if shift or f"{module}.bias" in stored else []),
-                ]
-            for module in sublayer.writers:
-                self._names += [name for name in (f"{module}.weight", f"{module}.bias") if name in stored]
-            writers |= set(sublayer.writers)
-            inner = tuple(module + "." for module in sublayer.inner)
-            self._names += [name for name in stored if inner and name.startswith(inner)]
-        self._writers = frozenset(writers)
-        norms = {f"{s.norm}.{kind}" for s in (table.attention, table.mlp) for kind in ("weight", "bias")}
+            for name in sublayer.ends:
+                weight, bias = sublayer.weight(name), sublayer.bias(name)
+                if weight not in stored and not (sublayer.post_norm and name in sublayer.writers):
+                    continue  # this layer is of another kind
+                self._ends[weight] = sublayer, name
+                if bias in stored or (shift and name in sublayer.readers):
+                    self._ends[bias] = sublayer, name
+            inner += [name for name in stored if is_inside(name, sublayer.inner)]
+        self._names = list(dict.fromkeys([*self._ends, *inner]))
+        norms = {
+            f"{norm}.{kind}" for s in table.sublayers for norm in (s.norm, s.post_norm) for kind in ("weight", "bias")
+        }
         unknown = set(stored) - set(self._names) - norms
         if unknown:
             raise UnsupportedModelError(
@@ -300,30 +354,40 @@ class FoldedBlock(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
-        module, _, kind = name.rpartition(".")
-        if module in self._norms:
-            return self._fold(module, self._norms[module], kind)
-        tensor = self._raw(name)
-        assert tensor is not None  # it is among the names
-        if self._centred and module in self._writers:
-            return centre_writer(tensor) if kind == "weight" else centre_rows(tensor)
-        return tensor
+        if name not in self._ends:
+            return self._must(name)
+        sublayer, end = self._ends[name]
+        if end in sublayer.readers:
+            return self._read(sublayer, end, name == sublayer.weight(end))
+        if name == sublayer.weight(end) and sublayer.post_norm:
+            tensor = torch.diag(gain_of(self._table, self._must(f"{sublayer.post_norm}.weight")))
+        else:
+            tensor = self._must(name)
+        tensor = tensor if self._scale == 1 else tensor * self._scale
+        if self._table.norm == "rms":
+            return tensor
+        return centre_writer(tensor) if name == sublayer.weight(end) else centre_rows(tensor)
 
     def _raw(self, name: str) -> Tensor | None:
-        return self._load(name).to(device=self._device, dtype=torch.float64) if name in self._stored else None
+        """A parameter, out x in; None if the layer has none of this name."""
+        if name not in self._stored:
+            return None
+        tensor = self._load(name).to(device=self._device, dtype=torch.float64)
+        return self._table.turned({name: tensor})[name]
 
-    def _fold(self, module: str, norm: str, kind: str) -> Tensor:
+    def _must(self, name: str) -> Tensor:
+        tensor = self._raw(name)
+        assert tensor is not None, name  # it is among the names
+        return tensor
+
+    def _read(self, sublayer: Sublayer, end: str, weight: bool) -> Tensor:
         """A reader's weight with the norm's gain in it, or its bias with the norm's shift in it."""
-        if kind == "weight":
-            weight, gain = self._raw(f"{module}.weight"), self._raw(f"{norm}.weight")
-            assert weight is not None
-            return fold_into_reader(weight, None, gain, None)[0]
-        bias, shift = self._raw(f"{module}.bias"), self._raw(f"{norm}.bias")
-        if shift is None:
-            assert bias is not None
-            return bias
-        weight = self._raw(f"{module}.weight")
-        assert weight is not None
-        folded = fold_into_reader(weight, bias, None, shift)[1]
-        assert folded is not None
-        return folded
+        if weight:
+            gain = self._raw(f"{sublayer.norm}.weight")
+            gain = None if gain is None else gain_of(self._table, gain)
+            return fold_into_reader(self._must(sublayer.weight(end)), None, gain, None)[0]
+        bias, shift = self._raw(sublayer.bias(end)), self._raw(f"{sublayer.norm}.bias")
+        if shift is not None:
+            bias = fold_into_reader(self._must(sublayer.weight(end)), bias, None, shift)[1]
+        assert bias is not None  # it is among the names
+        return bias

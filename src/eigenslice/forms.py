@@ -40,6 +40,12 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
             "modules": list(s.modules),
             "readers": list(s.readers),
             "writers": list(s.writers),
+            "post_norm": s.post_norm,
+            "gated": list(s.gated),
+            "transposed": list(s.transposed),
+            "stacked": list(s.stacked),
+            "renames": {module: dict(names) for module, names in s.renames.items()},
+            "adds_stream": s.adds_stream,
         }
         for name, s in (("attention", table.attention), ("mlp", table.mlp))
     }
@@ -50,6 +56,9 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
         "head": table.head,
         "parallel": table.is_parallel(dense.config),
         "dropout": table.dropout,
+        "sinusoids": table.sinusoids,
+        "embedding_norm": table.embedding_norm,
+        "layers_give_tuples": table.layers_give_tuples,
     }
 
 
@@ -74,7 +83,7 @@ def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedCo
         shortcuts=plan.shortcuts,
         norm_eps=dense.eps,
         reader_bias=dense.reader_bias,
-        head_bias=dense.head_bias,
+        head_bias=dense.keeps_bias(dense.table.head + ".bias", stock=False),
         centered_embedding=plan.tied and dense.layer_norm,
         tie_word_embeddings=plan.tied,
         dtype=dtype,
@@ -123,14 +132,14 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
         "tie_word_embeddings": plan.tied,
     }
     if dense.table.mlp.neurons:
-        values[dense.table.mlp.neurons] = plan.neurons[0]
-    _checked(values)
+        values[dense.table.neurons_field] = plan.neurons[0]
+    checked_config(values)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[form.model_type]
     name = str(dtype).removeprefix("torch.")
     return values | _legacy_rope(values) | {"architectures": [model_class], "dtype": name, "torch_dtype": name}
 
 
-def _checked(values: dict[str, Any]) -> Any:
+def checked_config(values: dict[str, Any]) -> Any:
     """The config object of some values. Raises ValueError where its class refuses them."""
     try:
         config = AutoConfig.for_model(**values)
@@ -157,7 +166,7 @@ def misfit(dense: DenseModel, plan: Plan) -> str | None:
         values = stock_config(dense, plan, torch.float32)
     except ValueError as error:
         return str(error).strip().splitlines()[-1].strip()
-    state = {name: tuple(p.shape) for name, p in empty_model(_checked(values)).state_dict().items()}
+    state = {name: tuple(p.shape) for name, p in empty_model(checked_config(values)).state_dict().items()}
     if plan.tied:
         state.pop(dense.table.head + ".weight", None)
     ours = {name: shape for name, (_, shape) in layout(dense, plan).items()}
@@ -200,7 +209,9 @@ def choose_form(
     if basis == "per-block":
         reasons.append("no stock config has the shortcuts of a per-block basis")
     elif not dense.table.stock:
-        reasons.append(f"{dense.table.model_type!r} ties the attention's width to the hidden width")
+        reasons.append(
+            f"{dense.table.model_type!r} ties the attention's width to the hidden width, or norms its output"
+        )
     else:
         for form in dense.table.stock:
             plan = replace(custom, stock=form)

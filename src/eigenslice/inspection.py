@@ -81,7 +81,7 @@ def inspect_model(
     for basis in ("global", "per-block"):
         for slicing in SLICINGS:
             width = rounded((1 - slicing) * dense.width)
-            plan = choose_form(dense, basis, width, dense.tied and basis == "global", "auto")
+            plan = choose_form(dense, basis, width, dense.can_stay_tied and basis == "global", "auto")
             stored = sum(count(layout(dense, plan)).values())
             saved_as = stock_type_of(plan.stock)
             kept = stored / dense.parameters
@@ -103,7 +103,7 @@ def inspect_model(
 
 def _dense_roles(dense: DenseModel) -> dict[str, int]:
     """Parameters of the dense model by role; norms, which slicing folds away, have their own."""
-    full = full_plan(dense, dense.tied)
+    full = full_plan(dense, dense.can_stay_tied)
     roles: dict[str, int] = {}
     names = {name: role for name, (role, _) in layout(dense, full).items()}
     for name, shape in dense.shapes.items():

@@ -85,6 +85,7 @@ def manifest(
         "model_type": stock_type_of(plan.stock),
         "form": "stock" if plan.stock else "custom",
         "portable": plan.stock is not None and plan.stock.portable,
+        "warning": plan.stock.warning if plan.stock else "",
         "basis": plan.basis,
         "plan": plan.describe(),
         "dense_width": dense.width,

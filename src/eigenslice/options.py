@@ -80,6 +80,10 @@ class SliceOptions(BaseModel):
         random_tokens: Sequences of random tokens to fit on beside calibration texts, as a share of those, so that every
             part of the vocabulary is seen. Token ids are used as they are.
         untie: Store embedding and head separately even if the dense model ties them.
+        multiple: Widths and neurons that slicing and keep choose are multiples of this. Matrix kernels like 8;
+            llama.cpp's Q8_0 wants 32 and its K-quants 256.
+        portable: Only forms that llama.cpp and vLLM are known to run; slicing and keep choose multiples of the number
+            of heads then.
         form: auto (stock if a config can hold the result), stock or custom.
         calibration: See `CalibrationOptions`.
         dtype: Stored dtype; None is the checkpoint's.
@@ -106,6 +110,8 @@ class SliceOptions(BaseModel):
     refit: bool | None = None
     untie: bool = False
     random_tokens: float = 0.25
+    multiple: int = 8
+    portable: bool = False
     form: Literal["auto", "stock", "custom"] = "auto"
     calibration: CalibrationOptions = CalibrationOptions()
     dtype: DtypeName | None = None
@@ -141,6 +147,16 @@ class SliceOptions(BaseModel):
             raise OptionsError(
                 f"--neurons {self.neurons} with --keep, --recipe or --no-mlp",
                 allowed="--neurons beside --width or --slicing: --keep and --recipe say themselves how many to keep",
+                next_step="drop one of them",
+            )
+        if not 1 <= self.multiple <= 4096:
+            raise OptionsError(
+                f"--multiple {self.multiple}", allowed="1 to 4096", next_step="8, the default, 32, 64 and 256 are usual"
+            )
+        if self.portable and (self.form == "custom" or self.basis == "per-block"):
+            raise OptionsError(
+                "--portable with --form custom or --basis per-block",
+                allowed="--portable with stock results, which other runtimes read",
                 next_step="drop one of them",
             )
         if self.refit and self.basis == "per-block":

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from eigenslice.algebra.basis import Spectrum, kept_basis, principal_components
-from eigenslice.assembly import NamedTensors, block_names, global_basis, slice_embeddings, slice_head, stock_extras
+from eigenslice.algebra.basis import Spectrum, principal_components
+from eigenslice.assembly import block_names, global_basis, site_basis, slice_embeddings, slice_head, stock_block
 from eigenslice.checkpoint.writer import ShardWriter
 from eigenslice.data import Tokens
-from eigenslice.dense import DenseModel, Tensors
+from eigenslice.dense import DenseModel, NamedTensors, Tensors
 from eigenslice.manifest import site_summary
 from eigenslice.measuring import Measurement
 from eigenslice.offload import Offload
@@ -78,8 +78,7 @@ class Slicing:
         sites = dense.table.sites(dense.config)
 
         def write_block(index: int, tensors: NamedTensors) -> None:
-            self.write(block_names(dense, index, tensors))
-            self.write(block_names(dense, index, stock_extras(dense, plan, index)))
+            self.write(block_names(dense, index, stock_block(dense, plan, index, tensors), plan.site_widths[0]))
 
         self.write(slice_embeddings(dense, plan, basis.site, dtype))
         reading = None
@@ -152,11 +151,11 @@ class Slicing:
                 state.save(STAGE, site.block, {STREAMS: site.streams}, tensors, content)
             number = site.block * len(sites) + site.index
             width = plan.site_widths[number]
-            if site.layer is None:
+            if site.layer is None and width == dense.width:
                 basis = identity_basis(dense.width, dense.device)
             else:
                 spectrum = principal_components(run.ranks.sum(site.moment(normalized=False)), dense.layer_norm)
-                basis = SiteBasis(run.ranks.decide(kept_basis(spectrum, width).contiguous()))
+                basis = SiteBasis(run.ranks.decide(site_basis(dense, spectrum, width).matrix.contiguous()))
                 site.project(basis.matrix)
                 summaries.append(site_summary(f"block {site.block} site {site.index}", spectrum, width))
             if number == 0:
@@ -164,7 +163,7 @@ class Slicing:
             if site.index == 0 and site.block:
                 before = site.block - 1
                 block = slice_block(sites, dense.block(before), [*bases, basis], shortcuts=True)
-                self.write(block_names(dense, before, block))
+                self.write(block_names(dense, before, block, width))
                 bases = []
             bases.append(basis)
         self.write(slice_head(dense, plan, bases[-1], None, self.writer.dtype))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eigenslice.arch import StockForm
-from eigenslice.dense import DenseModel
+from eigenslice.dense import DenseModel, is_inside
 
 BasisKind = Literal["global", "per-block"]
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "shortcut"]
@@ -51,9 +51,9 @@ class Plan:
 
 
 def widths(dense: DenseModel, basis: BasisKind, width: int) -> tuple[int, ...]:
-    """Width at each site. Per-block, as in the paper, the last block's output keeps the dense width."""
+    """Width at each site. Per-block, as in the paper, the last block's output keeps the dense width, if it can."""
     sites = dense.blocks * len(dense.table.sites(dense.config))
-    return (width,) * sites + (width if basis == "global" else dense.width,)
+    return (width,) * sites + (width if basis == "global" or dense.table.one_width else dense.width,)
 
 
 def full_plan(dense: DenseModel, tied: bool) -> Plan:
@@ -71,6 +71,8 @@ def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     for module in table.embeddings:
         name = module + ".weight"
         result[name] = ("embedding", (dense.shapes[name][0], plan.site_widths[0]))
+    for name, rows in dense.sinusoids.items():
+        result[name] = ("embedding", (rows.shape[0], plan.site_widths[0]))
     if plan.tied and dense.layer_norm:
         result[table.embeddings[0] + ".center"] = ("embedding", (plan.site_widths[0],))
     sites = len(table.sites(dense.config))
@@ -78,14 +80,14 @@ def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
         ends = plan.site_widths[index * sites : (index + 1) * sites + 1]
         result |= _block_layout(dense, plan, f"{table.layers}.{index}.", ends, plan.neurons[index])
     final = plan.site_widths[-1]
-    if stock or plan.tied:
-        result[table.final_norm + ".weight"] = ("norm", (final,))
-    if stock and f"{table.final_norm}.bias" in dense.shapes:
-        result[table.final_norm + ".bias"] = ("norm", (final,))
+    for kind in ("weight", "bias"):
+        name = f"{table.final_norm}.{kind}"
+        if (stock and name in dense.shapes) or (plan.tied and kind == "weight"):
+            result[name] = ("norm", (final,))
     vocabulary = dense.shapes[table.embeddings[0] + ".weight"][0]
     if not plan.tied:
         result[table.head + ".weight"] = ("head", (vocabulary, final))
-    if dense.head_bias:
+    if dense.keeps_bias(table.head + ".bias", stock is not None):
         result[table.head + ".bias"] = ("head", (vocabulary,))
     return result
 
@@ -95,26 +97,40 @@ def _block_layout(
 ) -> dict[str, tuple[Role, Shape]]:
     """As `layout`, for one decoder layer; ends: the widths at its sites and at the next layer's first one."""
     result: dict[str, tuple[Role, Shape]] = {}
+    stock = plan.stock is not None
     for site, sublayers in enumerate(dense.table.sites(dense.config)):
         width, following = ends[site : site + 2]
         for sublayer in sublayers:
             role: Role = "attention" if sublayer is dense.table.attention else "mlp"
-            for module in sublayer.readers:
-                outputs = neurons if sublayer.neurons else dense.shapes[f"{prefix}{module}.weight"][0]
-                result[f"{prefix}{module}.weight"] = (role, (outputs, width))
-                if dense.reader_bias or f"{prefix}{module}.bias" in dense.shapes:
-                    result[f"{prefix}{module}.bias"] = (role, (outputs,))
-            for module in sublayer.writers:
-                inputs = neurons if sublayer.neurons else dense.shapes[f"{prefix}{module}.weight"][1]
-                result[f"{prefix}{module}.weight"] = (role, (following, inputs))
-                zero = plan.stock is not None and module in plan.stock.zero_biases
-                if zero or f"{prefix}{module}.bias" in dense.shapes:
-                    result[f"{prefix}{module}.bias"] = (role, (following,))
-            for module in sublayer.inner:
-                start = f"{prefix}{module}."
-                result |= {n: (role, shape) for n, shape in dense.shapes.items() if n.startswith(start)}
+            for name in sublayer.ends:
+                weight, bias = prefix + sublayer.weight(name), prefix + sublayer.bias(name)
+                if sublayer.post_norm and name in sublayer.writers:
+                    *experts, outputs, inputs = dense.width, dense.width
+                elif weight in dense.shapes:
+                    *experts, outputs, inputs = sublayer.turn(name, dense.shapes[weight])
+                else:
+                    continue  # this layer is of another kind
+                if name in sublayer.readers:
+                    inputs = width
+                    if sublayer.neurons:
+                        outputs = neurons * (2 if name in sublayer.gated else 1)
+                    biased = dense.keeps_bias(bias, stock or (dense.carries_shifts and bool(sublayer.stacked)))
+                else:
+                    outputs = following
+                    if sublayer.neurons:
+                        inputs = neurons
+                    zero = plan.stock is not None and name in plan.stock.zero_biases
+                    biased = zero or bias in dense.shapes
+                result[weight] = (role, sublayer.turn(name, (*experts, outputs, inputs)))
+                if biased:
+                    result[bias] = (role, (*experts, outputs))
+            result |= {
+                name: (role, shape)
+                for name, shape in dense.shapes.items()
+                if name.startswith(prefix) and is_inside(name.removeprefix(prefix), sublayer.inner)
+            }
             for kind in ("weight", "bias"):
-                if plan.stock and f"{prefix}{sublayer.norm}.{kind}" in dense.shapes:
+                if stock and f"{prefix}{sublayer.norm}.{kind}" in dense.shapes:
                     result[f"{prefix}{sublayer.norm}.{kind}"] = ("norm", (width,))
         if plan.shortcuts:
             result[f"{prefix}shortcuts.{site}.weight"] = ("shortcut", (following, width))

@@ -1,9 +1,11 @@
 """From what the user asked for to plans that may be tried."""
 
+import math
 from typing import Any
 
 import yaml
 
+from eigenslice.arch import TABLES
 from eigenslice.dense import DenseModel
 from eigenslice.errors import OptionsError
 from eigenslice.forms import choose_form
@@ -24,7 +26,32 @@ def make_plans(dense: DenseModel, options: SliceOptions) -> list[Plan]:
     Raises:
         OptionsError: a width that the model doesn't have, a size that no width reaches, or a recipe that isn't one.
     """
-    tied = dense.tied and options.basis == "global" and not options.untie
+    tied = dense.can_stay_tied and options.basis == "global" and not options.untie
+    plans = _make_plans(dense, options, tied)
+    if options.portable:
+        for plan in plans:
+            _check_portable(dense, plan)
+    return plans
+
+
+def _step(dense: DenseModel, options: SliceOptions) -> int:
+    """What chosen widths are multiples of: with portable, of the number of heads, too."""
+    return math.lcm(options.multiple, dense.config.num_attention_heads) if options.portable else options.multiple
+
+
+def _check_portable(dense: DenseModel, plan: Plan) -> None:
+    if plan.stock and plan.stock.portable:
+        return
+    saved = f"saved as {plan.stock.model_type}" if plan.stock else "saved in eigenslice's class"
+    raise OptionsError(
+        f"--portable: at width {plan.site_widths[0]} this {dense.table.model_type} model would be {saved}",
+        allowed="types that llama.cpp and vLLM are known to run at sliced widths, "
+        + ", ".join(sorted(t.model_type for t in TABLES.values() if any(f.portable for f in t.stock))),
+        next_step=f"drop --portable, or choose a width that divides by the {dense.config.num_attention_heads} heads",
+    )
+
+
+def _make_plans(dense: DenseModel, options: SliceOptions, tied: bool) -> list[Plan]:
     if options.keep is not None:
         return _plans_for_size(dense, options, tied)
     if options.recipe is not None:
@@ -33,7 +60,7 @@ def make_plans(dense: DenseModel, options: SliceOptions) -> list[Plan]:
         width, found = options.width, f"--width {options.width}"
     else:
         assert options.slicing is not None  # SliceOptions checks that a size is given
-        width = rounded((1 - options.slicing) * dense.width)
+        width = rounded((1 - options.slicing) * dense.width, _step(dense, options))
         found = f"--slicing {options.slicing} leaves width {width}"
     _check_width(dense, width, found)
     neurons = dense.neurons if options.neurons is None else options.neurons
@@ -41,10 +68,10 @@ def make_plans(dense: DenseModel, options: SliceOptions) -> list[Plan]:
     return [choose_form(dense, options.basis, width, tied, options.form, neurons)]
 
 
-def rounded(width: float) -> int:
-    """Down to a multiple of 8, as the official code does; very narrow models are not rounded."""
+def rounded(width: float, step: int = ROUND) -> int:
+    """Down to a multiple, of 8 as in the official code; to less than 8 nothing is rounded."""
     whole = int(width + 1e-9)
-    return whole if whole < ROUND else whole // ROUND * ROUND
+    return whole if whole < step == ROUND else whole // step * step
 
 
 def _check_width(dense: DenseModel, width: int, found: str) -> None:
@@ -108,7 +135,7 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
     _check_width(dense, recipe["width"], f"the recipe's width is {recipe['width']}")
     for count in counts:
         _check_neurons(dense, options.basis, count, f"the recipe keeps {count} neurons")
-    tied = dense.tied and basis == "global" and not options.untie and recipe.get("tied", True)
+    tied = dense.can_stay_tied and basis == "global" and not options.untie and recipe.get("tied", True)
     return choose_form(dense, basis, recipe["width"], tied, options.form, counts)
 
 
@@ -119,10 +146,11 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
     narrow = _widest(dense, options, tied, budget)
     plans: list[Plan] = []
     if options.mlp and options.basis == "global" and dense.neurons:
-        least = narrow.site_widths[0] if narrow else ROUND
+        step = _step(dense, options)
+        least = narrow.site_widths[0] if narrow else step
         for share in SHARES:
             width = dense.width - share * (dense.width - least)
-            width = dense.width if share == 0 else min(dense.width, rounded(width + ROUND / 2))
+            width = dense.width if share == 0 else min(dense.width, rounded(width + step / 2, step))
             plan = _most_neurons(dense, options, tied, budget, width)
             if plan is not None and plan not in plans:
                 plans.append(plan)
@@ -141,7 +169,9 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
 
 def _widest(dense: DenseModel, options: SliceOptions, tied: bool, budget: int) -> Plan | None:
     """The widest plan with all neurons that stores at most `budget` parameters."""
-    step = ROUND if dense.width >= 2 * ROUND else 1
+    step = _step(dense, options)
+    if step == ROUND and dense.width < 2 * ROUND:
+        step = 1
     candidates = [dense.width, *range((dense.width - 1) // step * step, 0, -step)]
     low, high = 0, len(candidates) - 1
     best = None
@@ -156,15 +186,16 @@ def _widest(dense: DenseModel, options: SliceOptions, tied: bool, budget: int) -
 
 
 def _most_neurons(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, width: int) -> Plan | None:
-    """The plan of a width with the most neurons, in multiples of 8, that stores at most `budget` parameters."""
+    """The plan of a width with the most neurons, in multiples, that stores at most `budget` parameters."""
+    step = options.multiple
     sizes = [
         stored_parameters(dense, choose_form(dense, options.basis, width, tied, options.form, count))
-        for count in (dense.neurons, ROUND)
+        for count in (dense.neurons, step)
     ]
     if sizes[0] <= budget:
         return choose_form(dense, options.basis, width, tied, options.form)
-    each = (sizes[0] - sizes[1]) / (dense.neurons - ROUND) if dense.neurons > ROUND else 0
-    count = rounded((budget - sizes[1]) / each + ROUND) if each else 0
-    if count < max(ROUND, FEWEST_NEURONS * dense.neurons):
+    each = (sizes[0] - sizes[1]) / (dense.neurons - step) if dense.neurons > step else 0
+    count = rounded((budget - sizes[1]) / each + step, step) if each else 0
+    if count < max(step, FEWEST_NEURONS * dense.neurons):
         return None
     return choose_form(dense, options.basis, width, tied, options.form, count)

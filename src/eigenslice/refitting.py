@@ -14,14 +14,14 @@ from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
 from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
-from eigenslice.dense import DenseModel, FoldedBlock, Tensors
+from eigenslice.dense import DenseModel, FoldedBlock, Tensors, is_inside
 from eigenslice.forms import custom_config
 from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import Position
 from eigenslice.stream import RANDOM_GROUP, Activations, BlockRunner, Site, captured_inputs
-from eigenslice.transform import SiteBasis, keep_neurons
+from eigenslice.transform import SiteBasis, keep_neurons, turn_end
 
 
 class SlicedTwin:
@@ -65,7 +65,7 @@ class SlicedTwin:
         self._offload = offload or Offload("device", dense.device)
         self.streams = self._offload.tensors()
         self.reading: Tensor | None = None
-        self._basis, self._kept, self._write, self._tied = basis, kept, write, plan.tied
+        self._dense, self._basis, self._kept, self._write, self._tied = dense, basis, kept, write, plan.tied
         self._fitted = frozenset(groups)
         self._held_out = sorted(self._fitted - {RANDOM_GROUP})
         self._ridge, self._ranks = ridge, ranks
@@ -103,8 +103,13 @@ class SlicedTwin:
         if site.layer is None and self._tied:
             return  # the head reads what the embeddings' basis lets it read
 
+        normed = site.folded is None or self._sites[site.index][0].norm
+
+        def seen(stream: Tensor) -> Tensor:
+            return normalize(stream, site.eps) if normed else stream
+
         def tokens(number: int, a: Activations) -> Tokens:
-            return a.rows(normalize(self.streams[number], site.eps)), a.rows(normalize(a.hidden, site.eps))
+            return a.rows(seen(self.streams[number])), a.rows(seen(a.hidden))
 
         reading = self._fit("read", site, self._basis.reading, tokens)
         if site.folded is None:
@@ -144,29 +149,36 @@ class SlicedTwin:
         layer = self._runner.layers[site.block]
         for sublayer in self._sites[site.index]:
             kept = self._kept[site.block] if sublayer.neurons else None
-            weights = {}
-            for name, weight in keep_neurons(sublayer, folded, kept):
-                module, _, what = name.rpartition(".")
-                if module in sublayer.writers:
-                    weights[name] = self._basis.write(weight)
-                else:
-                    weights[name] = weight @ reading if what == "weight" else weight
-            inner = tuple(module + "." for module in sublayer.inner)
-            weights |= {name: folded[name] for name in folded if inner and name.startswith(inner)}
-            self._runner.assign(layer, weights.items())
+            weights = {
+                name: turn_end(sublayer, name, weight, reading, self._basis)
+                for name, weight in keep_neurons(sublayer, folded, kept)
+            }
+            weights |= {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}
+            self._runner.assign(layer, self._dense.as_modules(weights.items(), self._basis.width))
             self._block |= weights
-        writers = [module for sublayer in self._sites[site.index] for module in sublayer.writers]
-        self._inputs = [self._offload.tensors() for _ in writers]
+        writers = self._fitted_writers(site.index)
+        self._inputs = [self._offload.tensors() for _ in writers or [""]]
         for number, a in enumerate(site.activations):
             with captured_inputs(layer, writers) as inputs:
-                layer.update(site.index, layer.normalize(site.index, self.streams[number]), **a.kwargs[site.block])
-            for module, kept_inputs in zip(writers, self._inputs, strict=True):
-                kept_inputs.append(inputs[module])
+                normalized = layer.normalize(site.index, self.streams[number])
+                update = layer.update(site.index, normalized, **a.kwargs[site.block])
+            for kept_inputs, captured in zip(self._inputs, [inputs[w] for w in writers] or [update], strict=True):
+                kept_inputs.append(captured)
+
+    def _fitted_writers(self, index: int) -> list[str]:
+        """The writers at a site of this block, or none if there are experts: those stay as they were rotated."""
+        sublayers = self._sites[index]
+        if any(name in self._block for s in sublayers for name in s.stacked):
+            return []
+        return [name for s in sublayers for name in s.writers if s.weight(name) in self._block]
 
     def _fit_writers(self, site: Site) -> None:
         """Fit what writes to a site so that the sliced stream becomes the dense one, in the basis."""
-        sublayers = self._sites[site.index - 1]
-        writers = [module for sublayer in sublayers for module in sublayer.writers]
+        sublayers, writers = self._sites[site.index - 1], self._fitted_writers(site.index - 1)
+        if not writers:
+            for number, update in enumerate(self._inputs[0]):
+                self.streams[number] = self.streams[number] + update
+            return
         biases = [name for name in _names(writers, self._block) if name.endswith(".bias")]
         parts = [self._block[module + ".weight"] for module in writers]
         if biases:

@@ -8,13 +8,12 @@ from typing import Any
 import torch
 
 from eigenslice.algebra.basis import Spectrum, principal_components
-from eigenslice.assembly import NamedTensors
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
 from eigenslice.checkpoint.output import check_output, work_folder
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_space, write_json
 from eigenslice.data import Tokens, calibration_tokens, random_sequences
-from eigenslice.dense import DenseModel
+from eigenslice.dense import DenseModel, NamedTensors
 from eigenslice.device import resolve_device
 from eigenslice.estimate import activation_bytes
 from eigenslice.forms import custom_config, stock_config
@@ -23,11 +22,12 @@ from eigenslice.measuring import Measurement, measure
 from eigenslice.offload import Offload, choose_place
 from eigenslice.options import SliceOptions
 from eigenslice.passes import Run, Slicing
-from eigenslice.plan import Plan, layout, stored_parameters
+from eigenslice.plan import Plan, stored_parameters
 from eigenslice.planning import make_plans
 from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks, join_ranks
 from eigenslice.resume import RunState
+from eigenslice.stored import StoredForm
 from eigenslice.trials import trial_batches, try_plans
 
 TOGETHER = 3
@@ -84,13 +84,13 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
         neurons = any(plan.neurons != dense.all_neurons for plan in plans)
         found = _measure(run, neurons) if options.basis == "global" else None
         plan, trials = _choose(run, plans, found)
-        shapes = {_stored_name(plan, name): shape for name, (_, shape) in layout(dense, plan).items()}
-        writer = ShardWriter(work.result, shapes, dtype, int(options.shard_gib * GIB))
+        stored = StoredForm(dense, plan)
+        writer = ShardWriter(work.result, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
         ranks.on_first(writer.begin)
 
         def write(tensors: NamedTensors) -> None:
-            for name, tensor in tensors if ranks.first else ():
-                writer.add(_stored_name(plan, name), tensor)
+            for name, tensor in stored(tensors) if ranks.first else ():
+                writer.add(name, tensor)
 
         refitted = options.fits and plan.cuts(dense)
         slicer = Slicing(run, plan, writer, write)
@@ -120,11 +120,6 @@ def _tokens(options: SliceOptions, dense: DenseModel) -> Tokens:
         vocabulary, seed = dense.config.vocab_size, options.calibration.seed
         return random_sequences(tokens, source.tokenizer, vocabulary, options.random_tokens, seed)
     return tokens
-
-
-def _stored_name(plan: Plan, name: str) -> str:
-    """The custom class wraps the dense architecture's model."""
-    return name if plan.stock else f"model.{name}"
 
 
 def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Path) -> None:

@@ -146,16 +146,17 @@ def captured_inputs(layer: nn.Module, modules: Sequence[str]) -> Iterator[Tensor
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps what it is called with."""
+    """Stands in for a decoder layer and keeps what it is called with, by name."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.kwargs: dict[str, Any] = {}
         self.hidden: Tensor | None = None
+        self._arguments, self._gives_tuple = layer.arguments, layer.gives_tuple
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        self.hidden, self.kwargs = hidden_states, kwargs
-        return hidden_states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.kwargs = hidden_states, kwargs | dict(zip(self._arguments, args, strict=False))
+        return (hidden_states, None) if self._gives_tuple else hidden_states
 
 
 class BlockRunner:
@@ -207,14 +208,14 @@ class Stream:
         embeddings = self.dense.embeddings()
         self._runner.assign(self._inner, ((name, rows.to(self.dtype)) for name, rows in embeddings.items()))
         parent, _, leaf = self.dense.table.layers.rpartition(".")
-        recorders = [_Recorder() for _ in range(self.dense.blocks)]
+        recorders = [_Recorder(layer) for layer in self._layers]
         setattr(self._inner.get_submodule(parent), leaf, nn.ModuleList(recorders))
         shared: dict[torch.Size, list[dict[str, Any]]] = {}
         result = []
         for number, batch in enumerate(batches):
             ids = batch.input_ids.to(self.device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(self.device)
-            self._inner.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            self._inner.get_submodule(parent)(input_ids=ids, attention_mask=mask, use_cache=False)
             kwargs = [recorder.kwargs for recorder in recorders]
             if mask is None:  # the same for all batches of this shape
                 kwargs = shared.setdefault(ids.shape, kwargs)
@@ -260,7 +261,7 @@ class Stream:
                 assert following is not None
                 folded, layer = dense.block(block, following.result()), self._layers[block]
                 following = None
-                self._runner.assign(layer, folded.items())
+                self._runner.assign(layer, dense.as_modules(folded.items(), dense.width))
                 held = folded if hold else None
                 del folded
                 following = reader.submit(dense.read_block, block + 1) if block + 1 < dense.blocks else None

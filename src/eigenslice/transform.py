@@ -39,16 +39,12 @@ class SiteBasis:
         """Q / c, (D, width): the normalized stream in dense coordinates, from the sliced one's."""
         return self.matrix / self.scale
 
-    def read(self, weight: Tensor) -> Tensor:
-        """Weight (out, D) of a layer that reads the normalized stream: W Q / c."""
-        return weight @ self.reading
-
     def write(self, weight: Tensor) -> Tensor:
-        """Weight (D, in) or bias (D,) of a layer that writes the stream: c Q^T W."""
+        """Weight (..., D, in) of a layer that writes the stream: c Q^T W."""
         return (self.scale * self.matrix.T) @ weight
 
     def embed(self, rows: Tensor) -> Tensor:
-        """Rows (..., D) of an embedding or of the stream: c E Q."""
+        """Rows (..., D) of an embedding, a writer's bias or of the stream: c E Q."""
         return self.scale * (rows @ self.matrix.to(rows.dtype))
 
     def shortcut_to(self, other: "SiteBasis") -> Tensor:
@@ -72,16 +68,36 @@ def keep_neurons(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Tensor 
     Yields:
         Names and tensors.
     """
-    for module in (*sublayer.readers, *sublayer.writers):
-        for name in (module + ".weight", module + ".bias"):
-            if name not in folded:
+    for name in sublayer.ends:
+        weight, bias = sublayer.weight(name), sublayer.bias(name)
+        for part in (weight, bias):
+            if part not in folded:
                 continue
-            tensor = folded[name]
-            if kept is not None and module in sublayer.readers:
+            tensor = folded[part]
+            if kept is not None and name in sublayer.gated:
+                tensor = tensor.unflatten(0, (2, -1))[:, kept].flatten(0, 1)
+            elif kept is not None and name in sublayer.readers:
                 tensor = tensor[kept]
-            elif kept is not None and name.endswith(".weight"):
+            elif kept is not None and part == weight:
                 tensor = tensor[:, kept]
-            yield name, tensor
+            yield part, tensor
+
+
+def turn_end(sublayer: Sublayer, part: str, tensor: Tensor, reading: Tensor, writing: SiteBasis) -> Tensor:
+    """A weight or bias of a sublayer's reader or writer, for the stream in bases.
+
+    Args:
+        sublayer: Whose.
+        part: Name of the weight or bias.
+        tensor: As it is in the dense model's coordinates.
+        reading: What readers get from the normalized stream, (D, width).
+        writing: The basis that writers write in.
+    """
+    if part in (sublayer.weight(name) for name in sublayer.readers):
+        return tensor @ reading
+    if part in (sublayer.weight(name) for name in sublayer.writers):
+        return writing.write(tensor)
+    return writing.embed(tensor) if part in (sublayer.bias(name) for name in sublayer.writers) else tensor
 
 
 def slice_block(
@@ -108,11 +124,7 @@ def slice_block(
         for sublayer in sublayers:
             for name, tensor in keep_neurons(sublayer, folded, kept if sublayer.neurons else None):
                 done.add(name)
-                module, _, kind = name.rpartition(".")
-                if module in sublayer.writers:
-                    yield name, following.write(tensor)
-                else:
-                    yield name, basis.read(tensor) if kind == "weight" else tensor
+                yield name, turn_end(sublayer, name, tensor, basis.reading, following)
         if shortcuts:
             yield f"shortcuts.{index}.weight", basis.shortcut_to(following)
     for name in folded:

@@ -1,6 +1,7 @@
 """Plans tried on held-out calibration tokens: each is fitted on a few sequences and measured on others."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -126,7 +127,8 @@ def try_plans(
 def _head(dense: DenseModel, plan: Plan, basis: GlobalBasis, twin: SlicedTwin) -> tuple[Tensor, Tensor | None]:
     """A sliced model's head: its weight, with the final norm's gain in it, and its bias."""
     head, norm = dense.table.head, dense.table.final_norm
-    tensors = dict(slice_head(dense, plan, basis.site, basis.tied_gain, torch.float32, twin.reading))
+    custom = replace(plan, stock=None)  # whatever it is saved as, this is what it computes
+    tensors = dict(slice_head(dense, custom, basis.site, basis.tied_gain, torch.float32, twin.reading))
     if plan.tied:
         embedding = dict(slice_embeddings(dense, plan, basis.site, torch.float32))[
             dense.table.embeddings[0] + ".weight"
@@ -145,6 +147,7 @@ def _divergences(
     """KL of the twins at the site before the head, over the sequences of the trial group."""
     rows_of_head, bias = dense.head()
     weight = rows_of_head.to(torch.float32)
+    scale = dense.table.logit_scale(dense.config) if dense.table.logit_scale else 1.0
     totals = torch.zeros(len(twins) + 1, dtype=torch.float64, device=dense.device)  # and the number of tokens
     for number, a in enumerate(site.activations):
         if a.group != TRIAL:
@@ -154,14 +157,14 @@ def _divergences(
         sliced = [a.rows(normalize(twin.streams[number], site.eps)) for twin in twins]
         for start in range(0, len(rows), ROWS):
             part = slice(start, start + ROWS)
-            expected = _log_probabilities(rows[part], weight, bias)
+            expected = _log_probabilities(rows[part], weight, bias, scale)
             for index, (head, shift) in enumerate(heads):
-                actual = _log_probabilities(sliced[index][part], head, shift)
+                actual = _log_probabilities(sliced[index][part], head, shift, scale)
                 totals[index] += (expected.exp() * (expected - actual)).sum(-1).double().sum()
     *losses, tokens = ranks.decide(ranks.sum(totals)).tolist()
     return [loss / tokens for loss in losses]
 
 
-def _log_probabilities(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _log_probabilities(rows: Tensor, weight: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     logits = rows @ weight.T
-    return (logits if bias is None else logits + bias.float()).log_softmax(-1)
+    return (scale * (logits if bias is None else logits + bias.float())).log_softmax(-1)

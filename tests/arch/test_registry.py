@@ -1,20 +1,28 @@
 """The tables, against transformers' own models: names, shapes, and who reads and writes what."""
 
+import copy
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from eigenslice.arch import TABLES, Table, lookup, table_of
+from eigenslice.arch import TABLES, Table, lookup, register_table, registry, table_of
 from eigenslice.dense import empty_model
-from eigenslice.errors import UnsupportedModelError
+from eigenslice.errors import OptionsError, UnsupportedModelError
 from tests import tiny
+from tests.conftest import Slicer, load
 from tests.messages import check_message
 
+ROOT = Path(__file__).parents[2]
 EPS = 3e-4  # no architecture's default
 
 
@@ -22,7 +30,8 @@ def config_of(case: str) -> Any:
     """Config of a case, with an unusual epsilon wherever the table says that the config has one."""
     model_type, values = tiny.CASES[case].model_type, tiny.CASES[case].config | tiny.CASES[case].extra
     eps = TABLES[model_type].eps
-    return AutoConfig.for_model(model_type, **values | ({eps: EPS} if isinstance(eps, str) else {}))
+    values = copy.deepcopy(values) | ({eps: EPS} if isinstance(eps, str) else {})
+    return AutoConfig.for_model(model_type, **values)
 
 
 @cache
@@ -31,14 +40,24 @@ def model_of(case: str) -> Any:
     return empty_model(config_of(case))
 
 
+def table_for(case: str) -> Table:
+    """The table that holds for a case's config."""
+    return lookup(config_of(case))
+
+
 def layers_of(case: str) -> Any:
-    return model_of(case).get_submodule(lookup(model_of(case).config).layers)
+    return model_of(case).get_submodule(table_for(case).layers)
+
+
+def norms_of(table: Table) -> set[str]:
+    """The norms that a table names in a layer, after sublayers, too."""
+    return {norm for s in table.sublayers for norm in (s.norm, s.post_norm) if norm}
 
 
 def names_of(table: Table) -> set[str]:
-    """Every module that a table names in a layer."""
-    both = (table.attention, table.mlp)
-    return {name for s in both for name in (s.norm, *s.modules, *s.readers, *s.writers, *s.inner)}
+    """Every module or parameter that a table names in a layer of transformers' model."""
+    names = {name for s in table.sublayers for name in (*s.modules, *s.readers, *s.writers, *s.inner)}
+    return {name for name in names | norms_of(table) if not name.endswith(".project")}  # those are ours
 
 
 cases = pytest.mark.parametrize("case", tiny.CASES)
@@ -56,7 +75,7 @@ def test_tables_are_found_by_their_own_model_type() -> None:
 
 @cases
 def test_outer_names_exist(case: str) -> None:
-    model, table = model_of(case), TABLES[tiny.CASES[case].model_type]
+    model, table = model_of(case), table_for(case)
     assert model.get_submodule(table.embeddings[0]) is model.get_input_embeddings()
     assert model.get_submodule(table.head) is model.get_output_embeddings()
     assert all(isinstance(model.get_submodule(name), nn.Embedding) for name in table.embeddings)
@@ -66,59 +85,72 @@ def test_outer_names_exist(case: str) -> None:
 
 @pytest.mark.parametrize("model_type", TABLES)
 def test_every_name_in_a_layer_exists_in_some_variant(model_type: str) -> None:
+    """No table names what no model has: in a mistyped name, the real one would be missing."""
     cases = [name for name, case in tiny.CASES.items() if case.model_type == model_type]
-    present = {name for case in cases for name, _ in layers_of(case)[0].named_modules()}
-    assert names_of(TABLES[model_type]) <= present
+    present: set[str] = set()
+    for case in cases:
+        for layer in layers_of(case):
+            present |= {name for name, _ in layer.named_modules()} | set(layer.state_dict())
+    assert set().union(*(names_of(table_for(case)) for case in cases)) <= present
 
 
 @cases
 def test_every_parameter_of_a_layer_has_exactly_one_role(case: str) -> None:
-    table = TABLES[tiny.CASES[case].model_type]
-    both = (table.attention, table.mlp)
-    norms = {s.norm for s in both}
-    roles = [*norms, *(name for s in both for name in (*s.readers, *s.writers, *s.inner))]
+    table = table_for(case)
+    roles = [*norms_of(table), *(name for s in table.sublayers for name in (*s.readers, *s.writers, *s.inner))]
     assert len(roles) == len(set(roles))
     for layer in layers_of(case):
-        for name, _ in layer.named_parameters():
-            owners = [role for role in roles if name.startswith(role + ".")]
+        for name in layer.state_dict():
+            owners = [role for role in roles if name in (role, role + "_bias", role + ".weight", role + ".bias")]
+            owners = owners or [role for role in roles if name.startswith(role + ".")]
             assert len(owners) == 1, name
 
 
 @cases
 def test_every_parameter_outside_of_the_layers_is_named(case: str) -> None:
-    model, table = model_of(case), TABLES[tiny.CASES[case].model_type]
-    outer = {*table.embeddings, table.final_norm, table.head}
-    names = {name.rpartition(".")[0] for name in model.state_dict() if not name.startswith(table.layers)}
+    model, table = model_of(case), table_for(case)
+    outer = {*table.embeddings, table.final_norm, table.head} | {table.embedding_norm} - {None}
+    names = {name.rpartition(".")[0] for name in model.state_dict() if not name.startswith(table.layers + ".")}
     assert names <= outer
     assert outer - {table.final_norm} <= names  # the final norm may be without parameters
 
 
 @cases
 def test_readers_and_writers_have_the_stream_at_their_end(case: str) -> None:
-    table, width = TABLES[tiny.CASES[case].model_type], tiny.WIDTH
+    table, width = table_for(case), tiny.WIDTH
     for layer in layers_of(case):
-        for sublayer in (table.attention, table.mlp):
-            assert {layer.get_submodule(name).in_features for name in sublayer.readers} == {width}
-            assert {layer.get_submodule(name).out_features for name in sublayer.writers} == {width}
+        state = layer.state_dict()
+        for sublayer in table.sublayers:
+            shapes = {name: tuple(state[w].shape) for name in sublayer.ends if (w := sublayer.weight(name)) in state}
+            assert {sublayer.turn(name, shapes[name])[-1] for name in sublayer.readers if name in shapes} == {width}
+            if not sublayer.post_norm:
+                assert {sublayer.turn(name, shapes[name])[-2] for name in sublayer.writers if name in shapes} == {width}
 
 
 @cases
-def test_the_norm_is_of_the_kind_and_has_the_epsilon_that_the_table_says(case: str) -> None:
-    model, table = model_of(case), TABLES[tiny.CASES[case].model_type]
-    epsilon = table.epsilon(model.config)
-    names = [f"{table.layers}.0.{s.norm}" for s in (table.attention, table.mlp)] + [table.final_norm]
-    for norm in (model.get_submodule(name) for name in names):
-        assert (table.norm == "layer") == isinstance(norm, nn.LayerNorm)
-        assert epsilon == (norm.eps if isinstance(norm, nn.LayerNorm) else norm.variance_epsilon)
+def test_the_norm_is_of_the_kind_that_the_table_says(case: str) -> None:
+    """Its kind, gain and epsilon, by what each norm makes of numbers."""
+    table, x = table_for(case), 3 + torch.randn(5, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
+    x = 0.01 * x  # so that the epsilon counts
+    layer = f"{table.layers}.0."
+    for name in [*(layer + norm for norm in norms_of(table)), table.final_norm]:
+        norm = copy.deepcopy(model_of(case).get_submodule(name)).to_empty(device="cpu")
+        tensors = {
+            kind: torch.randn(tiny.WIDTH) for kind in ("weight", "bias") if getattr(norm, kind, None) is not None
+        }
+        norm.load_state_dict(tensors)
+        with torch.no_grad():
+            actual = norm(x)
+        y = x - x.mean(-1, keepdim=True) if table.norm == "layer" else x
+        y = y / (y.square().mean(-1, keepdim=True) + table.epsilon(config_of(case))).sqrt()
+        gain = tensors.get("weight", torch.ones(tiny.WIDTH)) + (table.gain == "1+w")
+        torch.testing.assert_close(actual, y * gain + tensors.get("bias", 0))
 
 
 @cases
 def test_the_dropout_is_a_field_of_the_config(case: str) -> None:
-    table = TABLES[tiny.CASES[case].model_type]
-    if table.dropout:
-        assert isinstance(getattr(config_of(case), table.dropout), float)
-    else:  # then nothing in a layer but attention weights may be dropped
-        assert not any(isinstance(module, nn.Dropout) for module in layers_of(case)[0].modules())
+    dropout = table_for(case).dropout
+    assert dropout is None or isinstance(getattr(config_of(case), dropout), float)
 
 
 class Record:
@@ -131,14 +163,23 @@ class Record:
     def _keep(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         x = args[0] if args else kwargs["hidden_states"]
         y = output[0] if isinstance(output, tuple) else output
-        self.input, self.output = x.flatten(0, -2), y.flatten(0, -2)
+        self.input, self.output = x.flatten(0, -2), y.flatten(0, -2).clone()  # Falcon adds in place
 
 
-@cases
+plain_cases = pytest.mark.parametrize(
+    "case",
+    [
+        case
+        for case in tiny.CASES
+        if not any(s.stacked or s.post_norm or s.adds_stream for s in TABLES[tiny.CASES[case].model_type].sublayers)
+    ],
+)
+
+
+@plain_cases
 def test_a_running_layer_does_what_the_table_says(case: str) -> None:
     """Readers get the norm's output, modules follow each other, and their last output joins the stream."""
-    model = tiny.CASES[case].build()
-    table = TABLES[tiny.CASES[case].model_type]
+    model, table = tiny.CASES[case].build(), table_for(case)
     layer = model.get_submodule(table.layers)[1]
     records = {name: Record(layer.get_submodule(name)) for name in names_of(table) if _has(layer, name)}
     records["layer"] = Record(layer)
@@ -146,17 +187,23 @@ def test_a_running_layer_does_what_the_table_says(case: str) -> None:
         model(tiny.random_ids(2, 7))
     stream: Tensor = records["layer"].input
     for sublayers in table.sites(model.config):
+        added: list[Tensor] = []
         for sublayer in sublayers:
-            norm = records[sublayer.norm]
+            norm = records[str(sublayer.norm)]
             assert torch.equal(norm.input, stream)
-            assert torch.equal(records[sublayer.modules[0]].input, norm.output)
-            for before, after in zip(sublayer.modules, sublayer.modules[1:], strict=False):
-                assert torch.equal(records[after].input, records[before].output)
-            for reader in sublayer.readers:
-                assert torch.equal(records[reader].input, norm.output)
-            last = records[sublayer.modules[-1]].output
-            torch.testing.assert_close(sum(records[w].output for w in sublayer.writers), last)
-        stream = stream + sum(records[s.modules[-1]].output for s in sublayers)
+            modules, readers, writers = (
+                [records[name] for name in names if name in records]  # layers of one model may differ
+                for names in (sublayer.modules, sublayer.readers, sublayer.writers)
+            )
+            assert torch.equal(modules[0].input, norm.output)
+            for before, after in itertools.pairwise(modules):
+                assert torch.equal(after.input, before.output)
+            assert readers
+            assert all(torch.equal(reader.input, norm.output) for reader in readers)
+            torch.testing.assert_close(sum(writer.output for writer in writers), modules[-1].output)
+            added.append(modules[-1].output)
+        scale = getattr(model.config, table.residual_scale) if table.residual_scale else 1
+        stream = stream + scale * sum(added)
     torch.testing.assert_close(records["layer"].output, stream)
 
 
@@ -164,10 +211,14 @@ def _has(layer: nn.Module, name: str) -> bool:
     return any(name == present for present, _ in layer.named_modules())
 
 
+PARALLEL = {"phi", "phi-tied", "phi-qk-norm", "gpt_neox", "gpt_neox-tied", "cohere", "cohere2", "cohere2-tied", "gptj"}
+PARALLEL |= {"codegen", "falcon", "falcon-new", "falcon-new-one-norm", "stablelm-parallel"}
+
+
 @cases
 def test_parallel_blocks_have_one_site_and_others_two(case: str) -> None:
-    expected = 1 if case in ("phi", "phi-tied", "phi-qk-norm", "gpt_neox", "gpt_neox-tied") else 2
-    table = TABLES[tiny.CASES[case].model_type]
+    expected = 1 if case in PARALLEL else 2
+    table = table_for(case)
     sites = table.sites(config_of(case))
     assert len(sites) == expected
     assert [s for sublayers in sites for s in sublayers] == [table.attention, table.mlp]
@@ -185,7 +236,7 @@ def test_an_unknown_model_type_is_refused_by_its_name() -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         lookup(SimpleNamespace(model_type="t5"))
     assert "'t5'" in caught.value.found
-    assert all(model_type in caught.value.allowed for model_type in TABLES)
+    assert "docs/support.md" in caught.value.allowed
     assert caught.value.next_step
 
 
@@ -216,8 +267,73 @@ def test_all_reasons_against_a_model_are_named() -> None:
         lookup(AutoConfig.for_model("opt", **tiny.OPT | values))
 
 
-@pytest.mark.parametrize("model_type", ["gemma2", "gemma3_text", "olmo2", "glm4"])
-def test_norms_after_the_sublayer_are_refused_with_that_reason(model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "why"),
+    [
+        ("bert", "is an encoder, not a decoder"),
+        ("t5", "is an encoder-decoder"),
+        ("llava", "reads images"),
+        ("gemma3", "reads images"),
+        ("vit", "is a vision model"),
+        ("gemma4_text", "in every layer"),
+        ("biogpt", "has no architecture table yet"),
+        ("no-such-type", "is no language model that transformers knows"),
+    ],
+)
+def test_other_types_are_refused_with_the_reason(model_type: str, why: str) -> None:
     with pytest.raises(UnsupportedModelError) as caught:
         table_of(model_type)
-    check_message(caught.value, repr(model_type), "norms after its sublayers")
+    check_message(caught.value, repr(model_type), why)
+    assert "\n" not in caught.value.found
+
+
+@pytest.fixture
+def own_type() -> Iterator[Table]:
+    """A table of a type of our own: Llama's, under another name."""
+    table = replace(TABLES["llama"], model_type="own_llama", stock=())
+    AutoConfig.register("own_llama", OwnConfig, exist_ok=True)
+    AutoModelForCausalLM.register(OwnConfig, OwnModel, exist_ok=True)
+    yield table
+    TABLES.pop("own_llama", None)
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def test_a_registered_table_makes_its_type_work(own_type: Table, run_slice: Slicer, tmp_path: Path) -> None:
+    folder = tiny.save(tiny.tiny_model("own_llama", tiny.LLAMA), tmp_path / "own")
+    with pytest.raises(UnsupportedModelError, match="'own_llama' is no language model"):
+        run_slice("llama", model=str(folder), width=24)
+    register_table(own_type)
+    result = run_slice("llama", model=str(folder), width=tiny.WIDTH)
+    ids = tiny.random_ids(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(load(result.output)(ids).logits, load(folder)(ids).logits, rtol=1e-4, atol=1e-4)
+    with pytest.raises(OptionsError, match="has a table already"):
+        register_table(own_type)
+
+
+def test_a_table_is_found_by_an_entry_point(own_type: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = SimpleNamespace(load=lambda: own_type)
+    offered = {("eigenslice.tables", "own_llama"): [entry]}
+    monkeypatch.setattr(registry, "entry_points", lambda group, name: offered.get((group, name), []))
+    assert table_of("own_llama") is own_type
+    with pytest.raises(UnsupportedModelError):
+        table_of("other_llama")
+
+
+def test_the_readme_names_every_type() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## What can be sliced") : text.index("Experts' width is sliced")]
+    assert set(re.findall(r"`(\w+)`", section)) - {"model_type"} == set(TABLES)
+    assert f"these {len(TABLES)} `model_type`s" in section
+
+
+def test_the_support_page_has_every_case() -> None:
+    page = (ROOT / "docs/support.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| (\S+) \| `\w+` \|", page, re.MULTILINE)) == set(tiny.CASES)

@@ -134,4 +134,4 @@ def test_the_modelling_file_is_the_packages_and_needs_only_torch_and_transformer
             imported |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").partition(".")[0])
-    assert imported == {"typing", "torch", "transformers"}
+    assert imported == {"inspect", "typing", "torch", "transformers"}

@@ -117,6 +117,7 @@ def test_weights_that_are_no_floats_are_refused(dtype: torch.dtype, copied: Copi
 
 def test_buffers_that_older_versions_stored_are_no_weights(copied: Copier) -> None:
     names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.attention.masked_bias"]
+    names += ["model.embed_positions.weights", "h.0.attn.bias", "h.0.attn.causal_mask"]
     folder = rewrite(copied("llama"), lambda t: t.update({name: torch.zeros(4) for name in names}))
     check_weights(folder, tiny.CASES["llama"].build())
 

@@ -157,7 +157,7 @@ def test_a_model_that_does_not_exist(slice_fails: Failure) -> None:
 
 def test_an_unsupported_architecture(slice_fails: Failure, model: Path) -> None:
     edit_json(model / "config.json", model_type="t5")
-    assert "model_type 't5' has no architecture table" in slice_fails(model)
+    assert "model_type 't5' is an encoder-decoder" in slice_fails(model)
 
 
 def test_an_unsupported_variant(slice_fails: Failure, dense_folder: Callable[[str], Path], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         folders = []
         data = CalibrationOptions(data=str(tiny.calibration_file(Path(root))))
-        for name, case in tiny.CASES.items():
+        for name, case in tiny.CORE.items():
             if case.stock is None:
                 continue
             for kind, rope in (("", ROPE), ("-scaled", SCALED)):

@@ -27,6 +27,12 @@ RESULTS = [
     pytest.param("gpt_neox-sequential", {"basis": "per-block"}, id="gpt_neox-sequential-per-block"),
     pytest.param("llama", {"neurons": 40, "form": "custom"}, id="llama-custom-neurons"),
     pytest.param("opt", {"neurons": 40}, id="opt-custom-neurons"),
+    pytest.param("gpt2", {"neurons": 40}, id="gpt2-custom-neurons"),
+    pytest.param("bloom", {}, id="bloom-custom"),
+    pytest.param("gemma2", {"basis": "per-block"}, id="gemma2-per-block"),
+    pytest.param("olmo2", {}, id="olmo2-custom"),
+    pytest.param("mixtral", {"basis": "per-block"}, id="mixtral-per-block"),
+    pytest.param("qwen3_next", {"form": "custom"}, id="qwen3_next-custom"),
 ]
 CUSTOM = [parameters for parameters in RESULTS if "stock" not in str(parameters.id)]
 
@@ -68,7 +74,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: str, options: dic
     model.activation_checkpointing_enable()
     calls = []
     layer = model.get_submodule("model." + model.config.architecture["layers"])[0]
-    layer.get_submodule(layer.sites[0][0]["norm"]).register_forward_hook(lambda *_: calls.append(1))
+    first = layer.sites[0][0]
+    layer.get_submodule(first["norm"] or first["modules"][0]).register_forward_hook(lambda *_: calls.append(1))
     for checkpointed, expected in zip(gradients(), plain, strict=True):
         torch.testing.assert_close(checkpointed, expected)
     assert len(calls) == 2  # once forward, once again backward

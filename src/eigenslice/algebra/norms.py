@@ -11,13 +11,13 @@ def fold_into_reader(
     W (gamma * x + beta) + b = (W diag(gamma)) x + (b + W beta).
 
     Args:
-        weight: (out, D).
-        bias: (out,) or None.
+        weight: (..., out, D).
+        bias: (..., out) or None.
         gain: gamma, (D,); None is all ones.
         shift: beta, (D,); None is all zeros.
 
     Returns:
-        The folded weight (out, D) and bias (out,); the bias is None only where both `bias` and `shift` are.
+        The folded weight (..., out, D) and bias (..., out); the bias is None only where both `bias` and `shift` are.
     """
     if shift is not None:
         folded = weight @ shift
@@ -31,5 +31,11 @@ def centre_rows(rows: Tensor) -> Tensor:
 
 
 def centre_writer(weight: Tensor) -> Tensor:
-    """M W: what a writer (D, in) adds to the stream gets zero mean."""
-    return weight - weight.mean(0, keepdim=True)
+    """M W: what a writer (..., D, in) adds to the stream gets zero mean."""
+    return weight - weight.mean(-2, keepdim=True)
+
+
+def layer_norm(rows: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tensor:
+    """LN(x) = (x - mean(x)) / sqrt(var(x) + eps) * gamma + beta over the last axis, in the dtype of the rows."""
+    normal = centre_rows(rows) * (rows.var(-1, unbiased=False, keepdim=True) + eps).rsqrt() * gain
+    return normal if shift is None else normal + shift

@@ -1,19 +1,64 @@
 """Tables by `config.model_type`; never by a model's name."""
 
+import importlib
+import pkgutil
+from dataclasses import replace
+from importlib.metadata import entry_points
 from typing import Any
 
+from transformers.models.auto import modeling_auto
+
+from eigenslice.arch import tables
 from eigenslice.arch.schema import Table
-from eigenslice.arch.tables import gpt_neox, llama, mistral, opt, phi, qwen2, qwen3
-from eigenslice.errors import UnsupportedModelError
+from eigenslice.errors import OptionsError, UnsupportedModelError
 
 TABLES: dict[str, Table] = {
-    module.TABLE.model_type: module.TABLE for module in (gpt_neox, llama, mistral, opt, phi, qwen2, qwen3)
+    table.model_type: table
+    for module in pkgutil.iter_modules(tables.__path__)
+    for table in importlib.import_module(f"{tables.__name__}.{module.name}").TABLES
 }
 
-NORM_AFTER = frozenset(
-    ("exaone4", "gemma2", "gemma3", "gemma3_text", "gemma4", "gemma4_text", "glm4", "olmo2", "olmo3")
+ENTRY_POINTS = "eigenslice.tables"
+"""Group of entry points under which other packages offer tables; an entry point's name is the model type."""
+
+RECURRENT = "has recurrent layers beside attention, whose state and caches no test covers yet"
+REFUSED = {
+    "gemma4_text": "adds an embedding of the token to the stream in every layer, behind a norm of its own",
+    "gemma3n_text": "carries several residual streams side by side",
+    "mamba": "has no attention: its state-space layers aren't described by a table yet",
+    "mamba2": "has no attention: its state-space layers aren't described by a table yet",
+    "jamba": RECURRENT,
+    "falcon_h1": RECURRENT,
+}
+"""Why some types have no table."""
+
+KINDS = (
+    ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "reads images beside text: slice its language model alone"),
+    ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "is an encoder-decoder, not a decoder alone"),
+    ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "is an encoder-decoder, not a decoder alone"),
+    ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "is an encoder, not a decoder"),
+    ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "is a vision model, not a language model"),
+    ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "has no architecture table yet"),
 )
-"""Types with a norm between a sublayer and the addition to the stream: gain(RMSN(W a)) Q is not gain(RMSN(W a Q))."""
+"""transformers' lists of types, and what they say about one that has no table."""
+
+
+def register_table(table: Table) -> None:
+    """Make a table known, so that models of its type can be sliced.
+
+    A package can do the same by an entry point of the group "eigenslice.tables", named after the type; the command line
+    then finds it, too.
+
+    Raises:
+        OptionsError: there is one for this type.
+    """
+    if table.model_type in TABLES:
+        raise OptionsError(
+            f"model_type {table.model_type!r} has a table already",
+            allowed="one table a type",
+            next_step="change that one, in a copy under another model_type",
+        )
+    TABLES[table.model_type] = table
 
 
 def table_of(model_type: str) -> Table:
@@ -23,22 +68,21 @@ def table_of(model_type: str) -> Table:
         UnsupportedModelError: there is none.
     """
     known = isinstance(model_type, str)  # it comes from a file
-    if known and model_type in NORM_AFTER:
-        raise UnsupportedModelError(
-            f"model_type {model_type!r} has norms after its sublayers (a sandwich norm), and such a norm doesn't "
-            "commute with a rotation",
-            allowed="model_type " + ", ".join(sorted(TABLES)),
-            next_step="slice a model of one of these types",
-        )
     table = TABLES.get(model_type) if known else None
+    if table is None and known:
+        table = next((entry.load() for entry in entry_points(group=ENTRY_POINTS, name=model_type)), None)
     if table is None:
         raise UnsupportedModelError(
-            f"model_type {model_type!r} has no architecture table, so eigenslice doesn't know what reads and "
-            "writes its residual stream",
-            allowed="model_type " + ", ".join(sorted(TABLES)),
+            f"model_type {model_type!r} {_why_not(model_type) if known else 'is no name'}",
+            allowed=f"one of the {len(TABLES)} types in docs/support.md",
             next_step="slice a model of one of these types, or add a table (see ARCHITECTURE.md)",
         )
     return table
+
+
+def _why_not(model_type: str) -> str:
+    kinds = (why for names, why in KINDS if model_type in getattr(modeling_auto, names))
+    return REFUSED.get(model_type) or next(kinds, "is no language model that transformers knows")
 
 
 def lookup(config: Any) -> Table:
@@ -53,8 +97,10 @@ def lookup(config: Any) -> Table:
     if reasons:
         raise UnsupportedModelError(
             f"this {config.model_type!r} model can't be sliced: " + "; ".join(reasons),
-            allowed=f"{config.model_type!r} models where every norm stands before its sublayer and the whole residual "
-            "stream has one width",
+            allowed=f"{config.model_type!r} models of which every sublayer reads one norm of the stream and adds to it",
             next_step="choose another checkpoint of this family",
         )
+    for variant in table.variants:
+        if variant.when(config):
+            table = replace(table, **variant.changes)
     return table

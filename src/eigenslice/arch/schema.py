@@ -1,12 +1,15 @@
 """What a table says about an architecture: who reads the residual stream, who writes it, where it is normed.
 
 Names are module paths as transformers builds the model: relative to the model for the outer ones, relative to
-a decoder layer for a sublayer's.
+a decoder layer for a sublayer's. A name that a layer doesn't have is skipped there: layers of one model may differ
+(dense and mixture-of-experts ones), and variants of a family, too. A parameter that no name covers is an error.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from torch import Tensor
 
 
 def always(config: Any) -> bool:
@@ -18,19 +21,54 @@ def always(config: Any) -> bool:
 class Sublayer:
     """Attention or MLP: what stands between a norm and the addition to the residual stream."""
 
-    norm: str
-    """The norm whose output the sublayer reads."""
+    norm: str | None
+    """The norm whose output the sublayer reads; None if it reads the stream as it is."""
     modules: tuple[str, ...]
-    """Modules called one after the other; the first one's input is the norm's output."""
+    """Modules called one after the other, as far as a layer has them; the first one's input is the norm's output."""
     readers: tuple[str, ...]
     """Linear layers whose input is the norm's output."""
     writers: tuple[str, ...]
     """Linear layers whose output is added to the residual stream."""
     inner: tuple[str, ...] = ()
-    """Modules with parameters that touch the stream at neither end; kept as they are."""
-    neurons: str | None = None
-    """Field of the config with the number of neurons, where they can be cut: neuron i is row i of every reader and
-    column i of the writer, and nothing in between joins two of them."""
+    """Modules or parameters that touch the stream at neither end; kept as they are."""
+    post_norm: str | None = None
+    """An RMSNorm between the last linear layer and the stream. It doesn't commute with a rotation: gain * RMSN(W a), in
+    a basis Q, is Q^T diag(gain) RMSN(W a), which needs W as it is. So W is inner, and the norm, in the custom class, is
+    followed by a matrix: `POST_NORM.project` is the writer."""
+    neurons: bool = False
+    """Whether its neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in
+    between joins two of them."""
+    gated: tuple[str, ...] = ()
+    """Readers that are gate and up projection in one: their rows are those of the gate, then those of the other."""
+    transposed: tuple[str, ...] = ()
+    """Readers and writers that hold their weights as in x out (transformers' Conv1D; some experts)."""
+    stacked: tuple[str, ...] = ()
+    """Readers and writers that are no modules, but one parameter for all experts, (experts, out, in); a bias, if there
+    is one, is called NAME_bias. They aren't refitted where they write."""
+    renames: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
+    """For a module of the attention: arguments of the layer that it takes under another name, or (None) doesn't get."""
+    adds_stream: bool = False
+    """Whether the modules take the stream as an argument `residual` and add it themselves."""
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """Readers and writers."""
+        return (*self.readers, *self.writers)
+
+    def weight(self, name: str) -> str:
+        """Name of the weight of a reader or writer."""
+        return name if name in self.stacked else name + ".weight"
+
+    def bias(self, name: str) -> str:
+        """Name of the bias of a reader or writer, whether it has one or not."""
+        return name + ("_bias" if name in self.stacked else ".bias")
+
+    def turn(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a weight from the module's orientation to out x in, or back."""
+        return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
+
+
+NOT_LLAMA_CPP = "llama.cpp refuses this type at widths other than heads x head_dim"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +82,10 @@ class StockForm:
     """Config values that this type needs to be the same mathematics."""
     zero_biases: tuple[str, ...] = ()
     """Linear layers (relative to a decoder layer) that this type gives a bias which the source doesn't have."""
-    portable: bool = True
+    portable: bool = False
     """Whether llama.cpp and vLLM are known to run this type at widths other than heads x head_dim."""
+    warning: str = ""
+    """What other runtimes are known to do wrong at such widths, for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +97,14 @@ class Refusal:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variant:
+    """Configs of a family for which other values of the table hold."""
+
+    when: Callable[[Any], bool]
+    changes: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Table:
     """An architecture, as data."""
 
@@ -64,20 +112,50 @@ class Table:
     norm: Literal["rms", "layer"]
     eps: str | float
     """The norms' epsilon: a field of the config, or the number that transformers hard-codes."""
+    gain: Literal["w", "1+w"] = "w"
+    """How the norms' weight makes their gain."""
     embeddings: tuple[str, ...]
     """Token embedding first, then learned positions if there are any; all write the stream."""
+    sinusoids: str | None = None
+    """Module with a table of positions that writes the stream, too, and that checkpoints don't hold."""
+    embedding_norm: str | None = None
+    """A norm between the token embedding and the stream. It is computed for the whole vocabulary, once, so that the
+    embedding isn't the head's matrix any more."""
+    width_scales_embedding: bool = False
+    """Whether transformers multiplies the token embedding by sqrt(hidden_size)."""
     layers: str
+    layers_give_tuples: bool = False
+    """Whether transformers' model expects its layers to return a tuple."""
+    reshapes_output: bool = False
+    """Whether transformers' model reshapes the last block's output to the embeddings' width."""
     final_norm: str
     head: str
+    logit_scale: Callable[[Any], float] | None = None
+    """What transformers multiplies the head's output by."""
     attention: Sublayer
     mlp: Sublayer
+    neurons_field: str = "intermediate_size"
+    """Field of the config with the number of MLP neurons, for stock forms."""
     parallel: bool | str = False
     """Whether attention and MLP read the same stream; or the boolean field of the config that says so."""
+    residual_scale: str | None = None
+    """Field of the config with what transformers multiplies a sublayer's output by. It is folded into the writers."""
     dropout: str | None = None
     """Field of the config with the dropout on what sublayers add to the stream (training only)."""
     stock: tuple[StockForm, ...] = ()
     """Stock forms, the preferred one first."""
+    variants: tuple[Variant, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def sublayers(self) -> tuple[Sublayer, Sublayer]:
+        """Attention and MLP."""
+        return self.attention, self.mlp
+
+    @property
+    def one_width(self) -> bool:
+        """Whether the stream has to leave the last block as wide as it enters the first one."""
+        return self.reshapes_output or bool(self.mlp.stacked)  # transformers' experts return the width they are given
 
     def is_parallel(self, config: Any) -> bool:
         """Whether a block of this model has one site (parallel) instead of two."""
@@ -89,6 +167,9 @@ class Table:
 
     def sites(self, config: Any) -> tuple[tuple[Sublayer, ...], ...]:
         """The sublayers at each site of a block, in the order in which the stream passes the sites."""
-        if self.is_parallel(config):
-            return ((self.attention, self.mlp),)
-        return ((self.attention,), (self.mlp,))
+        return (self.sublayers,) if self.is_parallel(config) else ((self.attention,), (self.mlp,))
+
+    def turned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A layer's weights (names relative to it) from its modules' orientation to out x in, or back."""
+        names = {s.weight(name) for s in self.sublayers for name in s.transposed}
+        return {name: t.transpose(-1, -2) if name in names else t for name, t in tensors.items()}

@@ -42,7 +42,14 @@ class ShardWriter:
         checksums: CRC-32 of each tensor written, by name.
     """
 
-    def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shapes: dict[str, tuple[int, ...]],
+        dtype: torch.dtype,
+        shard_bytes: int,
+        in_float32: frozenset[str] = frozenset(),
+    ) -> None:
         """Nothing is written yet.
 
         Args:
@@ -50,10 +57,11 @@ class ShardWriter:
             shapes: All tensors, in the order in which they are laid out.
             dtype: Of all of them.
             shard_bytes: Size of a file; one that a single tensor exceeds is larger.
+            in_float32: Names of those that are stored in float32, whatever the others are in.
         """
         self._folder, self._shapes, self.dtype = folder, dict(shapes), dtype
-        item = torch.empty((), dtype=dtype).element_size()
-        sizes = {name: math.prod(shape) * item for name, shape in shapes.items()}
+        self._in_float32 = in_float32
+        sizes = {name: math.prod(shape) * self._dtype_of(name).itemsize for name, shape in shapes.items()}
         self.total_bytes = sum(sizes.values())
         self.checksums: dict[str, int] = {}
         shards: list[list[str]] = [[]]
@@ -70,13 +78,16 @@ class ShardWriter:
             file = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
             self._headers[file] = self._lay_out(file, {name: sizes[name] for name in names})
 
+    def _dtype_of(self, name: str) -> torch.dtype:
+        return torch.float32 if name in self._in_float32 else self.dtype
+
     def _lay_out(self, file: str, sizes: dict[str, int]) -> bytes:
         """A file's header: its length in 8 bytes, then JSON, padded so that the data start at a multiple of 8."""
         content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
-        for name, size in sizes.items():
+        for name, size in sorted(sizes.items(), key=lambda item: -self._dtype_of(item[0]).itemsize):  # to stay aligned
             content[name] = {
-                "dtype": DTYPE_NAMES[self.dtype],
+                "dtype": DTYPE_NAMES[self._dtype_of(name)],
                 "shape": list(self._shapes[name]),
                 "data_offsets": [end, end + size],
             }
@@ -120,10 +131,11 @@ class ShardWriter:
         expected = self._shapes.get(name)
         if expected != tuple(tensor.shape):
             raise ValueError(f"{name} is {tuple(tensor.shape)}, announced was {expected}")
-        stored = tensor.to(dtype=self.dtype).cpu().contiguous()
+        dtype = self._dtype_of(name)
+        stored = tensor.to(dtype=dtype).cpu().contiguous()
         if not torch.isfinite(stored).all():
             raise OutputError(
-                f"{name} doesn't fit into {str(self.dtype).removeprefix('torch.')}: NaN or infinite numbers",
+                f"{name} doesn't fit into {str(dtype).removeprefix('torch.')}: NaN or infinite numbers",
                 allowed="a dtype that holds every weight",
                 next_step="pass --dtype bfloat16 or --dtype float32",
             )
@@ -164,9 +176,8 @@ class ShardWriter:
             header = handle.read(len(self._headers[file]))
             digest.update(header)
             wrong = [] if header == self._headers[file] else ["its header"]
-            for name, place in self._places.items():
-                if place.file != file:
-                    continue
+            here = [(name, place) for name, place in self._places.items() if place.file == file]
+            for name, place in sorted(here, key=lambda item: item[1].start):
                 checksum, left = 0, place.size
                 while left:
                     data = handle.read(min(CHUNK, left))

@@ -38,6 +38,12 @@ def slice_(
         Literal["auto", "stock", "custom"],
         typer.Option(help="Save as a stock config of transformers, or as eigenslice's class."),
     ] = "auto",
+    multiple: Annotated[
+        int, typer.Option(help="--slicing and --keep choose multiples of this: 8, or 32 (Q8_0) or 256 (K-quants).")
+    ] = 8,
+    portable: Annotated[
+        bool, typer.Option("--portable", help="Only what llama.cpp and vLLM are known to run, or an error.")
+    ] = False,
     calibration: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,6 +108,8 @@ def slice_(
         random_tokens=random_tokens,
         untie=untie,
         form=form,
+        multiple=multiple,
+        portable=portable,
         calibration=CalibrationOptions(
             data=tuple(calibration or ["mixed"]),
             field=tuple(field or ()),
@@ -148,10 +156,9 @@ def slice_(
             highlight=False,
             soft_wrap=True,
         )
-    elif not manifest["portable"]:
+    elif manifest["warning"]:
         errors.print(
-            f"This width can only be saved as {manifest['model_type']}, which llama.cpp refuses and vLLM gets "
-            "wrong; a width that divides by the number of heads is saved in a form that they run.",
+            f"{manifest['warning']}.",
             style="yellow",
             highlight=False,
             soft_wrap=True,

@@ -9,6 +9,7 @@ This file needs only torch and transformers. A copy of it travels in the folder 
 `trust_remote_code=True` loads it where eigenslice is not installed.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -59,11 +60,17 @@ class SlicedConfig(PreTrainedConfig):
 
 
 class SlicedRMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps), over a sliced stream, with a gain only where the embeddings are tied."""
+    """x / sqrt(mean(x^2) + eps), over a sliced stream.
 
-    def __init__(self, width: int, eps: float, gain: bool = False, like: torch.Tensor | None = None):
+    With a gain only where the embeddings are tied. With a shift of 1 before experts, which have no biases: it carries
+    what the dense norm's shift gives them. (Their weights' rows sum to it; the stream's numbers sum to zero.)
+    """
+
+    def __init__(
+        self, width: int, eps: float, gain: bool = False, like: torch.Tensor | None = None, shift: float = 0.0
+    ):
         super().__init__()
-        self.eps = eps
+        self.eps, self.shift = eps, shift
         self.weight = nn.Parameter(like.new_ones(width)) if gain and like is not None else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -71,7 +78,20 @@ class SlicedRMSNorm(nn.Module):
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         if self.weight is not None:
             x = x * self.weight
+        if self.shift:
+            x = x + self.shift
         return x.to(hidden_states.dtype)
+
+
+class ProjectedRMSNorm(SlicedRMSNorm):
+    """A norm between a sublayer and the stream: over the dense width, then into the stream's basis, with its gain."""
+
+    def __init__(self, dense_width: int, width: int, eps: float, like: torch.Tensor):
+        super().__init__(dense_width, eps)
+        self.project = nn.Linear(dense_width, width, bias=False, device=like.device, dtype=like.dtype)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.project(super().forward(hidden_states))
 
 
 class SlicedLayerMixin(nn.Module):
@@ -82,23 +102,31 @@ class SlicedLayerMixin(nn.Module):
 
     Attributes:
         sites: The sublayers at each site: their names in the table, and whether they are attention.
+        arguments: Names of the arguments that transformers' layer takes after the stream, in order.
+        takes: The arguments that each of its modules takes by name; None for any.
+        gives_tuple: Whether transformers' model expects a tuple from its layers.
         shortcuts: One matrix a site, or None.
         residual_dropout: Dropout on what a sublayer adds, as in the dense layer (training only).
     """
 
     sites: list[list[dict]]
+    arguments: list[str]
+    takes: dict[str, frozenset[str] | None]
+    gives_tuple: bool
     shortcuts: nn.ModuleList | None
     residual_dropout: float
 
-    def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        kwargs |= dict(zip(self.arguments, args, strict=False))
         for site in range(len(self.sites)):
             update = self.update(site, self.normalize(site, hidden_states), **kwargs)
             hidden_states = self.skip(site, hidden_states) + update
-        return hidden_states
+        return (hidden_states, None) if self.gives_tuple else hidden_states
 
     def normalize(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the sublayers of a site read."""
-        return self.get_submodule(self.sites[site][0]["norm"])(hidden_states)
+        norm = self.sites[site][0]["norm"]
+        return self.get_submodule(norm)(hidden_states) if norm else hidden_states
 
     def skip(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """The stream at a site in the basis of the next one."""
@@ -114,14 +142,26 @@ class SlicedLayerMixin(nn.Module):
 
     def run(self, sublayer: dict, normalized: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """One sublayer: its modules, one after the other."""
-        first, *others = (self.get_submodule(name) for name in sublayer["modules"])
+        output: Any = normalized
+        for name in sublayer["modules"]:
+            if name not in self.takes:
+                continue  # another kind of layer
+            output = self.get_submodule(name)(output, **self.arguments_of(name, sublayer, output, kwargs))
+            output = (
+                output[0] if isinstance(output, tuple) else output
+            )  # beside it: attention weights, a router's logits
+        return output.reshape(*normalized.shape[:-1], -1)  # some experts return tokens without their sequences
+
+    def arguments_of(self, name: str, sublayer: dict, x: torch.Tensor, kwargs: dict) -> dict:
+        """What a module takes beside its input."""
+        result = {}
         if sublayer["attention"]:
-            output, _ = first(normalized, **kwargs)
-        else:
-            output = first(normalized)
-        for module in others:
-            output = module(output)
-        return output
+            names, takes = sublayer["renames"].get(name, {}), self.takes[name]
+            renamed = {names.get(key, key): value for key, value in kwargs.items()}
+            result = {k: value for k, value in renamed.items() if k is not None and (takes is None or k in takes)}
+        if sublayer["adds_stream"]:
+            result["residual"] = x.new_zeros(())
+        return result
 
 
 class CenteredEmbeddingMixin(nn.Module):
@@ -143,19 +183,72 @@ def _derive(module: Any, mixin: type, name: str) -> None:
     module.__class__ = type(name + type(module).__name__, (mixin, type(module)), {"__module__": __name__})
 
 
+def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in another one's place."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
 def _resize_embedding(module: Any, width: int) -> None:
     module.weight = nn.Parameter(module.weight.new_zeros(module.weight.shape[0], width))
     module.embedding_dim = width
 
 
-def _resize(module: Any, inputs: int | None, outputs: int | None, bias: bool = False) -> None:
-    """Change the widths of a linear layer (None: unchanged), and give it a bias if it has none and is to."""
-    weight = module.weight
-    outputs, inputs = outputs or weight.shape[0], inputs or weight.shape[1]
-    module.weight = nn.Parameter(weight.new_zeros(outputs, inputs))
-    module.in_features, module.out_features = inputs, outputs
-    if bias or module.bias is not None:
-        module.bias = nn.Parameter(weight.new_zeros(outputs))
+class SinusoidsMixin(nn.Module):
+    """Computed positions that are stored, since they are in the model's basis."""
+
+    weights: nn.Parameter
+
+    def make_weights(self, num_embeddings: int, *args: Any) -> None:
+        raise IndexError(f"{num_embeddings} positions are more than this model has, {len(self.weights)}")
+
+
+def _module(layer: nn.Module, name: str) -> nn.Module | None:
+    """A module by its name, None if there is none."""
+    try:
+        return layer.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def _resize(layer: Any, sublayer: dict, name: str, inputs: int | None, outputs: int | None, bias: bool = False) -> None:
+    """Change the widths of a reader or writer (None: unchanged), and give it a bias if it has none and is to.
+
+    Nothing happens where the layer has no such module: layers of one model may differ.
+    """
+    stacked, transposed = name in sublayer["stacked"], name in sublayer["transposed"]
+    path, _, leaf = name.rpartition(".") if stacked else (name, "", "weight")
+    module: Any = _module(layer, path)
+    if not hasattr(module, leaf):
+        return
+    weight = getattr(module, leaf)
+    *experts, rows, columns = weight.shape
+    if transposed:
+        rows, columns = columns, rows
+    rows, columns = outputs or rows, inputs or columns
+    shape = (*experts, columns, rows) if transposed else (*experts, rows, columns)
+    setattr(module, leaf, nn.Parameter(weight.new_zeros(shape)))
+    bias_name = leaf + "_bias" if stacked else "bias"
+    if bias or getattr(module, bias_name, None) is not None:
+        setattr(module, bias_name, nn.Parameter(weight.new_zeros(*experts, rows)))
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = columns, rows
+    elif hasattr(module, "nf"):  # transformers' Conv1D
+        module.nx, module.nf = columns, rows
+
+
+def _narrow_experts(block: nn.Module, dense_width: int, width: int) -> None:
+    """Tell experts and routers the stream's width: they remember it to reshape what they are given."""
+    for module in block.modules():
+        for name in ("hidden_size", "hidden_dim", "input_size"):
+            if getattr(module, name, None) == dense_width:
+                setattr(module, name, width)
+
+
+def _parameters(function: Any) -> tuple[list[str], bool]:
+    """Names of a method's parameters, and whether it takes others by name, too."""
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD], any(p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _sites(architecture: dict) -> list[list[dict]]:
@@ -167,22 +260,38 @@ def _sites(architecture: dict) -> list[list[dict]]:
 def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None) -> None:
     """Narrow one decoder layer. widths: at each of its sites, then at the next layer's first one."""
     weight = next(layer.parameters())
-    sites = _sites(config.architecture)
+    sites, dense_width = _sites(config.architecture), config.text_config.hidden_size
+    layer.arguments, layer.takes = _parameters(layer.forward)[0][1:], {}
     shortcuts = []
     for sublayers, width, next_width in zip(sites, widths[:-1], widths[1:], strict=True):
-        for norm in {sublayer["norm"] for sublayer in sublayers}:
+        for norm in {sublayer["norm"] for sublayer in sublayers} - {None}:
             delattr(layer, norm)
-        setattr(layer, sublayers[0]["norm"], SlicedRMSNorm(width, config.norm_eps))
+        if sublayers[0]["norm"]:
+            shifted = config.reader_bias and any(sublayer["stacked"] for sublayer in sublayers)
+            norm = SlicedRMSNorm(width, config.norm_eps, shift=1.0 if shifted else 0.0)
+            setattr(layer, sublayers[0]["norm"], norm)
         for sublayer in sublayers:
+            if sublayer["post_norm"]:
+                norm = ProjectedRMSNorm(dense_width, next_width, config.norm_eps, weight)
+                setattr(layer, sublayer["post_norm"], norm)
             inner = None if sublayer["attention"] else neurons
             for name in sublayer["readers"]:
-                _resize(layer.get_submodule(name), width, inner, config.reader_bias)
+                outputs = 2 * inner if inner and name in sublayer["gated"] else inner
+                _resize(layer, sublayer, name, width, outputs, config.reader_bias and not sublayer["stacked"])
             for name in sublayer["writers"]:
-                _resize(layer.get_submodule(name), inner, next_width)
+                _resize(layer, sublayer, name, inner, next_width)
+            if sublayer["stacked"]:
+                _narrow_experts(layer.get_submodule(sublayer["modules"][0]), dense_width, width)
+            for name in sublayer["modules"]:
+                module = _module(layer, name)
+                if module is not None:
+                    names, others = _parameters(module.forward)
+                    layer.takes[name] = None if others else frozenset(names)
         shortcuts.append(nn.Linear(width, next_width, bias=False, device=weight.device, dtype=weight.dtype))
     _derive(layer, SlicedLayerMixin, "Sliced")
     layer.sites = sites
     layer.shortcuts = nn.ModuleList(shortcuts) if config.shortcuts else None
+    layer.gives_tuple = config.architecture["layers_give_tuples"]
     dropout = config.architecture["dropout"]
     layer.residual_dropout = getattr(config.text_config, dropout) if dropout else 0.0
 
@@ -207,10 +316,17 @@ def _slice_model(model: nn.Module, config: Any) -> None:
     if config.centered_embedding:
         _derive(embedding, CenteredEmbeddingMixin, "Centered")
         embedding.center = nn.Parameter(embedding.weight.new_zeros(widths[0]))
-    _resize(head, widths[-1], None, config.head_bias)
-    parent, _, name = architecture["final_norm"].rpartition(".")
+    _resize(model, {"stacked": (), "transposed": ()}, architecture["head"], widths[-1], None, config.head_bias)
+    if architecture["sinusoids"]:
+        positions: Any = model.get_submodule(architecture["sinusoids"])
+        _derive(positions, SinusoidsMixin, "Stored")
+        # Not trained: transformers' module detaches them
+        rows = embedding.weight.new_zeros(len(positions.weights), widths[0])
+        positions.weights = nn.Parameter(rows, requires_grad=False)
+    if architecture["embedding_norm"]:
+        _replace(model, architecture["embedding_norm"], nn.Identity())  # the embedding's rows hold what it gave
     norm = SlicedRMSNorm(widths[-1], config.norm_eps, config.tie_word_embeddings, head.weight)
-    setattr(model.get_submodule(parent), name, norm)
+    _replace(model, architecture["final_norm"], norm)
 
 
 class SlicedForCausalLM(PreTrainedModel, GenerationMixin):

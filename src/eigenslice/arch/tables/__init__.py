@@ -1,1 +1,1 @@
-"""One file per family; each holds `TABLE`."""
+"""One file per family; each holds `TABLES`."""

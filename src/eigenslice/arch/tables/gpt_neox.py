@@ -21,8 +21,9 @@ TABLE = Table(
         modules=("mlp",),
         readers=("mlp.dense_h_to_4h",),
         writers=("mlp.dense_4h_to_h",),
-        neurons="intermediate_size",
+        neurons=True,
     ),
     parallel="use_parallel_residual",
     dropout="hidden_dropout",
 )
+TABLES = (TABLE,)

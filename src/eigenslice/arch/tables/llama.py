@@ -13,13 +13,14 @@ MLP = Sublayer(
     modules=("mlp",),
     readers=("mlp.gate_proj", "mlp.up_proj"),
     writers=("mlp.down_proj",),
-    neurons="intermediate_size",
+    neurons=True,
 )
-LLAMA = StockForm(model_type="llama", applies=lambda c: not getattr(c, "sliding_window", None))
+LLAMA = StockForm(model_type="llama", applies=lambda c: not getattr(c, "sliding_window", None), portable=True)
 MISTRAL = StockForm(
     model_type="mistral",
     applies=lambda c: not (getattr(c, "attention_bias", False) or getattr(c, "mlp_bias", False)),
     overrides={"sliding_window": None},
+    portable=True,
 )
 
 TABLE = Table(
@@ -34,3 +35,4 @@ TABLE = Table(
     mlp=MLP,
     stock=(LLAMA, MISTRAL),
 )
+TABLES = (TABLE,)

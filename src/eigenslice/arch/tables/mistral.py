@@ -5,4 +5,5 @@ from dataclasses import replace
 from eigenslice.arch.schema import StockForm
 from eigenslice.arch.tables import llama
 
-TABLE = replace(llama.TABLE, model_type="mistral", stock=(StockForm(model_type="mistral"),))
+TABLE = replace(llama.TABLE, model_type="mistral", stock=(StockForm(model_type="mistral", portable=True),))
+TABLES = (TABLE,)

@@ -21,8 +21,9 @@ TABLE = Table(
         modules=("fc1", "activation_fn", "fc2"),
         readers=("fc1",),
         writers=("fc2",),
-        neurons="ffn_dim",
+        neurons=True,
     ),
+    neurons_field="ffn_dim",
     dropout="dropout",
     refusals=(
         Refusal(
@@ -41,3 +42,4 @@ TABLE = Table(
         ),
     ),
 )
+TABLES = (TABLE,)

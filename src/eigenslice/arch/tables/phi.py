@@ -1,6 +1,6 @@
 """Phi-1, Phi-1.5, Phi-2: LayerNorm, attention and MLP in parallel behind one norm, a head with a bias."""
 
-from eigenslice.arch.schema import StockForm, Sublayer, Table
+from eigenslice.arch.schema import NOT_LLAMA_CPP, StockForm, Sublayer, Table
 
 TABLE = Table(
     model_type="phi",
@@ -22,10 +22,11 @@ TABLE = Table(
         modules=("mlp",),
         readers=("mlp.fc1",),
         writers=("mlp.fc2",),
-        neurons="intermediate_size",
+        neurons=True,
     ),
     parallel=True,
     dropout="resid_pdrop",
     # transformers sizes the query and key norms by hidden_size / heads, which is no longer head_dim after slicing
-    stock=(StockForm(model_type="phi", applies=lambda c: not c.qk_layernorm),),
+    stock=(StockForm(model_type="phi", warning=NOT_LLAMA_CPP, applies=lambda c: not c.qk_layernorm),),
 )
+TABLES = (TABLE,)

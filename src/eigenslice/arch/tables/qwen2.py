@@ -14,6 +14,11 @@ AS_LLAMA = StockForm(
     applies=lambda c: all(kind == "full_attention" for kind in c.layer_types),
     overrides={"attention_bias": True},
     zero_biases=("self_attn.o_proj",),
+    portable=True,
 )
 
-TABLE = replace(llama.TABLE, model_type="qwen2", stock=(AS_LLAMA, StockForm(model_type="qwen2", portable=False)))
+WARNING = "llama.cpp refuses Qwen2 at this width and vLLM computes it wrongly; a width that divides by the number of "
+WARNING += "heads is saved as Llama, which both run"
+
+TABLE = replace(llama.TABLE, model_type="qwen2", stock=(AS_LLAMA, StockForm(model_type="qwen2", warning=WARNING)))
+TABLES = (TABLE,)

@@ -9,5 +9,6 @@ TABLE = replace(
     llama.TABLE,
     model_type="qwen3",
     attention=replace(llama.ATTENTION, inner=("self_attn.q_norm", "self_attn.k_norm")),
-    stock=(StockForm(model_type="qwen3"),),
+    stock=(StockForm(model_type="qwen3", portable=True),),
 )
+TABLES = (TABLE,)

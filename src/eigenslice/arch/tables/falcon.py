@@ -1,0 +1,52 @@
+"""Falcon: LayerNorm, q, k, v in one. Blocks are parallel behind one norm (7B), behind two (40B), or sequential (RW)."""
+
+from dataclasses import replace
+
+from eigenslice.arch.schema import Refusal, Sublayer, Table, Variant
+
+ATTENTION = Sublayer(
+    norm="input_layernorm",
+    modules=("self_attention",),
+    readers=("self_attention.query_key_value",),
+    writers=("self_attention.dense",),
+)
+MLP = Sublayer(
+    norm="input_layernorm",
+    modules=("mlp",),
+    readers=("mlp.dense_h_to_4h",),
+    writers=("mlp.dense_4h_to_h",),
+    neurons=True,
+)
+
+TABLES = (
+    Table(
+        model_type="falcon",
+        norm="layer",
+        eps="layer_norm_epsilon",
+        embeddings=("transformer.word_embeddings",),
+        layers="transformer.h",
+        layers_give_tuples=True,
+        final_norm="transformer.ln_f",
+        head="lm_head",
+        attention=ATTENTION,
+        mlp=MLP,
+        parallel=True,
+        dropout="hidden_dropout",
+        variants=(
+            Variant(
+                when=lambda c: c.new_decoder_architecture and c.num_ln_in_parallel_attn in (None, 2),
+                changes={"attention": replace(ATTENTION, norm="ln_attn"), "mlp": replace(MLP, norm="ln_mlp")},
+            ),
+            Variant(
+                when=lambda c: not c.new_decoder_architecture and not c.parallel_attn,
+                changes={"parallel": False, "mlp": replace(MLP, norm="post_attention_layernorm")},
+            ),
+        ),
+        refusals=(
+            Refusal(
+                when=lambda c: c.new_decoder_architecture and not c.parallel_attn,
+                reason="new_decoder_architecture=true with parallel_attn=false is no Falcon that transformers runs",
+            ),
+        ),
+    ),
+)

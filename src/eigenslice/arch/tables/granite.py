@@ -1,0 +1,15 @@
+"""Granite: Llama with multipliers on embeddings, attention, what is added to the stream, and logits."""
+
+from dataclasses import replace
+
+from eigenslice.arch.schema import NOT_LLAMA_CPP, StockForm
+from eigenslice.arch.tables import llama
+
+TABLE = replace(
+    llama.TABLE,
+    model_type="granite",
+    residual_scale="residual_multiplier",
+    logit_scale=lambda c: 1 / c.logits_scaling,
+    stock=(StockForm(model_type="granite", warning=NOT_LLAMA_CPP, overrides={"residual_multiplier": 1.0}),),
+)
+TABLES = (TABLE,)

@@ -1,0 +1,134 @@
+"""Mixtures of experts with Llama's layout: Mixtral, Qwen, GLM, DeepSeek, Granite, MiniMax, OLMoE, gpt-oss, Llama 4.
+
+transformers holds all experts of a layer in one tensor. The router reads the stream, too. MLP neurons aren't cut.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from eigenslice.arch.schema import StockForm, Sublayer
+from eigenslice.arch.tables import granite, llama
+
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+GATED = ("gate_proj", "up_proj", "down_proj")
+
+
+def mixture(
+    block: str = "mlp",
+    router: str = "gate",
+    dense: bool = False,
+    shared: str = "",
+    more: Iterable[str] = (),
+    inner: tuple[str, ...] = (),
+) -> Sublayer:
+    """An MLP that is a mixture.
+
+    Args:
+        block: Name of the module.
+        router: Name of the router in it.
+        dense: Whether some layers have a plain MLP instead.
+        shared: Name of the experts that all tokens pass, in it; none if empty.
+        more: Names of further readers in it.
+        inner: Names of what is kept as it is, in it.
+    """
+    plain = [f"{block}.{name}" for name in GATED] if dense else []
+    plain += [f"{block}.{shared}.{name}" for name in GATED] if shared else []
+    experts = (f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj")
+    return Sublayer(
+        norm="post_attention_layernorm",
+        modules=(block,),
+        readers=(
+            *(name for name in plain if not name.endswith("down_proj")),
+            *(f"{block}.{name}" for name in (router, *more)),
+            experts[0],
+        ),
+        writers=(*(name for name in plain if name.endswith("down_proj")), experts[1]),
+        inner=tuple(f"{block}.{name}" for name in inner),
+        stacked=experts,
+    )
+
+
+def stays(model_type: str) -> tuple[StockForm, ...]:
+    """Saved as what it is."""
+    return (StockForm(model_type=model_type),)
+
+
+BIAS = "gate.e_score_correction_bias"
+WITH_NORMS = replace(llama.ATTENTION, inner=QK_NORMS)
+LATENT = replace(
+    llama.ATTENTION,
+    readers=("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
+    inner=("self_attn.q_a_layernorm", "self_attn.q_b_proj", "self_attn.kv_a_layernorm", "self_attn.kv_b_proj"),
+)
+"""DeepSeek's attention: keys and values pass a narrow layer with a norm of its own."""
+GPT_OSS = mixture(router="router")
+LLAMA4 = mixture("feed_forward", router="router", dense=True, shared="shared_expert")
+
+TABLES = (
+    replace(llama.TABLE, model_type="mixtral", mlp=mixture(), stock=stays("mixtral")),
+    replace(
+        llama.TABLE,
+        model_type="qwen2_moe",
+        mlp=mixture(dense=True, shared="shared_expert", more=["shared_expert_gate"]),
+        stock=stays("qwen2_moe"),
+    ),
+    replace(
+        llama.TABLE, model_type="qwen3_moe", attention=WITH_NORMS, mlp=mixture(dense=True), stock=stays("qwen3_moe")
+    ),
+    replace(
+        llama.TABLE,
+        model_type="glm4_moe",
+        attention=WITH_NORMS,
+        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,)),
+        stock=stays("glm4_moe"),
+    ),
+    replace(
+        llama.TABLE,
+        model_type="deepseek_v2",
+        attention=LATENT,
+        mlp=mixture(dense=True, shared="shared_experts"),
+        stock=stays("deepseek_v2"),
+    ),
+    replace(
+        llama.TABLE,
+        model_type="deepseek_v3",
+        attention=LATENT,
+        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,)),
+        stock=stays("deepseek_v3"),
+    ),
+    replace(
+        llama.TABLE,
+        model_type="minimax_m2",
+        attention=WITH_NORMS,
+        mlp=mixture(inner=("e_score_correction_bias",)),
+        stock=stays("minimax_m2"),
+    ),
+    replace(
+        granite.TABLE,
+        model_type="granitemoe",
+        mlp=mixture("block_sparse_moe", router="router"),
+        stock=(StockForm(model_type="granitemoe", overrides={"residual_multiplier": 1.0}),),
+    ),
+    replace(
+        llama.TABLE,
+        model_type="gpt_oss",
+        attention=replace(llama.ATTENTION, inner=("self_attn.sinks",)),
+        mlp=replace(GPT_OSS, transposed=GPT_OSS.stacked),
+        stock=(StockForm(model_type="gpt_oss", portable=True),),
+    ),
+    replace(
+        llama.TABLE,
+        model_type="llama4_text",
+        mlp=replace(LLAMA4, transposed=LLAMA4.stacked),
+        stock=stays("llama4_text"),
+    ),
+    replace(
+        llama.TABLE,
+        model_type="phimoe",
+        norm="layer",
+        mlp=mixture(router="router"),
+        stock=stays("phimoe"),
+    ),
+    # Norms over all of q and k, as wide as the stream in the config
+    replace(llama.TABLE, model_type="olmoe", attention=WITH_NORMS, mlp=mixture(), stock=()),
+)

@@ -1,0 +1,30 @@
+"""Persimmon: LayerNorm, q, k, v in one, a norm on each head's query and key."""
+
+from eigenslice.arch.schema import Sublayer, Table
+
+TABLES = (
+    Table(
+        model_type="persimmon",
+        norm="layer",
+        eps="layer_norm_eps",
+        embeddings=("model.embed_tokens",),
+        layers="model.layers",
+        final_norm="model.final_layernorm",
+        head="lm_head",
+        attention=Sublayer(
+            norm="input_layernorm",
+            modules=("self_attn",),
+            readers=("self_attn.query_key_value",),
+            writers=("self_attn.dense",),
+            inner=("self_attn.q_layernorm", "self_attn.k_layernorm"),
+        ),
+        mlp=Sublayer(
+            norm="post_attention_layernorm",
+            modules=("mlp",),
+            readers=("mlp.dense_h_to_4h",),
+            writers=("mlp.dense_4h_to_h",),
+            neurons=True,
+        ),
+        dropout="hidden_dropout",
+    ),
+)

@@ -1,0 +1,59 @@
+"""Norms after the sublayers: Gemma 2 and 3, GLM-4 (before and after), OLMo 2 and 3, EXAONE 4 (after only)."""
+
+from dataclasses import replace
+
+from eigenslice.arch.schema import Sublayer, Table
+from eigenslice.arch.tables import gemma, glm, llama
+
+QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+
+
+def followed(sublayer: Sublayer, norm: str | None, post_norm: str, inner: tuple[str, ...] = ()) -> Sublayer:
+    """A sublayer whose output is normed before it is added to the stream."""
+    return replace(
+        sublayer,
+        norm=norm,
+        post_norm=post_norm,
+        modules=(*sublayer.modules, post_norm),
+        writers=(post_norm + ".project",),
+        inner=(*sublayer.writers, *inner),
+        neurons=False,
+    )
+
+
+def sandwich(table: Table, model_type: str, inner: tuple[str, ...] = ()) -> Table:
+    """Gemma's names for norms before and after."""
+    return replace(
+        table,
+        model_type=model_type,
+        attention=followed(table.attention, "input_layernorm", "post_attention_layernorm", inner),
+        mlp=followed(table.mlp, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+        stock=(),
+    )
+
+
+def after(model_type: str) -> Table:
+    """OLMo's names for norms after the sublayers, which read the stream as it is."""
+    return replace(
+        llama.TABLE,
+        model_type=model_type,
+        attention=followed(llama.ATTENTION, None, "post_attention_layernorm", QK_NORMS),
+        mlp=followed(llama.MLP, None, "post_feedforward_layernorm"),
+        stock=(),
+    )
+
+
+TABLES = (
+    sandwich(gemma.TABLE, "gemma2"),
+    sandwich(gemma.TABLE, "gemma3_text", QK_NORMS),
+    replace(
+        llama.TABLE,
+        model_type="glm4",
+        attention=followed(llama.ATTENTION, "input_layernorm", "post_self_attn_layernorm"),
+        mlp=followed(glm.MLP, "post_attention_layernorm", "post_mlp_layernorm"),
+        stock=(),
+    ),
+    after("olmo2"),
+    after("olmo3"),
+    after("exaone4"),
+)

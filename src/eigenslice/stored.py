@@ -1,0 +1,41 @@
+"""Names, and parts, under which a result's tensors are stored."""
+
+import re
+
+import torch
+
+from eigenslice.checkpoint.mapping import as_stored
+from eigenslice.dense import DenseModel, NamedTensors
+from eigenslice.forms import checked_config, stock_config
+from eigenslice.plan import Plan, layout
+from eigenslice.skeleton import empty_model
+
+
+class StoredForm:
+    """Takes tensors from transformers' names to those in the result's files.
+
+    A stock result's experts are taken apart, as on the hub: other runtimes read them so. The custom class wraps the
+    dense architecture's model.
+    """
+
+    def __init__(self, dense: DenseModel, plan: Plan) -> None:
+        self._plan = plan
+        self._model = empty_model(checked_config(stock_config(dense, plan, torch.float32))) if plan.stock else None
+        self.shapes = {
+            name: tuple(tensor.shape)
+            for name, tensor in self(
+                (name, torch.empty(shape, device="meta")) for name, (_, shape) in layout(dense, plan).items()
+            )
+        }
+        """Of all tensors in the result's files."""
+        patterns = [re.compile(rf"(^|\.){name}($|\.)") for name in dense.in_float32]
+        self.in_float32 = frozenset(n for n in self.shapes if any(pattern.search(n) for pattern in patterns))
+        """Names of those that transformers keeps in float32 beside 16-bit weights."""
+
+    def __call__(self, tensors: NamedTensors) -> NamedTensors:
+        """Tensors under their names in the files, one after the other."""
+        for name, tensor in tensors:
+            if self._model is None:
+                yield f"model.{name}", tensor
+            else:
+                yield from as_stored(self._model, {name: tensor}).items()

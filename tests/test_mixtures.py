@@ -1,0 +1,87 @@
+"""Mixtures of experts: how their experts are stored, and what is fitted."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eigenslice.checkpoint.source import open_source
+from eigenslice.dense import DenseModel
+from eigenslice.errors import CheckpointError
+from tests import tiny
+from tests.conftest import Folders, Slicer, load, relative, stored_tensors
+
+STOCK = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss", "llama4_text", "minimax_m2"]
+IDS = tiny.random_ids(2, 20, seed=5)
+
+
+def logits(model: object) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits  # pyright: ignore
+
+
+@pytest.mark.parametrize("case", STOCK)
+def test_stock_results_store_experts_as_the_checkpoint_does(
+    case: str, run_slice: Slicer, dense_folder: Folders
+) -> None:
+    """Under the same names: what llama.cpp and vLLM read is the hub's form."""
+    dense = dense_folder(case)
+    stored = stored_tensors(run_slice(case, width=24).output)
+    assert stored.keys() == stored_tensors(dense).keys()
+    if case == "mixtral":
+        assert stored["model.layers.0.block_sparse_moe.experts.3.w1.weight"] == (56, 24)
+        assert stored["model.layers.0.block_sparse_moe.experts.3.w2.weight"] == (24, 56)
+
+
+@pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "olmoe"])
+def test_a_custom_result_survives_saving_it_again(case: str, run_slice: Slicer, tmp_path: Path) -> None:
+    model = load(run_slice(case, width=24, form="custom").output)
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(load(tmp_path / "again")), logits(model))
+
+
+@pytest.mark.parametrize("case", ["mixtral", "deepseek_v3", "gpt_oss"])
+def test_fitted_readers_and_attention_lose_less(
+    case: str, run_slice: Slicer, dense_folder: Folders, tmp_path: Path
+) -> None:
+    """Experts are only rotated, and yet, on text with a structure, the fit gets nearer to the dense model."""
+    data = tmp_path / "structured.safetensors"
+    save_file({"calibration": tiny.structured_ids(48, 24, seed=1)}, data)
+    ids = tiny.structured_ids(8, 24, seed=2)
+    errors = []
+    for refit in (False, True):
+        options = {"calibration": {"data": str(data)}, "width": 24, "refit": refit}
+        with torch.no_grad():
+            result = load(run_slice(case, **options).output)(ids).logits
+            errors.append(relative(result, load(dense_folder(case))(ids).logits))
+    assert errors[1] < 0.95 * errors[0]
+
+
+def test_a_missing_expert_is_refused(dense_folder: Folders, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(dense_folder("mixtral"), tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w2.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"block_sparse_moe\.experts\.0\.w2\.weight is \(3, 32, 56\), the config"):
+        DenseModel(open_source(str(folder)))
+    del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="the config says"):
+        DenseModel(open_source(str(folder)))
+
+
+@pytest.mark.parametrize("form", ["stock", "custom"])
+def test_a_routers_correction_keeps_its_precision(form: str, run_slice: Slicer, tmp_path: Path) -> None:
+    """It decides between experts, and transformers holds it in float32 beside weights in bfloat16."""
+    folder = tiny.save(tiny.CASES["deepseek_v3"].build(), tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.gate.e_score_correction_bias"
+    half = {key: tensor if key.endswith("correction_bias") else tensor.bfloat16() for key, tensor in tensors.items()}
+    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    stored = load_file(run_slice("deepseek_v3", model=str(folder), width=24, form=form).output / "model.safetensors")
+    prefix = "" if form == "stock" else "model."
+    assert torch.equal(stored[prefix + name], tensors[name])
+    assert stored[prefix + name].dtype == torch.float32
+    assert stored[prefix + "model.embed_tokens.weight"].dtype == torch.bfloat16
