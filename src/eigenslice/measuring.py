@@ -86,7 +86,8 @@ def measure(
             sums = {"moment": moment, "energies": energies, "columns": columns}
             state.save(STAGE, site.block, {STREAMS: site.streams}, sums, {})
         if count and site.layer is not None and site.index == 0:
-            weight = site.layer.get_submodule(dense.table.mlp.writers[0]).weight
+            name = dense.table.mlp.weight(dense.table.mlp.writers[0])
+            weight = dense.table.turned({name: site.layer.get_parameter(name)})[name]
             columns[site.block] = weight.to(torch.float64).square().sum(0)
         moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
     importance = ranks.sum(energies) * columns
