@@ -147,9 +147,8 @@ class SlicedLayerMixin(nn.Module):
             if name not in self.takes:
                 continue  # another kind of layer
             output = self.get_submodule(name)(output, **self.arguments_of(name, sublayer, output, kwargs))
-            output = (
-                output[0] if isinstance(output, tuple) else output
-            )  # beside it: attention weights, a router's logits
+            if isinstance(output, tuple):  # beside it: attention weights, a router's logits
+                output = output[0]
         return output.reshape(*normalized.shape[:-1], -1)  # some experts return tokens without their sequences
 
     def arguments_of(self, name: str, sublayer: dict, x: torch.Tensor, kwargs: dict) -> dict:
