@@ -1,6 +1,10 @@
 """`eigenslice.json`: how a result was made, so that it explains itself."""
 
+import hashlib
+import json
 import math
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +13,7 @@ from eigenslice._version import __version__
 from eigenslice.algebra.basis import Spectrum
 from eigenslice.data import Tokens
 from eigenslice.dense import DenseModel
+from eigenslice.errors import CheckpointError
 from eigenslice.forms import stock_type_of
 from eigenslice.options import SliceOptions
 from eigenslice.plan import Plan, count, layout
@@ -74,3 +79,33 @@ def manifest(
         "spectra": spectra,
         "options": options.model_dump(mode="json"),
     }
+
+
+def file_hashes(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files, by name."""
+    digests = {}
+    for file in files:
+        with file.open("rb") as handle:
+            digests[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return digests
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, None if there is none.
+
+    Raises:
+        CheckpointError: it isn't what eigenslice writes.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _ = content["plan"], content["dtype"], content["parameters"]["by_role"], content["source"]["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is no manifest of eigenslice ({type(error).__name__}: {error})",
+            allowed="the file that eigenslice slice wrote",
+            next_step="slice the model again",
+        ) from error
+    return content
