@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from eigenslice._version import __version__
+from eigenslice.cli import bench as bench_verb
 from eigenslice.cli import eval as eval_verb
 from eigenslice.cli import finetune as finetune_verb
 from eigenslice.cli import inspect as inspect_verb
@@ -39,6 +40,7 @@ def options(
 app.command("slice")(slice_verb.slice_)
 app.command("inspect")(inspect_verb.inspect)
 app.command("eval")(eval_verb.eval_)
+app.command("bench")(bench_verb.bench)
 app.command("finetune")(finetune_verb.finetune)
 
 
