@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from eigenslice._version import __version__
 from eigenslice.algebra.basis import Spectrum
@@ -16,7 +17,7 @@ from eigenslice.dense import DenseModel
 from eigenslice.errors import CheckpointError
 from eigenslice.forms import stock_type_of
 from eigenslice.options import SliceOptions
-from eigenslice.plan import Plan, count, layout
+from eigenslice.plan import Plan, count, dense_roles, layout
 
 NAME = "eigenslice.json"
 SAMPLED_VALUES = 48
@@ -55,12 +56,14 @@ def manifest(
     stored = sum(roles.values())
     return {
         "eigenslice": __version__,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "model_type": stock_type_of(plan.stock),
         "form": "stock" if plan.stock else "custom",
         "portable": plan.stock is not None and plan.stock.portable,
         "basis": plan.basis,
         "plan": plan.describe(),
         "dense_width": dense.width,
+        "dense_neurons": dense.neurons,
         "site_widths": list(plan.site_widths),
         "tied": plan.tied,
         "dtype": str(dtype).removeprefix("torch."),
@@ -69,6 +72,7 @@ def manifest(
             "stored": stored,
             "kept": stored / dense.parameters,
             "by_role": roles,
+            "dense_by_role": dense_roles(dense),
         },
         "source": {
             "name": options.model,

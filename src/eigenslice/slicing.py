@@ -23,6 +23,7 @@ from eigenslice.options import SliceOptions
 from eigenslice.plan import Plan, layout
 from eigenslice.planning import make_plans
 from eigenslice.refitting import SlicedTwin
+from eigenslice.report.card import CARD, write_card
 from eigenslice.stream import Stream
 from eigenslice.transform import SiteBasis, identity_basis, slice_block
 from eigenslice.trials import trial_batches, try_plans
@@ -103,6 +104,7 @@ def slice_model(options: SliceOptions, progress: Progress = lambda stage, done, 
         write_generation_config(source, folder)
         content = manifest(options, dense, plan, tokens, dtype, spectra) | {"refitted": refitted, "trials": trials}
         write_json(folder / "eigenslice.json", content)
+        write_card(folder, content, options.output.name, None if source.gguf else source.folder / CARD)
     return SliceResult(options.output, content)
 
 

@@ -21,7 +21,7 @@ from eigenslice.arch import lookup, table_of
 from eigenslice.checkpoint.weights import MemoryWeights, SafetensorsWeights, Weights
 from eigenslice.errors import CheckpointError, UnsupportedModelError
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

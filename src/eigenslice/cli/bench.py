@@ -1,7 +1,6 @@
 """`eigenslice bench`."""
 
 import json
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -33,6 +32,7 @@ def bench(
     """Speed, memory and size of models side by side: medians, and the lowest and highest run."""
     from eigenslice.bench import BenchOptions
     from eigenslice.bench import bench as run
+    from eigenslice.report.figures import short_names
 
     options = BenchOptions(
         prompt=prompt,
@@ -51,7 +51,8 @@ def bench(
     if as_json:
         output.print_json(json.dumps(result))
         return
-    table = Table("", *_short([row["model"] for row in result["models"]]))
+    names = short_names([row["model"] for row in result["models"]])
+    table = Table("", *(names[row["model"]] for row in result["models"]))
     for label, cell in ROWS.items():
         table.add_row(label, *(cell(row) for row in result["models"]))
     output.print(table)
@@ -65,12 +66,6 @@ def bench(
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _short(names: list[str]) -> list[str]:
-    """The last parts of paths, where they tell the models apart."""
-    last = [Path(name).name for name in names]
-    return last if len(set(last)) == len(set(names)) else names
 
 
 def _rate(phase: str) -> Any:

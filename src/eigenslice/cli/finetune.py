@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from eigenslice.cli.console import output, progress_bar
+from eigenslice.cli.console import errors, output, progress_bar
 
 
 def finetune(
@@ -15,7 +15,7 @@ def finetune(
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
     teacher: Annotated[str | None, typer.Option(help="The dense model, to distil from (recovers most).")] = None,
     distill: Annotated[
-        float | None, typer.Option(help="Share of the distillation in the loss; the rest is the next token's [1].")
+        float | None, typer.Option(help="Share of the distillation in the loss; the rest is the next token's [0.8].")
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="paper: Alpaca, LoRA r=32 alpha=10 dropout 0.05, 1024 tokens.")
@@ -69,12 +69,17 @@ def finetune(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the result to this repository of the hub, OWNER/NAME.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Train a sliced model for a while, so that it recovers; the result is stored as before."""
     from eigenslice.finetune import finetune as run
     from eigenslice.finetune import with_recipe
+    from eigenslice.hub import check_hub, push
 
     given: dict[str, Any] = {
         "model": model,
@@ -114,10 +119,14 @@ def finetune(
     }
     options = with_recipe(recipe, _chosen(given), _chosen(data))
     others = os.environ.get("RANK", "0") != "0"  # of several processes, one speaks
+    if push_to_hub and not others:
+        check_hub(push_to_hub)
     with progress_bar(quiet or others) as progress:
         result = run(options, progress)
     if others:
         return
+    if push_to_hub:
+        errors.print(push(out, push_to_hub, private), markup=False, highlight=False, soft_wrap=True)
     if as_json:
         output.print_json(json.dumps(result.manifest))
     elif not quiet:

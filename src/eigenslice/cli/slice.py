@@ -69,10 +69,15 @@ def slice_(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the result to this repository of the hub, OWNER/NAME.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Slice a model into a new folder, of exactly one size: --keep, --slicing, --width or --recipe."""
+    from eigenslice.hub import check_hub, push
     from eigenslice.options import CalibrationOptions, SliceOptions
     from eigenslice.slicing import slice_model
 
@@ -103,8 +108,12 @@ def slice_(
         shard_gib=shard_size,
         trust_remote_code=trust_remote_code,
     )
+    if push_to_hub:
+        check_hub(push_to_hub)
     with progress_bar(quiet) as progress:
         result = slice_model(options, progress)
+    if push_to_hub:
+        errors.print(push(out, push_to_hub, private), markup=False, highlight=False, soft_wrap=True)
     if as_json:
         output.print_json(json.dumps(result.manifest))
         return

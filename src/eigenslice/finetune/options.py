@@ -11,7 +11,9 @@ from eigenslice.errors import OptionsError
 from eigenslice.options import CalibrationOptions
 
 LORA_RATE, FULL_RATE = 1e-3, 3e-4
-"""Default learning rates; measured in benchmarks/EXPERIMENTS.md."""
+"""Default learning rates."""
+DISTILL = 0.8
+"""Share of the distillation beside a teacher. Measured, as what it is on either side, in benchmarks/EXPERIMENTS.md."""
 LOGGERS = ("tensorboard", "trackio")
 
 
@@ -22,7 +24,7 @@ class FinetuneOptions(BaseModel):
         model: A folder that `slice` or `finetune` wrote, or a hub id of one.
         output: The folder to write; must not exist.
         teacher: The dense model to distil from; None trains on the next token alone.
-        distill: Share of the distillation in the loss, the rest is the next token's; None is 1 with a teacher.
+        distill: Share of the distillation in the loss, the rest is the next token's; None is `DISTILL` with a teacher.
         full: Train all weights instead of adapters.
         rank, alpha, dropout: Of the LoRA adapters (arXiv 2106.09685); what they add is scaled by alpha / rank.
         keep_adapter: Store the adapter beside the unchanged weights instead of merging it.
@@ -140,7 +142,7 @@ class FinetuneOptions(BaseModel):
     @property
     def distilled(self) -> float:
         """Share of the distillation in the loss."""
-        return (1.0 if self.distill is None else self.distill) if self.teacher else 0.0
+        return (DISTILL if self.distill is None else self.distill) if self.teacher else 0.0
 
     @property
     def rate(self) -> float:

@@ -28,6 +28,7 @@ from eigenslice.finetune.training import (
     training_arguments,
 )
 from eigenslice.manifest import NAME, file_hashes, read_manifest
+from eigenslice.report.card import CARD, write_card
 from eigenslice.stream import Batch
 
 ADAPTER = "adapter_config.json"
@@ -105,6 +106,7 @@ def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, 
             else:
                 _write_weights(tuned.to(device="cpu", dtype=stored), folder, target, options.shard_gib)
             write_json(target / NAME, content)
+            write_card(target, content, options.output.name, folder / CARD)
         shutil.rmtree(checkpoints)
     if after.loss >= before.loss:
         warnings.warn(
