@@ -170,6 +170,22 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert not checkpoints.exists()
 
 
+def test_two_processes_train_the_same_weights(
+    run_slice: Slicer, tune: Tuner, data: CalibrationOptions, tmp_path: Path
+) -> None:
+    """Gradients are averaged over processes as over the windows of one."""
+    sliced = run_slice("llama", width=24).output
+    expected = load_file(tune(sliced, full=True).output / "model.safetensors")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = ["-m", "eigenslice", "finetune", sliced, "-o", tmp_path / "two", "--full", "--held-out", 4]
+    arguments += ["--learning-rate", 1e-2, "--calibration", data.data[0], "--device", "cpu"]
+    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, check=False, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("perplexity") == 1, "both processes speak"
+    actual = load_file(tmp_path / "two" / "model.safetensors")
+    assert all(torch.allclose(actual[name], expected[name], atol=1e-4) for name in expected)
+
+
 def test_chat_records_are_written_in_the_template(run_slice: Slicer, tune: Tuner, tmp_path: Path) -> None:
     sliced = copy_of(run_slice("llama", width=24).output, tmp_path / "chat")
     tiny.save_tokenizer(sliced)

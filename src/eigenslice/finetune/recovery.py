@@ -24,6 +24,7 @@ from eigenslice.finetune.training import (
     Progress,
     checkpoint_to_resume,
     checkpoints_of,
+    last_complete,
     make_trainer,
     training_arguments,
 )
@@ -76,8 +77,8 @@ def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, 
     arguments = training_arguments(options, checkpoints, len(train))
     settings = _settings(options, folder, tokens)
     first = arguments.process_index == 0
-    with arguments.main_process_first(local=False):  # others see what the first process has cleared
-        start = checkpoint_to_resume(checkpoints, settings, options.resume)
+    with arguments.main_process_first(local=False):  # it decides, the others follow
+        start = checkpoint_to_resume(checkpoints, settings, options.resume) if first else last_complete(checkpoints)
         if first:
             if options.resume and start is None:
                 warnings.warn("There is no checkpoint to resume from: starting.", EigensliceWarning, stacklevel=2)

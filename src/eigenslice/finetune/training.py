@@ -141,6 +141,8 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int) -> 
         report_to=list(options.log_to) or "none",
         disable_tqdm=True,
         log_level="error",
+        log_level_replica="error",
+        ddp_find_unused_parameters=False,
         **device,
     )
     if arguments.n_gpu > 1:
@@ -217,9 +219,18 @@ def checkpoint_to_resume(folder: Path, settings: dict[str, Any], resume: bool) -
             allowed="the same options, model and teacher as the interrupted run's",
             next_step="correct the options, or remove the folder to start anew",
         )
-    steps = {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
-    complete = [step for step, path in steps.items() if (path / COMPLETE).exists()]
-    for step, path in steps.items():
-        if step not in complete:
+    for path in _checkpoints(folder).values():
+        if not (path / COMPLETE).exists():
             shutil.rmtree(path)
-    return steps[max(complete)] if complete else None
+    return last_complete(folder)
+
+
+def last_complete(folder: Path) -> Path | None:
+    """The last complete checkpoint, None if there is none."""
+    complete = {step: path for step, path in _checkpoints(folder).items() if (path / COMPLETE).exists()}
+    return complete[max(complete)] if complete else None
+
+
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Checkpoints by their steps."""
+    return {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}
