@@ -64,7 +64,9 @@ def finetune(
         bool, typer.Option("--checkpoint-activations", help="Less memory, a third more time.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
-    log_to: Annotated[list[str] | None, typer.Option(help="tensorboard, trackio; may be repeated.")] = None,
+    log_to: Annotated[
+        list[str] | None, typer.Option(help="tensorboard (into OUTPUT.logs), trackio; may be repeated.")
+    ] = None,
     shard_size: Annotated[float | None, typer.Option(help="Size of an output file in GiB [5].")] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")

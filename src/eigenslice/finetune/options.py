@@ -44,7 +44,7 @@ class FinetuneOptions(BaseModel):
         device: cpu or cuda; None is a GPU if there is one.
         checkpoint_activations: Recompute activations in the backward pass: less memory, a third more time.
         resume: Go on from the checkpoints of an interrupted run with the same options.
-        log_to: Loggers: tensorboard (beside the output) and trackio.
+        log_to: Loggers: tensorboard (into the folder OUTPUT.logs) and trackio.
         shard_gib: Size of an output file, in GiB.
         trust_remote_code: Let the checkpoints run code.
     """

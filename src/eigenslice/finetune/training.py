@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from eigenslice.errors import OptionsError, OutputError
 from eigenslice.finetune.objective import shifted_targets, summed_loss
@@ -138,7 +139,7 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int) -> 
         dataloader_pin_memory=not device["use_cpu"],
         activation_checkpointing=options.checkpoint_activations or None,
         seed=options.data.seed % 2**32,
-        report_to=list(options.log_to) or "none",
+        report_to=[name for name in options.log_to if name != "tensorboard"] or "none",
         disable_tqdm=True,
         log_level="error",
         log_level_replica="error",
@@ -182,10 +183,19 @@ def make_trainer(
         data_collator=collate,
         train_dataset=Windows(train),
         eval_dataset=Windows(held_out),
-        callbacks=[Reporter(progress, Path(str(arguments.output_dir))), *early],
+        callbacks=[Reporter(progress, Path(str(arguments.output_dir))), *early, *_tensorboard(options)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _tensorboard(options: FinetuneOptions) -> list[TrainerCallback]:
+    """Its logger, into OUTPUT.logs: where transformers would log, checkpoints are removed in the end."""
+    if "tensorboard" not in options.log_to:
+        return []
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(options.output.with_name(f"{options.output.name}.logs"))
+    return [callback]
 
 
 def checkpoints_of(output: Path) -> Path:
