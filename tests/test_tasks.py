@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from eigenslice.errors import CalibrationError, OptionsError
-from eigenslice.report.figures import tasks as plot
+from eigenslice.report.measured import tasks as plot
 from eigenslice.tasks import TaskOptions, evaluate_tasks, scores
 from tests import tiny, words
 from tests.checkpoint.files import copy_of

@@ -32,7 +32,7 @@ def bench(
     """Speed, memory and size of models side by side: medians, and the lowest and highest run."""
     from eigenslice.bench import BenchOptions
     from eigenslice.bench import bench as run
-    from eigenslice.report.figures import short_names
+    from eigenslice.report.measured import short_names
 
     options = BenchOptions(
         prompt=prompt,

@@ -92,7 +92,7 @@ def eval_(
 
 def _tasks(models: list[str], tasks: str, data: list[str] | None, as_json: bool, quiet: bool, **options: Any) -> None:
     from eigenslice.errors import OptionsError
-    from eigenslice.report.figures import short_names
+    from eigenslice.report.measured import short_names
     from eigenslice.tasks import TaskOptions, evaluate_tasks
 
     if data:

@@ -26,6 +26,7 @@ from eigenslice.finetune.training import (
     checkpoints_of,
     last_complete,
     make_trainer,
+    on_gpu_in_bfloat16,
     training_arguments,
 )
 from eigenslice.manifest import NAME, file_hashes, read_manifest
@@ -89,7 +90,7 @@ def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, 
     model = loaded.model.to(arguments.device)
     before = perplexity(model, batches, progress=_named(progress, "before"))
     if not options.full:
-        model = _with_adapters(model, options, bfloat16=arguments.bf16 and options.device != "cpu")
+        model = _with_adapters(model, options, on_gpu_in_bfloat16(arguments))
     trainer = make_trainer(options, arguments, model, teacher and teacher.model, train, held_out, progress)
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     history = trainer.state.log_history

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from eigenslice.errors import OptionsError, OutputError
 from eigenslice.finetune.objective import shifted_targets, summed_loss
@@ -162,6 +162,11 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int) -> 
     return arguments
 
 
+def on_gpu_in_bfloat16(arguments: TrainingArguments) -> bool:
+    """Whether weights that aren't trained may be held in bfloat16."""
+    return bool(arguments.bf16) and arguments.device.type != "cpu"
+
+
 def make_trainer(
     options: FinetuneOptions,
     arguments: TrainingArguments,
@@ -171,9 +176,10 @@ def make_trainer(
     held_out: list[Tensor],
     progress: Progress,
 ) -> RecoveryTrainer:
-    """The trainer of a model; the teacher is moved to its device."""
+    """The trainer of a model; the teacher is moved to its device, and to bfloat16 where a GPU computes in that."""
     if teacher is not None:
-        teacher = teacher.to(arguments.device).requires_grad_(False)
+        teacher = teacher.requires_grad_(False)
+        teacher = teacher.to(device=arguments.device, dtype=torch.bfloat16 if on_gpu_in_bfloat16(arguments) else None)
     early = [] if options.patience is None else [EarlyStoppingCallback(options.patience)]
     trainer = RecoveryTrainer(
         teacher=teacher,

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from eigenslice._version import __version__
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.manifest import NAME, read_manifest
-from eigenslice.report import figures, story
+from eigenslice.report import figures, measured, story
 from eigenslice.report.samples import PROMPTS, Sample, generate
 
 Progress = Callable[[str, int, int], None]
@@ -112,10 +112,10 @@ def _plots(
         "cut": [figures.parameters_by_role(manifest)],
         "spectrum": [figures.spectra(manifest), figures.energy(manifest), figures.refit_errors(manifest)],
         "quality": [
-            figures.perplexities(perplexity, sizes) if perplexity is not None else None,
-            figures.tasks(tasks) if tasks is not None else None,
+            measured.perplexities(perplexity, sizes) if perplexity is not None else None,
+            measured.tasks(tasks) if tasks is not None else None,
         ],
-        "speed": figures.speeds(bench) if bench is not None else [],
+        "speed": measured.speeds(bench) if bench is not None else [],
         "training": [figures.training(manifest)],
     }
     return {section: [plot for plot in plots if plot] for section, plots in made.items()}
