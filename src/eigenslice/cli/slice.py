@@ -1,6 +1,7 @@
 """`eigenslice slice`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -65,18 +66,29 @@ def slice_(
         typer.Option(help="Dtype of the forward pass [float32 on CPU, the source's on a GPU]."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
+    offload: Annotated[
+        Literal["auto", "none", "disk"],
+        typer.Option(help="Where calibration activations live: none is on the device, auto where they fit."),
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
+    ] = False,
     shard_size: Annotated[float, typer.Option(help="Size of an output file in GiB.")] = 5.0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
     ] = False,
+    log_dir: Annotated[Path | None, typer.Option(help="Log speed and memory there for TensorBoard, too.")] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the result to this repository of the hub, OWNER/NAME.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the manifest, and lines of progress, as JSON.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Slice a model into a new folder, of exactly one size: --keep, --slicing, --width or --recipe."""
+    from eigenslice.checkpoint.output import partial_path
     from eigenslice.hub import check_hub, push
     from eigenslice.options import CalibrationOptions, SliceOptions
     from eigenslice.slicing import slice_model
@@ -105,13 +117,25 @@ def slice_(
         dtype=dtype,
         compute_dtype=compute_dtype,
         device=device,
+        offload=offload,
+        resume=resume,
         shard_gib=shard_size,
         trust_remote_code=trust_remote_code,
     )
+
+    def left() -> str:
+        partial = partial_path(out)
+        if not partial.exists():
+            return "nothing was written"
+        return f"run the same command with --resume to go on, or remove {partial}"
+
     if push_to_hub:
         check_hub(push_to_hub)
-    with progress_bar(quiet) as progress:
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    with progress_bar(quiet or not first, as_json, log_dir if first else None, left) as progress:
         result = slice_model(options, progress)
+    if not first:
+        return
     if push_to_hub:
         errors.print(push(out, push_to_hub, private), markup=False, highlight=False, soft_wrap=True)
     if as_json:

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenslice.checkpoint.output import check_output, work_folder
 from eigenslice.checkpoint.source import locate
 from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights
-from eigenslice.checkpoint.writer import GIB, check_output, output_folder, write_json
+from eigenslice.checkpoint.writer import GIB, write_json
 from eigenslice.data import Tokens, calibration_tokens
 from eigenslice.data.tokens import EigensliceWarning
 from eigenslice.errors import CalibrationError, CheckpointError, OptionsError, OutputError
@@ -101,12 +102,14 @@ def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, 
     section = _section(options, tokens, folder, history, before, after, trainer.state.global_step)
     content = manifest | {"finetune": section}
     if first:
-        with output_folder(options.output) as target:
+        with work_folder(options.output, {"finetune": settings}, resume=False) as work:
+            target = work.result
             _copy_rest(folder, target, weights=options.keep_adapter)
             if options.keep_adapter:
                 adapter(target)
             else:
                 _write_weights(tuned.to(device="cpu", dtype=stored), folder, target, options.shard_gib)
+            content["sha256"] = file_hashes(SafetensorsWeights(target).files)
             write_json(target / NAME, content)
             write_card(target, content, options.output.name, folder / CARD)
         shutil.rmtree(checkpoints)

@@ -12,7 +12,8 @@ CUSTOM_NOTE = "OPT, GPT-NeoX and per-block results load by eigenslice's class, w
 
 def slice_command(manifest: dict[str, Any]) -> str:
     """The command line that makes a result again: what differs from the defaults."""
-    return _command("slice", manifest["options"], SliceOptions.model_fields, "calibration", CalibrationOptions())
+    options = manifest["options"] | {"resume": False}
+    return _command("slice", options, SliceOptions.model_fields, "calibration", CalibrationOptions())
 
 
 def finetune_command(section: dict[str, Any]) -> str:
