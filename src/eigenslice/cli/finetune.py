@@ -81,6 +81,7 @@ def finetune(
     """Train a sliced model for a while, so that it recovers; the result is stored as before."""
     from eigenslice.finetune import finetune as run
     from eigenslice.finetune import with_recipe
+    from eigenslice.finetune.training import checkpoints_of
     from eigenslice.hub import check_hub, push
 
     given: dict[str, Any] = {
@@ -123,7 +124,12 @@ def finetune(
     others = os.environ.get("RANK", "0") != "0"  # of several processes, one speaks
     if push_to_hub and not others:
         check_hub(push_to_hub)
-    with progress_bar(quiet or others) as progress:
+
+    def left() -> str:
+        checkpoints = checkpoints_of(out)
+        return f"{checkpoints} keeps what is done: --resume goes on" if checkpoints.exists() else "nothing was written"
+
+    with progress_bar(quiet or others, interrupted=left) as progress:
         result = run(options, progress)
     if others:
         return
