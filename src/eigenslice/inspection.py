@@ -10,7 +10,7 @@ from eigenslice.dense import DenseModel
 from eigenslice.device import resolve_device
 from eigenslice.estimate import Estimate, estimate
 from eigenslice.forms import choose_form, stock_type_of
-from eigenslice.plan import BasisKind, count, full_plan, layout, widths
+from eigenslice.plan import BasisKind, count, dense_roles, layout, widths
 from eigenslice.planning import rounded
 
 SLICINGS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -95,21 +95,7 @@ def inspect_model(
         tied=dense.tied,
         dtype=str(dense.dtype).removeprefix("torch."),
         parameters=dense.parameters,
-        by_role=_dense_roles(dense),
+        by_role=dense_roles(dense),
         sizes=rows,
         estimate=estimate(dense, samples * seqlen, seqlen, torch.float32 if resolved.type == "cpu" else dense.dtype),
     )
-
-
-def _dense_roles(dense: DenseModel) -> dict[str, int]:
-    """Parameters of the dense model by role; norms, which slicing folds away, have their own."""
-    full = full_plan(dense, dense.can_stay_tied)
-    roles: dict[str, int] = {}
-    names = {name: role for name, (role, _) in layout(dense, full).items()}
-    for name, shape in dense.shapes.items():
-        role = names.get(name, "norm")
-        size = 1
-        for n in shape:
-            size *= n
-        roles[role] = roles.get(role, 0) + size
-    return roles

@@ -1,21 +1,24 @@
 """`eigenslice.json`: how a result was made, so that it explains itself."""
 
+import hashlib
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from eigenslice._version import __version__
 from eigenslice.algebra.basis import Spectrum
 from eigenslice.checkpoint.output import differences
 from eigenslice.data import Tokens
 from eigenslice.dense import DenseModel
-from eigenslice.errors import OptionsError
+from eigenslice.errors import CheckpointError, OptionsError
 from eigenslice.forms import stock_type_of
 from eigenslice.options import SliceOptions
-from eigenslice.plan import Plan, count, layout
+from eigenslice.plan import Plan, count, dense_roles, layout
 
 NAME = "eigenslice.json"
 SAMPLED_VALUES = 48
@@ -82,6 +85,7 @@ def manifest(
     stored = sum(roles.values())
     return {
         "eigenslice": __version__,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "model_type": stock_type_of(plan.stock),
         "form": "stock" if plan.stock else "custom",
         "portable": plan.stock is not None and plan.stock.portable,
@@ -89,6 +93,7 @@ def manifest(
         "basis": plan.basis,
         "plan": plan.describe(),
         "dense_width": dense.width,
+        "dense_neurons": dense.neurons,
         "site_widths": list(plan.site_widths),
         "tied": plan.tied,
         "dtype": str(dtype).removeprefix("torch."),
@@ -97,6 +102,7 @@ def manifest(
             "stored": stored,
             "kept": stored / dense.parameters,
             "by_role": roles,
+            "dense_by_role": dense_roles(dense),
         },
         "source": {
             "name": options.model,
@@ -107,3 +113,33 @@ def manifest(
         "spectra": spectra,
         "options": options.model_dump(mode="json"),
     }
+
+
+def file_hashes(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files, by name."""
+    digests = {}
+    for file in files:
+        with file.open("rb") as handle:
+            digests[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return digests
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a folder, None if there is none.
+
+    Raises:
+        CheckpointError: it isn't what eigenslice writes.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        _ = content["plan"], content["dtype"], content["parameters"]["by_role"], content["source"]["name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is no manifest of eigenslice ({type(error).__name__}: {error})",
+            allowed="the file that eigenslice slice wrote",
+            next_step="slice the model again",
+        ) from error
+    return content

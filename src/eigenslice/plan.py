@@ -148,3 +148,13 @@ def count(shapes: dict[str, tuple[Role, Shape]]) -> dict[Role, int]:
 def stored_parameters(dense: DenseModel, plan: Plan) -> int:
     """Stored parameters of a sliced model: the honest size."""
     return sum(count(layout(dense, plan)).values())
+
+
+def dense_roles(dense: DenseModel) -> dict[str, int]:
+    """Parameters of the dense model by role; norms, which slicing folds away, have their own."""
+    names = {name: role for name, (role, _) in layout(dense, full_plan(dense, dense.can_stay_tied)).items()}
+    totals: dict[str, int] = {}
+    for name, shape in dense.shapes.items():
+        role = names.get(name, "norm")
+        totals[role] = totals.get(role, 0) + math.prod(shape)
+    return totals

@@ -26,6 +26,7 @@ from eigenslice.plan import Plan, stored_parameters
 from eigenslice.planning import make_plans
 from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks, join_ranks
+from eigenslice.report.card import CARD, write_card
 from eigenslice.resume import RunState
 from eigenslice.stored import StoredForm
 from eigenslice.trials import trial_batches, try_plans
@@ -106,6 +107,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
             content = manifest(options, dense, plan, tokens, dtype, spectra)
             content |= {"refitted": refitted, "trials": trials, "sha256": hashes, "run": identity}
             write_json(work.result / NAME, content)
+            write_card(work.result, content, options.output.name, None if source.gguf else source.folder / CARD)
             return content
 
         content = ranks.on_first(complete)

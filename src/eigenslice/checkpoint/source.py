@@ -21,7 +21,7 @@ from eigenslice.checkpoint.gguf import GgufWeights
 from eigenslice.checkpoint.weights import SafetensorsWeights, Weights
 from eigenslice.errors import CheckpointError, UnsupportedModelError
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
+HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",

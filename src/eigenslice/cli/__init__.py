@@ -6,8 +6,11 @@ from typing import Annotated
 import typer
 
 from eigenslice._version import __version__
+from eigenslice.cli import bench as bench_verb
 from eigenslice.cli import eval as eval_verb
+from eigenslice.cli import finetune as finetune_verb
 from eigenslice.cli import inspect as inspect_verb
+from eigenslice.cli import report as report_verb
 from eigenslice.cli import slice as slice_verb
 from eigenslice.cli.console import errors, output
 from eigenslice.errors import EigensliceError
@@ -38,6 +41,9 @@ def options(
 app.command("slice")(slice_verb.slice_)
 app.command("inspect")(inspect_verb.inspect)
 app.command("eval")(eval_verb.eval_)
+app.command("bench")(bench_verb.bench)
+app.command("finetune")(finetune_verb.finetune)
+app.command("report")(report_verb.report)
 
 
 def main() -> None:

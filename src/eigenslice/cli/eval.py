@@ -1,9 +1,11 @@
 """`eigenslice eval`."""
 
 import json
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.table import Table
 
 from eigenslice.cli.console import output, progress_bar
 
@@ -22,6 +24,17 @@ def eval_(
         list[str] | None,
         typer.Option(help="Text field of records, or tensor of a file; once, or once for each text."),
     ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Instead of perplexity: tasks of lm-eval, joined by commas, such as piqa,arc_easy."),
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder of task files (YAML) of your own, for --tasks.")
+    ] = None,
+    fewshot: Annotated[int | None, typer.Option(help="Examples before each question [the task's own number].")] = None,
+    limit: Annotated[int | None, typer.Option(help="Questions of each task, from its start [all].")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once, for --tasks.")] = 8,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask tasks in the models' chat templates.")] = False,
     samples: Annotated[int, typer.Option(help="Windows of each text, from its start.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
@@ -35,7 +48,24 @@ def eval_(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
-    """Perplexity, token-weighted over all predicted tokens of a text; several models are compared with the first."""
+    """Perplexity over all predicted tokens of a text, or scores of tasks; models are compared with the first."""
+    if tasks is not None:
+        _tasks(
+            models,
+            tasks,
+            data,
+            as_json,
+            quiet,
+            include_path=include_path,
+            fewshot=fewshot,
+            limit=limit,
+            batch=batch,
+            chat=chat,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+        return
     from eigenslice.data.sources import one_by_one
     from eigenslice.evaluate import evaluate_each
     from eigenslice.options import CalibrationOptions
@@ -58,3 +88,30 @@ def eval_(
             markup=False,
             soft_wrap=True,
         )
+
+
+def _tasks(models: list[str], tasks: str, data: list[str] | None, as_json: bool, quiet: bool, **options: Any) -> None:
+    from eigenslice.errors import OptionsError
+    from eigenslice.report.measured import short_names
+    from eigenslice.tasks import TaskOptions, evaluate_tasks
+
+    if data:
+        raise OptionsError("--tasks with --data", allowed="one of them", next_step="run eigenslice eval twice")
+    names = tuple(dict.fromkeys(task.strip() for task in tasks.split(",") if task.strip()))
+    with progress_bar(quiet) as progress:
+        result = evaluate_tasks(models, TaskOptions(tasks=names, **options), progress)
+    if as_json:
+        output.print_json(json.dumps(result))
+        return
+    short = short_names(models)
+    table = Table("task", "metric", *(short[model] for model in models))
+    first = result["models"][0]["scores"]
+    for number, score in enumerate(first):
+        cells = []
+        for row in result["models"]:
+            found = row["scores"][number]
+            error = "" if found["stderr"] is None else f" ± {found['stderr']:.4f}"
+            change = "" if row is result["models"][0] else f" ({found['value'] - score['value']:+.4f})"
+            cells.append(f"{found['value']:.4f}{error}{change}")
+        table.add_row(score["task"], score["metric"], *cells)
+    output.print(table)

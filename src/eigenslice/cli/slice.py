@@ -84,6 +84,10 @@ def slice_(
         bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
     ] = False,
     log_dir: Annotated[Path | None, typer.Option(help="Log speed and memory there for TensorBoard, too.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(help="Upload the result to this repository of the hub, OWNER/NAME.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest, and lines of progress, as JSON.")
     ] = False,
@@ -91,6 +95,7 @@ def slice_(
 ) -> None:
     """Slice a model into a new folder, of exactly one size: --keep, --slicing, --width or --recipe."""
     from eigenslice.checkpoint.output import partial_path
+    from eigenslice.hub import check_hub, push
     from eigenslice.options import CalibrationOptions, SliceOptions
     from eigenslice.slicing import slice_model
 
@@ -132,11 +137,15 @@ def slice_(
             return "nothing was written"
         return f"run the same command with --resume to go on, or remove {partial}"
 
+    if push_to_hub:
+        check_hub(push_to_hub)
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
     with progress_bar(quiet or not first, as_json, log_dir if first else None, left) as progress:
         result = slice_model(options, progress)
     if not first:
         return
+    if push_to_hub:
+        errors.print(push(out, push_to_hub, private), markup=False, highlight=False, soft_wrap=True)
     if as_json:
         output.print_json(json.dumps(result.manifest))
         return

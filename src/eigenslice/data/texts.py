@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eigenslice.data.builtin import language_reference, library_docstrings
+from eigenslice.data.conversations import Render
 from eigenslice.errors import CalibrationError
 
 Purpose = Literal["calibration", "evaluation"]
@@ -84,13 +85,16 @@ ALLOWED = (
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts and where they come from."""
+    """Texts, where they come from, and what belongs between two of them."""
 
     texts: list[str] = field(repr=False)
     description: str
+    separator: str = "\n\n"
 
 
-def load_documents(data: str, name: str | None, purpose: Purpose, characters: int, seed: int) -> Documents:
+def load_documents(
+    data: str, name: str | None, purpose: Purpose, characters: int, seed: int, chat: Render | None = None
+) -> Documents:
     """Load texts.
 
     Args:
@@ -99,21 +103,23 @@ def load_documents(data: str, name: str | None, purpose: Purpose, characters: in
         purpose: Which split of a preset is meant.
         characters: Enough text; large hub data sets are read only that far.
         seed: Seed for the order in which large hub data sets are read to calibrate.
+        chat: Writes records that are conversations, if no field is named; the others are read by their field.
 
     Raises:
         CalibrationError: nothing there, unreadable, wrong field, or no text.
     """
     path = Path(data).expanduser()
+    conversations = _Conversations(None if name else chat)
     if data == BUILTIN:
         texts = language_reference() if purpose == "calibration" else library_docstrings()
         description = "Python language reference" if purpose == "calibration" else "Python library docstrings"
     elif data in PRESETS:
-        texts = _load_hub(PRESETS[data], name, purpose, characters, seed)
+        texts = _load_hub(PRESETS[data], name, purpose, characters, seed, conversations)
         description = f"{data} ({getattr(PRESETS[data], purpose)})"
     elif path.is_file():
-        texts, description = _load_file(path, name), path.name
+        texts, description = _load_file(path, name, conversations), path.name
     else:
-        texts = _load_hub(_parse_hub(data), name, purpose, characters, seed)
+        texts = _load_hub(_parse_hub(data), name, purpose, characters, seed, conversations)
         description = data
     texts = [text for text in texts if text.strip()]
     if not texts:
@@ -122,7 +128,22 @@ def load_documents(data: str, name: str | None, purpose: Purpose, characters: in
             allowed="at least one document that is not empty",
             next_step="check the file, or --field",
         )
+    if conversations.found and conversations.found == len(texts):
+        return Documents(texts, f"{description}, chat template", separator="")  # templates end their texts
     return Documents(texts, description)
+
+
+@dataclass
+class _Conversations:
+    """Writes records that are conversations, and counts them."""
+
+    render: Render | None
+    found: int = 0
+
+    def text(self, record: Any) -> str | None:
+        text = self.render(record) if self.render and isinstance(record, dict) else None
+        self.found += bool(text and text.strip())
+        return text
 
 
 def _parse_hub(data: str) -> HubText:
@@ -134,14 +155,14 @@ def _parse_hub(data: str) -> HubText:
     return HubText(path, config or None, "text", split, split, stream="[" not in split)
 
 
-def _load_file(path: Path, name: str | None) -> list[str]:
+def _load_file(path: Path, name: str | None, conversations: _Conversations) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
-            return _texts(json.loads(content), name, str(path))
+            return _texts(json.loads(content), name, str(path), conversations)
         if path.suffix == ".jsonl":
             records = [json.loads(line) for line in content.splitlines() if line.strip()]
-            return _texts(records, name, str(path))
+            return _texts(records, name, str(path), conversations)
         return [content]
     except (OSError, ValueError) as error:
         raise CalibrationError(
@@ -151,8 +172,8 @@ def _load_file(path: Path, name: str | None) -> list[str]:
         ) from error
 
 
-def _texts(records: Any, name: str | None, where: str) -> list[str]:
-    """Strings as they are, records by their field."""
+def _texts(records: Any, name: str | None, where: str, conversations: _Conversations) -> list[str]:
+    """Strings as they are, conversations by their template, other records by their field."""
     if not isinstance(records, Iterable) or isinstance(records, str | dict):
         raise CalibrationError(
             f"{where} holds a {type(records).__name__}",
@@ -164,6 +185,10 @@ def _texts(records: Any, name: str | None, where: str) -> list[str]:
     for record in records:
         if isinstance(record, str):
             texts.append(record)
+            continue
+        conversation = conversations.text(record)
+        if conversation is not None:
+            texts.append(conversation)
             continue
         keys = list(record) if isinstance(record, dict) else []
         absent = [f for f in fields if not (isinstance(record, dict) and isinstance(record.get(f), str))]
@@ -177,7 +202,9 @@ def _texts(records: Any, name: str | None, where: str) -> list[str]:
     return texts
 
 
-def _load_hub(hub: HubText, name: str | None, purpose: Purpose, characters: int, seed: int) -> list[str]:
+def _load_hub(
+    hub: HubText, name: str | None, purpose: Purpose, characters: int, seed: int, conversations: _Conversations
+) -> list[str]:
     import datasets
 
     split = getattr(hub, purpose)
@@ -198,13 +225,13 @@ def _load_hub(hub: HubText, name: str | None, purpose: Purpose, characters: int,
             next_step="check the name and the network; without one, pass a file or 'builtin'",
         ) from error
     if not hub.stream:
-        return _texts(rows, name or hub.field, hub.path)
+        return _texts(rows, name or hub.field, hub.path, conversations)
     stream: Any = rows
     if purpose == "calibration":
         stream = stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
     texts, length = [], 0
     for row in stream:
-        texts += _texts([row], name or hub.field, hub.path)
+        texts += _texts([row], name or hub.field, hub.path, conversations)
         length += len(texts[-1])
         if length >= characters:
             break

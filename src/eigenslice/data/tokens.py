@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from eigenslice.data.conversations import chat_renderer
 from eigenslice.data.sources import Source, sources
 from eigenslice.data.texts import Purpose, load_documents
 from eigenslice.errors import CalibrationError
@@ -57,7 +58,9 @@ class Tokens:
         return digest.hexdigest()
 
 
-def calibration_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any) -> Tokens:
+def calibration_tokens(
+    options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any, chat: bool = False
+) -> Tokens:
     """Tokens to collect covariances on: random windows of one text or several, or token ids as they are.
 
     Several texts take turns, so that each prefix has equal shares of them: with texts a, b, c the windows are
@@ -67,12 +70,13 @@ def calibration_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any]
         options: What the user chose.
         tokenizer: Gives the model's tokenizer; only called for texts.
         config: The dense model's config: vocabulary, longest sequence, width.
+        chat: Write records with instructions and answers in the tokenizer's chat template, if it has one.
 
     Raises:
         CalibrationError: no tokens, token ids that the model can't take, or texts that can't be mixed.
         CheckpointError: texts, but no tokenizer.
     """
-    tokens = _tokens(options, sources(options), tokenizer, config, "calibration")
+    tokens = _tokens(options, sources(options), tokenizer, config, "calibration", chat)
     if tokens.count < 4 * config.hidden_size:
         warnings.warn(
             f"{tokens.count} calibration tokens are few for a width of {config.hidden_size}: with fewer than "
@@ -124,7 +128,12 @@ def evaluation_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any],
 
 
 def _tokens(
-    options: CalibrationOptions, chosen: list[Source], tokenizer: Callable[[], Any], config: Any, purpose: Purpose
+    options: CalibrationOptions,
+    chosen: list[Source],
+    tokenizer: Callable[[], Any],
+    config: Any,
+    purpose: Purpose,
+    chat: bool = False,
 ) -> Tokens:
     ids = chosen[0].token_ids
     if ids:
@@ -146,7 +155,7 @@ def _tokens(
         )
     share, more = divmod(options.samples, len(chosen))
     texts = [
-        _windows(source, share + (number < more), length, options.seed, tokenizer, config, purpose)
+        _windows(source, share + (number < more), length, options.seed, tokenizer, config, purpose, chat)
         for number, source in enumerate(chosen)
     ]
     order = _in_turns([len(windows) for windows, _ in texts], options.samples)
@@ -176,10 +185,13 @@ def _windows(
     tokenizer: Callable[[], Any],
     config: Any,
     purpose: Purpose,
+    chat: bool,
 ) -> tuple[list[Tensor], str]:
     """All windows of a text, at random or in order, and the text's description; warns if they are too few."""
-    documents = load_documents(source.data, source.field, purpose, wanted * length * CHARACTERS_PER_TOKEN, seed)
-    ids = tokenizer()("\n\n".join(documents.texts), return_tensors="pt", verbose=False)["input_ids"][0]
+    characters = wanted * length * CHARACTERS_PER_TOKEN
+    render = chat_renderer(tokenizer()) if chat else None
+    documents = load_documents(source.data, source.field, purpose, characters, seed, render)
+    ids = tokenizer()(documents.separator.join(documents.texts), return_tensors="pt", verbose=False)["input_ids"][0]
     if len(ids) and int(ids.max()) >= config.vocab_size:
         raise CalibrationError(
             f"the tokenizer gives token id {int(ids.max())}; the model's vocabulary has {config.vocab_size}",

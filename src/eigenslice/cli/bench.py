@@ -1,0 +1,108 @@
+"""`eigenslice bench`."""
+
+import json
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from eigenslice.cli.console import output, progress_bar
+
+
+def bench(
+    models: Annotated[list[str], typer.Argument(help="Folders, hub ids or .gguf files; compared with the first.")],
+    prompt: Annotated[int, typer.Option(help="Tokens per sequence that are read at once.")] = 512,
+    new: Annotated[int, typer.Option(help="Tokens per sequence that are generated.")] = 64,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    runs: Annotated[int, typer.Option(help="Timed runs of each model, interleaved.")] = 5,
+    compile_: Annotated[bool, typer.Option("--compile", help="Use torch.compile (with a static cache).")] = False,
+    static_cache: Annotated[bool, typer.Option("--static-cache", help="Use a cache of fixed length.")] = False,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory; on CPU this loads each model again.")] = True,
+    device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Dtype to run in [float32 on CPU, the stored one on a GPU]."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Speed, memory and size of models side by side: medians, and the lowest and highest run."""
+    from eigenslice.bench import BenchOptions
+    from eigenslice.bench import bench as run
+    from eigenslice.report.measured import short_names
+
+    options = BenchOptions(
+        prompt=prompt,
+        new=new,
+        batch=batch,
+        runs=runs,
+        compile=compile_,
+        static_cache=static_cache,
+        memory=memory,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    with progress_bar(quiet) as progress:
+        result = run(models, options, progress)
+    if as_json:
+        output.print_json(json.dumps(result))
+        return
+    names = short_names([row["model"] for row in result["models"]])
+    table = Table("", *(names[row["model"]] for row in result["models"]))
+    for label, cell in ROWS.items():
+        table.add_row(label, *(cell(row) for row in result["models"]))
+    output.print(table)
+    environment = result["environment"]
+    dtypes = ", ".join(dict.fromkeys(environment["dtypes"]))
+    output.print(
+        f"{batch} x {prompt} tokens read, {new} generated; median of {runs} interleaved runs (lowest to highest); "
+        f"{environment['device']}, {environment['threads']} threads, {dtypes}. "
+        "Ideal: the speed-up that the saved operations (prefill) or bytes (decode) allow; in brackets the share of "
+        "that gain that is reached.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _rate(phase: str) -> Any:
+    def cell(row: dict[str, Any]) -> str:
+        spread = row[phase]
+        return f"{spread['median']:.1f} ({spread['low']:.1f} to {spread['high']:.1f})"
+
+    return cell
+
+
+def _speedup(phase: str) -> Any:
+    def cell(row: dict[str, Any]) -> str:
+        if "speedup" not in row:
+            return ""
+        found = row["speedup"][phase]
+        share = "" if found["share"] is None else f" ({100 * found['share']:.0f} %)"
+        return f"x{found['measured']:.2f}, ideal x{found['ideal']:.2f}{share}"
+
+    return cell
+
+
+def _first(row: dict[str, Any]) -> str:
+    spread = row["first_token"]
+    return f"{1000 * spread['median']:.1f} ms ({1000 * spread['low']:.1f} to {1000 * spread['high']:.1f})"
+
+
+def _mib(field: str) -> Any:
+    return lambda row: "" if row[field] is None else f"{row[field] / 2**20:.1f} MiB"
+
+
+ROWS = {
+    "parameters": lambda row: f"{row['parameters']:,}",
+    "weights on disk": _mib("disk_bytes"),
+    "peak memory": _mib("peak_bytes"),
+    "time to first token": _first,
+    "prefill, tokens/s": _rate("prefill"),
+    "  speed-up": _speedup("prefill"),
+    "decode, tokens/s": _rate("decode"),
+    "  speed-up ": _speedup("decode"),
+}

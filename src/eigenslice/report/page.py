@@ -1,0 +1,232 @@
+"""`eigenslice report`: one HTML file that holds everything about a result, and needs nothing else."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from eigenslice._version import __version__
+from eigenslice.errors import CheckpointError, OptionsError, OutputError
+from eigenslice.manifest import NAME, read_manifest
+from eigenslice.report import figures, measured, story
+from eigenslice.report.samples import PROMPTS, Sample, generate
+
+Progress = Callable[[str, int, int], None]
+MARK = f'<meta name="generator" content="eigenslice {__version__}">'
+MARK_START = '<meta name="generator" content="eigenslice'
+
+
+class ReportOptions(BaseModel):
+    """What goes into a report.
+
+    Attributes:
+        folder: A result of `slice` or `finetune`.
+        output: The HTML file; None is FOLDER-report.html beside the folder. A report is replaced, another file never.
+        perplexity: JSON of `eval --json` or benchmarks/quality.py.
+        tasks: JSON of `eval --tasks --json`.
+        bench: JSON of `bench --json`.
+        generate: The dense model, to write samples beside the sliced one's.
+        prompts: What both go on from.
+        new: Tokens that they write.
+        device: torch device for that; None is a GPU if there is one.
+        trust_remote_code: Let the checkpoints run code.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    output: Path | None = None
+    perplexity: Path | None = None
+    tasks: Path | None = None
+    bench: Path | None = None
+    generate: str | None = None
+    prompts: tuple[str, ...] = PROMPTS
+    new: int = 60
+    device: str | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "ReportOptions":
+        if find_spec("plotly") is None:
+            raise OptionsError(
+                "plotly is not installed",
+                allowed="an environment with the packages that reports need",
+                next_step="pip install 'eigenslice[report]'",
+            )
+        if self.new < 1 or not self.prompts:
+            raise OptionsError(
+                f"--new {self.new}, {len(self.prompts)} prompts",
+                allowed="at least 1 token and 1 prompt",
+                next_step="leave them out for the defaults",
+            )
+        return self
+
+    @property
+    def path(self) -> Path:
+        """Where the report goes."""
+        return self.output or self.folder.with_name(f"{self.folder.absolute().name}-report.html")
+
+
+def report(options: ReportOptions, progress: Progress = lambda stage, done, total: None) -> Path:
+    """Write a report; gives its path.
+
+    Raises:
+        EigensliceError: no result of eigenslice, JSON of another kind, or a path that can't be written.
+    """
+    folder = options.folder
+    manifest = read_manifest(folder) if folder.is_dir() else None
+    if manifest is None:
+        raise CheckpointError(
+            f"{folder} is no sliced model: it has no {NAME}",
+            allowed="a folder that eigenslice slice or eigenslice finetune wrote",
+            next_step="check the path",
+        )
+    _check_path(options.path)
+    perplexity, tasks, bench = (_read(path) for path in (options.perplexity, options.tasks, options.bench))
+    plots = _plots(manifest, folder, perplexity, tasks, bench)
+    samples = []
+    if options.generate:
+        samples = generate(
+            [options.generate, str(folder)],
+            options.prompts,
+            options.new,
+            options.device,
+            options.trust_remote_code,
+            progress,
+        )
+    page = render(manifest, folder.absolute().name, plots, bench, samples)
+    _write(options.path, page)
+    return options.path
+
+
+def _plots(
+    manifest: dict[str, Any], folder: Path, perplexity: Any, tasks: Any, bench: Any
+) -> dict[str, list[figures.Figure]]:
+    """Figures by section."""
+    sizes = _sizes(perplexity, manifest, folder)
+    made = {
+        "cut": [figures.parameters_by_role(manifest)],
+        "spectrum": [figures.spectra(manifest), figures.energy(manifest), figures.refit_errors(manifest)],
+        "quality": [
+            measured.perplexities(perplexity, sizes) if perplexity is not None else None,
+            measured.tasks(tasks) if tasks is not None else None,
+        ],
+        "speed": measured.speeds(bench) if bench is not None else [],
+        "training": [figures.training(manifest)],
+    }
+    return {section: [plot for plot in plots if plot] for section, plots in made.items()}
+
+
+def _sizes(perplexity: Any, manifest: dict[str, Any], folder: Path) -> dict[str, float]:
+    """Percent of the parameters that the measured models keep: the dense one's, and those of results."""
+    sizes = {manifest["source"]["name"]: 100.0, str(folder): 100 * manifest["parameters"]["kept"]}
+    names = [row.get("model") for row in perplexity if isinstance(row, dict)] if isinstance(perplexity, list) else []
+    for name in names:
+        other = read_manifest(Path(name)) if isinstance(name, str) and Path(name).is_dir() else None
+        if other:
+            sizes[name] = 100 * other["parameters"]["kept"]
+    return sizes
+
+
+def render(
+    manifest: dict[str, Any], name: str, plots: dict[str, list[figures.Figure]], bench: Any, samples: list[Sample]
+) -> str:
+    """The page's HTML."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from plotly.offline import get_plotlyjs
+
+    environment = Environment(
+        loader=PackageLoader("eigenslice.report", "assets"), autoescape=True, undefined=StrictUndefined
+    )
+    environment.filters["short"] = short
+    flat = [plot for section in plots.values() for plot in section]
+    assets = Path(__file__).with_name("assets")
+    return environment.get_template("page.html.jinja").render(
+        mark=MARK,
+        manifest=manifest,
+        name=name,
+        source=story.source_name(manifest),
+        command=story.slice_command(manifest),
+        loading=story.loading_code(manifest, name),
+        custom_note="" if manifest["form"] == "stock" else story.CUSTOM_NOTE,
+        calibration=story.calibration_text(manifest["calibration"]),
+        roles=_roles(manifest["parameters"]),
+        neurons=story.neurons_text(manifest["plan"]["neurons"]),
+        training_command=story.finetune_command(manifest["finetune"]) if "finetune" in manifest else "",
+        trained_on=story.calibration_text(manifest["finetune"]["data"]) if "finetune" in manifest else "",
+        plots=plots,
+        bench=bench,
+        samples=samples,
+        data=json.dumps(flat).replace("<", "\\u003c"),
+        style=(assets / "style.css").read_text(encoding="utf-8"),
+        script=(assets / "plots.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+    )
+
+
+def short(count: int) -> str:
+    """A number of parameters in three digits: 157.6 k, 134.5 M, 6.7 B."""
+    for size, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return str(count)
+
+
+def _roles(sizes: dict[str, Any]) -> list[tuple[Any, int | None, int]]:
+    """Role, parameters before (None where an old manifest doesn't say) and after."""
+    before, after = sizes.get("dense_by_role"), sizes["by_role"]
+    roles = dict.fromkeys([*(before or {}), *after])
+    return [(role, None if before is None else before.get(role, 0), after.get(role, 0)) for role in roles]
+
+
+def _read(path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionsError(
+            f"{path} can't be read ({type(error).__name__}: {error})",
+            allowed="a JSON file that eigenslice printed with --json",
+            next_step="check the path",
+        ) from error
+
+
+def _check_path(path: Path) -> None:
+    """A report may be replaced, nothing else."""
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            if MARK_START in file.read(2000):
+                return
+    if path.exists() or not path.absolute().parent.is_dir():
+        raise OutputError(
+            f"{path} exists and is no report of eigenslice" if path.exists() else f"{path.parent} is no folder",
+            allowed="a free name in an existing folder, or an older report",
+            next_step="choose another --output",
+        )
+
+
+def _write(path: Path, page: str) -> None:
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.absolute().parent, prefix=f".{path.name[:40]}-", encoding="utf-8", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(page)
+                file.close()
+                temporary.chmod(0o644)
+                temporary.rename(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise OutputError(
+            f"writing {path} failed: {error}",
+            allowed="a folder with enough free space and the right to write",
+            next_step="free space or choose another --output",
+        ) from error

@@ -1,0 +1,89 @@
+"""A manifest in words: the command that made a result, how to load it, what it is called."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from eigenslice.options import CalibrationOptions, SliceOptions
+
+FLAGS = {"shard_gib": "shard-size"}
+CUSTOM_NOTE = "OPT, GPT-NeoX and per-block results load by eigenslice's class, which lies in the folder."
+
+
+def slice_command(manifest: dict[str, Any]) -> str:
+    """The command line that makes a result again: what differs from the defaults."""
+    options = manifest["options"] | {"resume": False}
+    return _command("slice", options, SliceOptions.model_fields, "calibration", CalibrationOptions())
+
+
+def finetune_command(section: dict[str, Any]) -> str:
+    """The same of the recovery fine-tuning, from the manifest's section on it."""
+    from eigenslice.finetune.options import FinetuneOptions  # its package imports much
+
+    fields = FinetuneOptions.model_fields
+    options = section["options"] | {"resume": False}
+    return _command("finetune", options, fields, "data", fields["data"].default)
+
+
+def _command(verb: str, options: dict[str, Any], fields: Any, data: str, default_data: CalibrationOptions) -> str:
+    """`data` is the name of the field with `CalibrationOptions`."""
+    parts = ["eigenslice", verb, options["model"], "-o", options["output"]]
+    chosen = {name: value for name, value in options.items() if name not in ("model", "output", data)}
+    defaults = {name: field.default for name, field in fields.items()}
+    texts = options.get(data, {})
+    own = default_data.model_dump(mode="json")
+    for values, usual in ((chosen, defaults), (texts, own)):
+        for name, value in values.items():
+            if value is None or value == usual.get(name) or value in ([], ()):
+                continue
+            parts += _flags(name, value)
+    return shlex.join(map(str, parts))
+
+
+def _flags(name: str, value: Any) -> list[str]:
+    if isinstance(value, list):
+        flag = "calibration" if name == "data" else name.replace("_", "-")
+        return [part for text in value for part in (f"--{flag}", text)]
+    return _flag(name, value)
+
+
+def _flag(name: str, value: Any) -> list[str]:
+    flag = FLAGS.get(name, name.replace("_", "-"))
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
+    return [f"--{flag}", str(value)]
+
+
+def loading_code(manifest: dict[str, Any], name: str) -> str:
+    """Python that loads a result."""
+    extra = "" if manifest["form"] == "stock" else ", trust_remote_code=True"
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{extra})\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+    )
+
+
+def source_name(manifest: dict[str, Any]) -> str:
+    """The dense model's name: a hub id as it is, of a path its last part."""
+    name = manifest["source"]["name"]
+    return name if is_hub_id(name) else Path(name).name
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name looks like OWNER/NAME on the hub and is no path."""
+    parts = name.split("/")
+    looks = len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not name.endswith(".gguf")
+    return looks and not Path(name).exists()
+
+
+def calibration_text(description: dict[str, Any]) -> str:
+    """What a result was calibrated on, in words."""
+    data = description["data"]
+    named = data if isinstance(data, str) else ", ".join(f"{part['data']} ({part['sequences']})" for part in data)
+    return f"{description['sequences']} sequences, {description['tokens']:,} tokens: {named}"
+
+
+def neurons_text(neurons: int | list[int]) -> str:
+    """Numbers of MLP neurons in words."""
+    return str(neurons) if isinstance(neurons, int) else f"{min(neurons)} to {max(neurons)}"

@@ -1,0 +1,157 @@
+"""Benchmarks' tasks (multiple choice, questions, ...) through EleutherAI's lm-eval."""
+
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+from eigenslice.errors import CalibrationError, OptionsError
+from eigenslice.evaluate import load_model
+from eigenslice.options import DtypeName
+
+Progress = Callable[[str, int, int], None]
+
+
+class TaskOptions(BaseModel):
+    """What models are asked.
+
+    Attributes:
+        tasks: Names of lm-eval's tasks or groups, or of those in `include_path`.
+        include_path: A folder of task files (YAML) of your own.
+        fewshot: Examples before each question; None is the task's own number.
+        limit: Questions of each task, from its start; None is all.
+        batch: Sequences at once.
+        chat: Ask in the models' chat templates.
+        device: torch device; None is a GPU if there is one.
+        dtype: None is the stored one on a GPU and float32 on CPU.
+        trust_remote_code: Let the checkpoints run code.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tasks: tuple[str, ...]
+    include_path: Path | None = None
+    fewshot: int | None = None
+    limit: int | None = None
+    batch: int = 8
+    chat: bool = False
+    device: str | None = None
+    dtype: DtypeName | None = None
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "TaskOptions":
+        if find_spec("lm_eval") is None:
+            raise OptionsError(
+                "lm-eval is not installed",
+                allowed="an environment with the packages that tasks need",
+                next_step="pip install 'eigenslice[eval]'",
+            )
+        if not self.tasks:
+            raise OptionsError("no task was named", allowed="one or more", next_step="for example --tasks piqa")
+        if self.include_path is not None and not self.include_path.is_dir():
+            raise OptionsError(
+                f"--include-path {self.include_path} is no folder",
+                allowed="a folder of task files (YAML)",
+                next_step="check the path",
+            )
+        for name, least in (("fewshot", 0), ("limit", 1), ("batch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise OptionsError(
+                    f"--{name} {value}", allowed=f"at least {least}", next_step="leave it out for the default"
+                )
+        return self
+
+
+def evaluate_tasks(
+    models: list[str], options: TaskOptions, progress: Progress = lambda stage, done, total: None
+) -> dict[str, Any]:
+    """Ask models; every value is JSON.
+
+    Args:
+        models: Folders, hub ids or .gguf files, dense or sliced.
+        options: What and how.
+        progress: Called as the work goes on.
+
+    Returns:
+        `settings`, and for each of `models`: `model`, `scores` (a list of `task`, `metric`, `value` and `stderr`, which
+        is None where the metric has none) and `lm_eval`, what lm-eval returned (without the single questions).
+
+    Raises:
+        OptionsError: a task that lm-eval doesn't know.
+        CalibrationError: a task's data can't be loaded.
+        CheckpointError: a model can't be loaded.
+    """
+    manager = _manager(options)
+    rows = []
+    for number, name in enumerate(models):
+        progress("asking", number, len(models))
+        rows.append({"model": name} | _evaluate(name, options, manager))
+    progress("asking", len(models), len(models))
+    return {"settings": options.model_dump(mode="json"), "models": rows}
+
+
+def _manager(options: TaskOptions) -> Any:
+    """lm-eval's task manager, after all tasks were loaded once."""
+    from lm_eval.tasks import TaskManager
+
+    include = str(options.include_path) if options.include_path else None
+    manager = TaskManager(include_path=include)
+    unknown = [task for task in options.tasks if task not in manager.all_tasks]
+    if unknown:
+        raise OptionsError(
+            f"lm-eval has no task {', '.join(unknown)}",
+            allowed="its tasks and groups (`lm-eval ls tasks`), and those in --include-path",
+            next_step="check the spelling, or add --include-path",
+        )
+    try:
+        manager.load(list(options.tasks))
+    except Exception as error:  # data sets, templates and task files fail in their own ways
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CalibrationError(
+            f"the tasks {', '.join(options.tasks)} can't be loaded ({type(error).__name__}: {first})",
+            allowed="tasks whose data can be read: from local files, the cache or the network",
+            next_step="check the task's data files, and the network",
+        ) from error
+    return manager
+
+
+def _evaluate(name: str, options: TaskOptions, manager: Any) -> dict[str, Any]:
+    from lm_eval import evaluator
+    from lm_eval.models import huggingface
+    from lm_eval.utils import handle_non_serializable
+
+    wrap: Any = huggingface.HFLM  # decorators hide both signatures
+    ask: Any = evaluator.simple_evaluate
+    loaded = load_model(name, options.device, options.dtype, options.trust_remote_code)
+    model = wrap(pretrained=loaded.model, tokenizer=loaded.tokenizer(), batch_size=options.batch)
+    results = ask(
+        model=model,
+        tasks=list(options.tasks),
+        task_manager=manager,
+        num_fewshot=options.fewshot,
+        limit=options.limit,
+        apply_chat_template=options.chat,
+        log_samples=False,
+    )
+    plain = json.loads(json.dumps(results, default=handle_non_serializable))
+    return {"scores": scores(plain), "lm_eval": plain}
+
+
+def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """All metrics in lm-eval's results, "metric,filter": value beside "metric_stderr,filter": standard error."""
+    found = []
+    for task, metrics in results["results"].items():
+        for key, value in metrics.items():
+            metric, comma, chosen = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            name = metric if chosen == "none" else f"{metric}, {chosen}"
+            stderr = error if isinstance(error, int | float) else None
+            found.append({"task": task, "metric": name, "value": value, "stderr": stderr})
+    return found

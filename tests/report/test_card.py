@@ -1,0 +1,105 @@
+"""The model card in each result's folder."""
+
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from eigenslice.cli import main
+from eigenslice.finetune import FinetuneOptions, finetune
+from eigenslice.manifest import read_manifest
+from eigenslice.options import CalibrationOptions
+from eigenslice.report.card import write_card
+from eigenslice.report.story import is_hub_id, slice_command
+from tests.checkpoint.files import copy_of
+from tests.conftest import Folders, Slicer, stored_tensors
+
+LICENCE = "---\nlicense: apache-2.0\nlanguage:\n- en\nbase_model: someone/else\ntags:\n- theirs\n---\n\n# Theirs\n"
+
+
+def test_slicing_writes_a_card(dense_folder: Folders, run_slice: Slicer, tmp_path: Path) -> None:
+    source = copy_of(dense_folder("llama"), tmp_path / "source")
+    (source / "README.md").write_text(LICENCE)
+    result = run_slice("llama", model=str(source), width=24)
+    card = ModelCard.load(result.output / "README.md")
+    metadata = card.data.to_dict()
+    assert metadata == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "license": "apache-2.0",
+        "language": ["en"],
+        "tags": ["eigenslice", "slicegpt", "pruned"],
+    }
+    sizes = result.manifest["parameters"]
+    stored = sum(a * b for a, b in (s if len(s) == 2 else (*s, 1) for s in stored_tensors(result.output).values()))
+    assert sizes["stored"] == stored
+    assert f"| parameters | {sizes['dense']:,} | {stored:,} |" in card.text
+    assert "| hidden width | 32 | 24 |" in card.text
+    assert f'from_pretrained("{result.output.name}")' in card.text
+
+
+def test_custom_results_say_how_they_load(run_slice: Slicer) -> None:
+    card = ModelCard.load(run_slice("opt", width=24).output / "README.md")
+    assert "custom_code" in card.data.to_dict()["tags"]
+    assert "trust_remote_code=True" in card.text
+
+
+def test_a_hub_id_is_the_base_model(run_slice: Slicer, tmp_path: Path) -> None:
+    manifest = run_slice("llama", width=24).manifest
+    manifest["source"]["name"] = "Qwen/Qwen3-0.6B"
+    write_card(tmp_path, manifest, "small")
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict()["base_model"] == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Qwen/Qwen3-0.6B", True),
+        ("./a/b", False),
+        ("../b", False),
+        ("models/a.gguf", False),
+        ("a", False),
+        ("/a", False),
+    ],
+)
+def test_hub_ids(name: str, expected: bool) -> None:
+    assert is_hub_id(name) == expected
+
+
+def test_a_broken_card_of_the_source_is_left_out(dense_folder: Folders, run_slice: Slicer, tmp_path: Path) -> None:
+    source = copy_of(dense_folder("llama"), tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: [\n---\n")
+    metadata = ModelCard.load(run_slice("llama", model=str(source), width=24).output / "README.md").data.to_dict()
+    assert "license" not in metadata
+
+
+def test_the_command_makes_the_same_result(run_slice: Slicer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = run_slice("opt", width=24, basis="per-block", untie=True, shard_gib=1e-5)
+    command = slice_command(result.manifest)
+    expected = result.output.rename(tmp_path / "expected")
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command), "-q"])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert not caught.value.code
+    assert "--untie" in command
+    assert {f.name: f.read_bytes() for f in expected.iterdir()} == {
+        f.name: f.read_bytes() for f in result.output.iterdir()
+    }
+
+
+def test_fine_tuning_is_told(run_slice: Slicer, calibration: Path, tmp_path: Path) -> None:
+    sliced = run_slice("llama", width=24).output
+    data = CalibrationOptions(data=str(calibration))
+    options = FinetuneOptions(
+        model=str(sliced), output=tmp_path / "tuned", data=data, held_out=2, full=True, device="cpu", learning_rate=1e-2
+    )
+    result = finetune(options)
+    card = ModelCard.load(result.output / "README.md")
+    assert "## Recovery fine-tuning" in card.text
+    assert f"{result.before.perplexity:.2f} → {result.after.perplexity:.2f}" in card.text
+    assert f"eigenslice finetune {sliced} -o {tmp_path / 'tuned'} --full --learning-rate 0.01 --held-out 2" in card.text
+    manifest = read_manifest(result.output)
+    assert manifest is not None
+    assert manifest["finetune"]["base"]["sha256"].keys() == {"model.safetensors"}
