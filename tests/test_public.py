@@ -5,6 +5,8 @@ import eigenslice
 PUBLIC = [
     "CalibrationOptions",
     "EigensliceError",
+    "Export",
+    "ExportOptions",
     "Inspection",
     "Perplexity",
     "SliceOptions",
@@ -13,6 +15,7 @@ PUBLIC = [
     "SlicedForCausalLM",
     "__version__",
     "evaluate",
+    "export_model",
     "inspect_model",
     "perplexity",
     "slice_model",

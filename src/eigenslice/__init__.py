@@ -6,9 +6,10 @@ Importing it lets transformers' `AutoModelForCausalLM` load sliced models of eve
 from eigenslice._version import __version__
 from eigenslice.errors import EigensliceError
 from eigenslice.evaluate import Perplexity, evaluate, perplexity
+from eigenslice.export import Export, export_model
 from eigenslice.inspection import Inspection, inspect_model
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM, register
-from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.options import CalibrationOptions, ExportOptions, SliceOptions
 from eigenslice.slicing import SliceResult, slice_model
 
 register()
@@ -16,6 +17,8 @@ register()
 __all__ = [
     "CalibrationOptions",
     "EigensliceError",
+    "Export",
+    "ExportOptions",
     "Inspection",
     "Perplexity",
     "SliceOptions",
@@ -24,6 +27,7 @@ __all__ = [
     "SlicedForCausalLM",
     "__version__",
     "evaluate",
+    "export_model",
     "inspect_model",
     "perplexity",
     "slice_model",

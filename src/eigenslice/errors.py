@@ -6,6 +6,7 @@ EigensliceError                  base: the command line prints it and exits with
 ├── UnsupportedModelError        an architecture, or a variant of one, that can't be sliced
 ├── CalibrationError             calibration or evaluation text that can't be used
 ├── ActivationError              NaN or infinite numbers while the model runs
+├── ExportError                  an exported file that its runtime can't run as transformers runs the model
 └── OutputError                  an output folder that can't be written
 
 Every message says what was found, what is allowed, and what to do next.
@@ -38,6 +39,10 @@ class CalibrationError(EigensliceError):
 
 class ActivationError(EigensliceError):
     """NaN or infinite numbers while the model runs."""
+
+
+class ExportError(EigensliceError):
+    """An exported file that its runtime can't run, or computes something else from."""
 
 
 class OutputError(EigensliceError):

@@ -7,6 +7,7 @@ import typer
 
 from eigenslice._version import __version__
 from eigenslice.cli import eval as eval_verb
+from eigenslice.cli import export as export_verb
 from eigenslice.cli import inspect as inspect_verb
 from eigenslice.cli import slice as slice_verb
 from eigenslice.cli.console import errors, output
@@ -38,6 +39,7 @@ def options(
 app.command("slice")(slice_verb.slice_)
 app.command("inspect")(inspect_verb.inspect)
 app.command("eval")(eval_verb.eval_)
+app.command("export")(export_verb.export)
 
 
 def main() -> None:

@@ -1,0 +1,142 @@
+"""Files for other runtimes: GGUF (llama.cpp), OpenVINO, ONNX. Each is run there and compared with transformers.
+
+vLLM needs no file: it loads results as they are (docs/serving.md).
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from eigenslice.checkpoint.source import locate
+from eigenslice.checkpoint.writer import check_output
+from eigenslice.errors import CheckpointError, OutputError
+from eigenslice.evaluate import LoadedModel, load_model
+from eigenslice.export.check import Agreement
+from eigenslice.options import ExportOptions
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported file or folder.
+
+    Attributes:
+        output: Where it is.
+        bytes: Its size.
+        formats: Number of matrices in each number format.
+        agreement: With transformers, of the same rounded weights; None if it wasn't checked.
+        unrounded: With transformers, of the weights as they were; None if they weren't rounded, or not checked.
+        tolerance: The mean difference that was allowed.
+    """
+
+    output: Path
+    bytes: int
+    formats: dict[str, int]
+    agreement: Agreement | None = None
+    unrounded: Agreement | None = None
+    tolerance: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"output": str(self.output)}
+
+
+def export_model(options: ExportOptions, progress: Progress = lambda stage, done, total: None) -> Export:
+    """Write a model for another runtime, and check it there.
+
+    Args:
+        options: What to write, and where.
+        progress: Told how far a stage is.
+
+    Raises:
+        CheckpointError: the model can't be read.
+        UnsupportedModelError: the runtime can't run it.
+        OptionsError: a type that this model can't be stored in, or a package that isn't installed.
+        ExportError: the runtime computes something else. Nothing is left then.
+        OutputError: the output exists, or can't be written.
+    """
+    return {"gguf": _export_gguf}[options.to](options, progress)
+
+
+def _open(options: ExportOptions) -> tuple[Path, Any]:
+    """The folder and the config of the model to export."""
+    folder, gguf = locate(options.model)
+    if gguf:
+        raise CheckpointError(
+            f"{options.model} is a GGUF file",
+            allowed="a folder or a hub id, in safetensors",
+            next_step="export the folder that `eigenslice slice` wrote",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # config classes raise all kinds
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"transformers can't read the config of {options.model} ({type(error).__name__}: {first})",
+            allowed="a folder as transformers or eigenslice saves it",
+            next_step="check the folder; a model with its own code needs --trust-remote-code",
+        ) from error
+    return folder, config
+
+
+def _load(options: ExportOptions) -> LoadedModel:
+    return load_model(options.model, "cpu", "float32", options.trust_remote_code)
+
+
+@contextmanager
+def _output_file(output: Path) -> Iterator[Path]:
+    """Give a temporary file beside `output`, which takes its name when the body succeeds and vanishes when it fails."""
+    check_output(output)
+    temporary = None
+    try:
+        parent = output.absolute().parent
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}-", dir=parent))
+        yield temporary / output.name
+        check_output(output)
+        (temporary / output.name).rename(output)
+    except OSError as error:
+        raise OutputError(
+            f"writing {output} failed: {error}",
+            allowed="a place with enough free space and the right to write",
+            next_step="free space or choose another --output",
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
+    from eigenslice.export import llama_cpp
+    from eigenslice.export.check import check_tokens, compare, prompts, reference, require_agreement
+    from eigenslice.export.gguf import architecture_of, write_gguf
+    from eigenslice.export.gguf_types import round_weights, type_for
+
+    folder, config = _open(options)
+    architecture_of(config)
+    kind = type_for(options.type or "f16", config.hidden_size)
+    if options.check:
+        llama_cpp.require()
+    loaded = _load(options)
+    tokenizer = loaded.tokenizer()
+    name = Path(options.model).name
+    with _output_file(options.output) as path:
+        formats = write_gguf(path, folder, config, tokenizer, kind, name, options.tokenizer_pre, progress)
+        size = path.stat().st_size
+        if not options.check:
+            return Export(options.output, size, formats)
+        sequences = prompts(tokenizer)
+        unrounded = reference(loaded.model, sequences)
+        round_weights(loaded.model, kind)
+        rounded = reference(loaded.model, sequences)
+        with llama_cpp.LlamaCpp(path, exact=options.type == "f32") as runtime:
+            check_tokens(tokenizer, runtime.tokenize)
+            agreement, cost = compare(runtime, sequences, [rounded, unrounded])
+        require_agreement(agreement, kind.tolerance, "llama.cpp")
+    return Export(options.output, size, formats, agreement, cost if options.type != "f32" else None, kind.tolerance)
