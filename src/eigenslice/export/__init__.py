@@ -5,22 +5,29 @@ vLLM needs no file: it loads results as they are (docs/serving.md).
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
-from eigenslice.checkpoint.source import locate
-from eigenslice.checkpoint.writer import check_output
-from eigenslice.errors import CheckpointError, OutputError
+from eigenslice.checkpoint.source import TOKENIZER_FILES, locate
+from eigenslice.checkpoint.writer import check_output, output_folder
+from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.evaluate import LoadedModel, load_model
-from eigenslice.export.check import Agreement
+from eigenslice.export.check import Agreement, Runtime
 from eigenslice.options import ExportOptions
 
+if TYPE_CHECKING:
+    from eigenslice.export.graph import Graph
+
 Progress = Callable[[str, int, int], None]
+COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+"""What lies beside a graph, as its users expect."""
+TOLERANCES = {"f32": 1e-3, "f16": 0.05}
+"""Mean difference of log-probability, in nats, of a graph. Measured on SmolLM2-135M: see docs/serving.md."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,8 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, done
         ExportError: the runtime computes something else. Nothing is left then.
         OutputError: the output exists, or can't be written.
     """
-    return {"gguf": _export_gguf}[options.to](options, progress)
+    writers = {"gguf": _export_gguf, "openvino": _export_openvino, "onnx": _export_onnx}
+    return writers[options.to](options, progress)
 
 
 def _open(options: ExportOptions) -> tuple[Path, Any]:
@@ -140,3 +148,68 @@ def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
             agreement, cost = compare(runtime, sequences, [rounded, unrounded])
         require_agreement(agreement, kind.tolerance, "llama.cpp")
     return Export(options.output, size, formats, agreement, cost if options.type != "f32" else None, kind.tolerance)
+
+
+def _type(options: ExportOptions, types: Collection[str]) -> str:
+    """The number format of a graph."""
+    name = options.type or "f32"
+    if name not in types:
+        raise OptionsError(
+            f"--type {name} with --to {options.to}",
+            allowed=" or ".join(types),
+            next_step="choose one of these; docs/quantization.md has how to store fewer bits",
+        )
+    return name
+
+
+def _export_openvino(options: ExportOptions, progress: Progress) -> Export:
+    from eigenslice.export import openvino
+
+    name = _type(options, openvino.TYPES)
+    openvino.require()
+    return _export_graph(
+        options,
+        progress,
+        lambda folder, graph: openvino.write_openvino(folder, graph, openvino.TYPES[name]),
+        openvino.OpenVino,
+        name,
+    )
+
+
+def _export_onnx(options: ExportOptions, progress: Progress) -> Export:
+    from eigenslice.export import onnx
+
+    name = _type(options, onnx.TYPES)
+    onnx.require()
+    return _export_graph(options, progress, onnx.write_onnx, onnx.OnnxRuntime, name)
+
+
+def _export_graph(
+    options: ExportOptions,
+    progress: Progress,
+    write: Callable[[Path, "Graph"], None],
+    runtime: Callable[[Path], Runtime],
+    name: str,
+) -> Export:
+    """Write a graph with the files that go with it, and check it."""
+    from eigenslice.export.check import compare, prompts, reference, require_agreement
+    from eigenslice.export.graph import graph_of
+
+    folder, _ = _open(options)
+    check_output(options.output)
+    loaded = _load(options)
+    with output_folder(options.output) as target:
+        progress("tracing", 0, 1)
+        write(target, graph_of(loaded.model))
+        progress("tracing", 1, 1)
+        for file in COMPANIONS:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, target / file)
+        size = sum(file.stat().st_size for file in target.iterdir())
+        matrices = {name: sum(p.ndim > 1 for p in loaded.model.parameters())}
+        if not options.check:
+            return Export(options.output, size, matrices)
+        sequences = prompts(loaded.tokenizer())
+        [agreement] = compare(runtime(target), sequences, [reference(loaded.model, sequences)])
+        require_agreement(agreement, TOLERANCES[name], options.to)
+    return Export(options.output, size, matrices, agreement, tolerance=TOLERANCES[name])
