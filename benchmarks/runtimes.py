@@ -4,8 +4,8 @@
         -o benchmarks/results/NAME.json
 
 Each model is exported once (into WORK, where it stays). Then all models take turns: a prompt of `--prompt` tokens, then
-`--tokens` tokens one after the other, `--rounds` times; the median round counts, so that other work on the machine
-hits all models alike. One model at a time is loaded in llama.cpp and OpenVINO both.
+`--tokens` tokens one after the other, `--rounds` times. "speedup" is the median, over rounds, of a model's tokens per
+second over the first model's in the same round: other work on the machine hits both.
 """
 
 import argparse
@@ -97,6 +97,12 @@ def measure(arguments: argparse.Namespace, runtime: str) -> list[dict[str, Any]]
                 "megabytes": round(size / 1e6, 1),
                 "prompt_tokens_per_second": round(statistics.median(p for p, _ in results), 1),
                 "tokens_per_second": round(statistics.median(t for _, t in results), 1),
+                "speedup": [
+                    round(
+                        statistics.median(ours[i] / first[i] for ours, first in zip(results, rounds[0], strict=True)), 2
+                    )
+                    for i in (0, 1)
+                ],
                 "rounds": [[round(p, 1), round(t, 1)] for p, t in results],
             }
         )

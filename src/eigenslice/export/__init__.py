@@ -102,8 +102,9 @@ def _output_file(output: Path) -> Iterator[Path]:
     """Give a temporary file beside `output`, which takes its name when the body succeeds and vanishes when it fails."""
     check_output(output)
     temporary = None
+    parent = output.absolute().parent
+    created = [p for p in (parent, *parent.parents) if not p.exists()]
     try:
-        parent = output.absolute().parent
         parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}-", dir=parent))
         yield temporary / output.name
@@ -118,6 +119,9 @@ def _output_file(output: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+        for folder in created:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
