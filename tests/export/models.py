@@ -7,9 +7,23 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import PreTrainedTokenizerFast
 
-from eigenslice.export.gguf_tokenizer import CONTRACTIONS, REST
 from tests import tiny
 
+SPLITS = {  # as in the tokenizer.json of Llama 3, Qwen2 and Mistral Nemo
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "tekken": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
 SPECIAL = ["<pad>", "<s>", "</s>"]
 MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "t"), ("1", "2")]
 VOCABULARY = 272
@@ -50,13 +64,14 @@ def tokenizer(split: str = "gpt-2", bos: bool = False) -> Any:
         "smollm": pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         ),
-        "qwen2": pre_tokenizers.Sequence(
+    }
+    for name, pattern in SPLITS.items():
+        steps[name] = pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(Regex(CONTRACTIONS + r"|\p{N}" + REST), "isolated"),
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
-        ),
-    }
+        )
     inner.pre_tokenizer = steps[split]
     inner.decoder = ByteLevelDecoder()  # pyright: ignore[reportAttributeAccessIssue]
     fast = PreTrainedTokenizerFast(

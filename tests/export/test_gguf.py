@@ -131,7 +131,7 @@ def test_a_wrong_split_is_refused(sliced: Sliced, exported: Exporter) -> None:
     check_message(caught.value, "the runtime's tokenizer gives")
 
 
-@pytest.mark.parametrize("split", ["gpt-2", "smollm", "qwen2"])
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", *models.SPLITS])
 def test_tokens_and_special_tokens(split: str, sliced: Sliced, exported: Exporter) -> None:
     folder = sliced(split=split)
     result = exported(folder)
