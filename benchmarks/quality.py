@@ -77,6 +77,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
             "transformers": transformers.__version__,
             "device": str(dense.device),
             "threads": torch.get_num_threads(),
+            "matmul": torch.get_float32_matmul_precision(),
         },
         "rows": list(failed.values()),
     }
@@ -213,6 +214,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", help="torch device [a GPU if there is one]")
     add("--dtype", choices=["float32", "float16", "bfloat16"], help="to evaluate in [float32 on CPU]")
+    add("--matmul", choices=["highest", "high", "medium"], default="highest", help="torch's float32 matmul precision")
     add("--work", type=Path, help="folder that keeps the sliced models [a temporary one]")
     add("-o", "--output", type=Path, required=True, help="NAME, to which .json, .md and .png are added")
     parsed = parser.parse_args(arguments)
@@ -224,6 +226,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     parsed = parse(arguments)
+    torch.set_float32_matmul_precision(parsed.matmul)
     with tempfile.TemporaryDirectory() as folder:
         print(table(run(parsed, parsed.work or Path(folder))))
 

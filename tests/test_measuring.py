@@ -58,7 +58,7 @@ def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folde
     masks = [None, None] if mask is None else mask.split(4)
     batches = [Batch(part, m) for part, m in zip(ids.split(4), masks, strict=True)]
     blocks: list[int] = []
-    found = measure(dense, Stream(dense, dense.device, torch.float32), batches, blocks.append)
+    found = measure(dense, Stream(dense, torch.float32), batches, blocks.append)
     moment, energies = formulas(load(dense_folder(case)), ids, mask)
     torch.testing.assert_close(found.moment, moment, rtol=1e-4, atol=1e-3)
     assert len(found.importance) == 3

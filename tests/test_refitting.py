@@ -136,8 +136,8 @@ def test_it_brings_the_result_nearer_to_the_dense_model_on_other_tokens(
 
 def run_twin(
     dense: DenseModel, batches: list[Batch], basis: SiteBasis, trial: Iterable[int] = ()
-) -> tuple[SlicedTwin, list[Tensors]]:
-    """A twin that walked with the dense model, all neurons kept, and the blocks that it wrote."""
+) -> tuple[SlicedTwin, list[Tensors], list[Tensor]]:
+    """A twin that walked with the dense model, all neurons kept, the blocks that it wrote, and its last streams."""
     blocks: list[Tensors] = []
 
     def write(index: int, tensors: Tensors) -> None:
@@ -145,10 +145,14 @@ def run_twin(
         blocks.append(tensors)
 
     plan = Plan("global", widths(dense, "global", basis.width), False, None, (dense.neurons,) * dense.blocks)
-    twin = SlicedTwin(dense, plan, basis, [None] * dense.blocks, torch.float32, write, frozenset(trial))
-    for site in Stream(dense, dense.device, torch.float32).walk(batches):
-        twin.step(site)
-    return twin, blocks
+    groups = {batch.group for batch in batches} - set(trial)
+    twin = SlicedTwin(dense, plan, basis, [None] * dense.blocks, torch.float32, write, groups=groups)
+    streams: list[Tensor] = []
+    for site in Stream(dense, torch.float32).walk(batches, hold=True):
+        twin.arrive(site)
+        twin.leave(site)
+        streams = list(twin.streams)
+    return twin, blocks, streams
 
 
 def in_groups(*seeds: int) -> list[Batch]:
@@ -158,7 +162,7 @@ def in_groups(*seeds: int) -> list[Batch]:
 @pytest.mark.parametrize("case", tiny.CASES)
 def test_with_nothing_cut_it_is_the_dense_model(case: str, dense_folder: Folders) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
-    twin, blocks = run_twin(dense, in_groups(1, 2, 3), SiteBasis(torch.eye(tiny.WIDTH, dtype=torch.float64)))
+    twin, blocks, _ = run_twin(dense, in_groups(1, 2, 3), SiteBasis(torch.eye(tiny.WIDTH, dtype=torch.float64)))
     assert len(blocks) == dense.blocks
     for index, tensors in enumerate(blocks):
         expected = dense.block(index)
@@ -174,7 +178,7 @@ def test_nothing_is_fitted_on_trial_groups(case: str, dense_folder: Folders) -> 
     dense = DenseModel(open_source(str(dense_folder(case))))
     basis = SiteBasis(torch.linalg.qr(torch.randn(32, 20, generator=torch.Generator().manual_seed(0)).double())[0])
     batches = in_groups(1, 2, 3)
-    (_, alone), (beside, tried), (_, all_three) = (
+    (_, alone, _), (_, tried, streams), (_, all_three, _) = (
         run_twin(dense, batches[:2], basis),
         run_twin(dense, batches, basis, trial=[2]),
         run_twin(dense, batches, basis),
@@ -183,7 +187,7 @@ def test_nothing_is_fitted_on_trial_groups(case: str, dense_folder: Folders) -> 
         for name in some:
             assert torch.equal(some[name], same[name])
         assert any(not torch.allclose(some[name], other[name], atol=1e-3) for name in some)
-    assert [stream.shape for stream in beside.streams] == [(4, 24, 20)] * 3
+    assert [stream.shape for stream in streams] == [(4, 24, 20)] * 3
 
 
 def inputs_of(model: Any, names: list[str], ids: Tensor) -> list[Tensor]:

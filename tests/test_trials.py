@@ -129,9 +129,9 @@ def plans_of(dense: DenseModel, sizes: list[tuple[int, int]]) -> list[Plan]:
 
 def tried(dense: DenseModel, plans: list[Plan], fit: list[Batch], batches: list[Batch]) -> list[float]:
     """Losses, with basis and neurons from the tokens that are fitted on."""
-    found = measure(dense, Stream(dense, dense.device, torch.float32), fit)
+    found = measure(dense, Stream(dense, torch.float32), fit)
     spectrum = principal_components(found.moment, dense.layer_norm)
-    return try_plans(dense, plans, spectrum, found, batches, torch.float32)
+    return try_plans(dense, plans, spectrum, found, batches, Stream(dense, torch.float32))
 
 
 @pytest.mark.parametrize(

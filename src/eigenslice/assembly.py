@@ -1,14 +1,17 @@
 """The parts of a result around its blocks: embeddings, norms, head, and what a stock config insists on."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum, kept_basis, layer_norm_basis, tied_basis
-from eigenslice.dense import DenseModel, Tensors
+from eigenslice.dense import DenseModel
 from eigenslice.plan import Plan
 from eigenslice.transform import SiteBasis
+
+NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -31,23 +34,30 @@ def global_basis(dense: DenseModel, plan: Plan, spectrum: Spectrum) -> GlobalBas
     return GlobalBasis(SiteBasis(kept_basis(spectrum, width)), None)
 
 
-def block_names(dense: DenseModel, index: int, tensors: Tensors) -> Tensors:
+def block_names(dense: DenseModel, index: int, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
     """A block's tensors under their names in the model."""
-    return {f"{dense.table.layers}.{index}.{name}": tensor for name, tensor in tensors.items()}
+    return ((f"{dense.table.layers}.{index}.{name}", tensor) for name, tensor in tensors)
 
 
-def slice_embeddings(dense: DenseModel, plan: Plan, basis: SiteBasis) -> Tensors:
-    """Weights of the token embedding and of learned positions."""
-    tensors = {name: basis.embed(w) for name, w in dense.embeddings(centre=not plan.tied).items()}
+def slice_embeddings(
+    dense: DenseModel, plan: Plan, basis: SiteBasis, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Weights of the token embedding and of learned positions, in a dtype."""
+    for name, rows in dense.embeddings(centre=not plan.tied).items():
+        yield name, rows.map(basis.embed, dtype)
     if plan.tied and dense.layer_norm:
         # The constant vector in the basis: the direction that a LayerNorm's mean subtraction removes
-        tensors[dense.table.embeddings[0] + ".center"] = basis.matrix.sum(0) / dense.width**0.5
-    return tensors
+        yield dense.table.embeddings[0] + ".center", basis.matrix.sum(0) / dense.width**0.5
 
 
 def slice_head(
-    dense: DenseModel, plan: Plan, basis: SiteBasis, tied_gain: Tensor | None, reading: Tensor | None = None
-) -> Tensors:
+    dense: DenseModel,
+    plan: Plan,
+    basis: SiteBasis,
+    tied_gain: Tensor | None,
+    dtype: torch.dtype,
+    reading: Tensor | None = None,
+) -> Iterator[tuple[str, Tensor]]:
     """Weights of the final norm and the head.
 
     Args:
@@ -55,35 +65,35 @@ def slice_head(
         plan: What the result looks like.
         basis: Of the site before the head.
         tied_gain: Gain of the final norm, in the basis; None if the head isn't tied.
+        dtype: Of an untied head.
         reading: What an untied head reads from the normalized stream, (D, width); None is Q / c.
     """
-    weight, bias = dense.head()
+    rows, bias = dense.head()
     head, norm = dense.table.head, dense.table.final_norm
-    tensors = {} if plan.tied else {head + ".weight": weight @ (basis.reading if reading is None else reading)}
+    if not plan.tied:
+        matrix = basis.reading if reading is None else reading
+        yield head + ".weight", rows.map(lambda chunk: chunk @ matrix, dtype)
     if bias is not None:
-        tensors[head + ".bias"] = bias
+        yield head + ".bias", bias
     if tied_gain is not None:
-        tensors[norm + ".weight"] = tied_gain / basis.scale**2
+        yield norm + ".weight", tied_gain / basis.scale**2
     elif plan.stock:
-        tensors |= _unit_norm(dense, norm, norm, basis.width)
-    return tensors
+        yield from _unit_norm(dense, norm, norm, basis.width)
 
 
-def _unit_norm(dense: DenseModel, norm: str, dense_name: str, width: int) -> Tensors:
+def _unit_norm(dense: DenseModel, norm: str, dense_name: str, width: int) -> Iterator[tuple[str, Tensor]]:
     """The norm that a stock config insists on, with nothing left to do: gain 1, shift 0."""
-    kinds = {"weight": torch.ones, "bias": torch.zeros}
-    return {f"{norm}.{k}": make(width) for k, make in kinds.items() if f"{dense_name}.{k}" in dense.shapes}
+    for kind, make in (("weight", torch.ones), ("bias", torch.zeros)):
+        if f"{dense_name}.{kind}" in dense.shapes:
+            yield f"{norm}.{kind}", make(width)
 
 
-def stock_extras(dense: DenseModel, plan: Plan, index: int) -> Tensors:
+def stock_extras(dense: DenseModel, plan: Plan, index: int) -> Iterator[tuple[str, Tensor]]:
     """What a stock config insists on in a block and slicing leaves nothing for."""
     if plan.stock is None:
-        return {}
-    tensors: Tensors = {}
+        return
     width = plan.site_widths[0]
-    for sublayer in (dense.table.attention, dense.table.mlp):
-        dense_name = f"{dense.table.layers}.{index}.{sublayer.norm}"
-        tensors |= _unit_norm(dense, sublayer.norm, dense_name, width)
+    for norm in dict.fromkeys(sublayer.norm for sublayer in (dense.table.attention, dense.table.mlp)):
+        yield from _unit_norm(dense, norm, f"{dense.table.layers}.{index}.{norm}", width)
     for module in plan.stock.zero_biases:
-        tensors[module + ".bias"] = torch.zeros(width)
-    return tensors
+        yield module + ".bias", torch.zeros(width)

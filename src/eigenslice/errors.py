@@ -7,7 +7,9 @@ EigensliceError                  base: the command line prints it and exits with
 ├── CalibrationError             calibration or evaluation text that can't be used
 ├── ActivationError              NaN or infinite numbers while the model runs
 ├── ExportError                  an exported file that its runtime can't run as transformers runs the model
-└── OutputError                  an output folder that can't be written
+├── OutputError                  an output folder that can't be written
+│   └── IncompleteError          a run that can't go on now: what is done is kept, for --resume
+└── RankError                    another process of the same run has failed
 
 Every message says what was found, what is allowed, and what to do next.
 """
@@ -47,3 +49,11 @@ class ExportError(EigensliceError):
 
 class OutputError(EigensliceError):
     """An output folder that can't be written."""
+
+
+class IncompleteError(OutputError):
+    """A run that can't go on now, such as on a full disk; what is done is kept, to go on with --resume."""
+
+
+class RankError(EigensliceError):
+    """Another process of the same run has failed."""

@@ -9,10 +9,11 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from eigenslice.arch import StockForm
-from eigenslice.dense import DenseModel, empty_model
+from eigenslice.dense import DenseModel
 from eigenslice.errors import OptionsError
 from eigenslice.modeling import AUTO_MAP, SlicedConfig
 from eigenslice.plan import BasisKind, Plan, full_plan, layout, widths
+from eigenslice.skeleton import empty_model
 
 FormChoice = Literal["auto", "stock", "custom"]
 

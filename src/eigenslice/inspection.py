@@ -3,8 +3,12 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
+from eigenslice.device import resolve_device
+from eigenslice.estimate import Estimate, estimate
 from eigenslice.forms import choose_form, stock_type_of
 from eigenslice.plan import BasisKind, count, full_plan, layout, widths
 from eigenslice.planning import rounded
@@ -49,23 +53,30 @@ class Inspection:
     parameters: int
     by_role: dict[str, int]
     sizes: list[SizeRow]
+    estimate: Estimate
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
-    """Look at a checkpoint without running it.
+def inspect_model(
+    name: str, trust_remote_code: bool = False, samples: int = 128, seqlen: int = 2048, device: str | None = None
+) -> Inspection:
+    """Look at a checkpoint; only its first block is run, to estimate how long slicing will take.
 
     Args:
         name: A folder, a hub id or a .gguf file.
         trust_remote_code: Let the tokenizer run code from the checkpoint.
+        samples: Calibration sequences of the estimate.
+        seqlen: Tokens per calibration sequence.
+        device: torch device of the estimate; None is a GPU if there is one.
 
     Raises:
         CheckpointError: it can't be read.
         UnsupportedModelError: it can't be sliced; the message says why.
     """
-    dense = DenseModel(open_source(name, trust_remote_code))
+    resolved = resolve_device(device)
+    dense = DenseModel(open_source(name, trust_remote_code), resolved)
     rows = []
     for basis in ("global", "per-block"):
         for slicing in SLICINGS:
@@ -86,6 +97,7 @@ def inspect_model(name: str, trust_remote_code: bool = False) -> Inspection:
         parameters=dense.parameters,
         by_role=_dense_roles(dense),
         sizes=rows,
+        estimate=estimate(dense, samples * seqlen, seqlen, torch.float32 if resolved.type == "cpu" else dense.dtype),
     )
 
 

@@ -1,14 +1,18 @@
 """`eigenslice.json`: how a result was made, so that it explains itself."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from eigenslice._version import __version__
 from eigenslice.algebra.basis import Spectrum
+from eigenslice.checkpoint.output import differences
 from eigenslice.data import Tokens
 from eigenslice.dense import DenseModel
+from eigenslice.errors import OptionsError
 from eigenslice.forms import stock_type_of
 from eigenslice.options import SliceOptions
 from eigenslice.plan import Plan, count, layout
@@ -35,6 +39,34 @@ def site_summary(name: str, spectrum: Spectrum, width: int) -> dict[str, Any]:
         "energy_kept": spectrum.energy(width),
         "eigenvalues": {str(rank): float(spectrum.values[rank - 1]) / total for rank in ranks},
     }
+
+
+def run_identity(options: SliceOptions, dense: DenseModel, tokens: Tokens) -> dict[str, Any]:
+    """All that a result depends on: an interrupted run goes on only where none of it has changed."""
+    free = {"output", "resume", "offload", "device"}
+    return {
+        "version": __version__,
+        "option": {name: value for name, value in options.model_dump(mode="json").items() if name not in free},
+        "input": dense.source.hashes,
+        "calibration tokens": tokens.sha256,
+    }
+
+
+def finished_manifest(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a result that is complete.
+
+    Raises:
+        OptionsError: it was made from something else.
+    """
+    content = json.loads((output / NAME).read_text(encoding="utf-8"))
+    different = sorted(differences(content.get("run"), json.loads(json.dumps(identity))))
+    if different:
+        raise OptionsError(
+            f"{output} is complete, and was made with something else: " + "; ".join(different),
+            allowed="--resume with the options, input and version that the run was begun with",
+            next_step="choose another --output",
+        )
+    return content
 
 
 def manifest(

@@ -7,7 +7,11 @@ import torch
 from torch import Tensor
 
 from eigenslice.dense import DenseModel
-from eigenslice.stream import Activations, Batch, Stream
+from eigenslice.ranks import ALONE, Ranks
+from eigenslice.resume import RunState
+from eigenslice.stream import STREAMS, Activations, Batch, Stream
+
+STAGE = "measuring"
 
 HEAD_WEIGHT = 5.0
 """How much the site before the head counts in a global basis. What is cut there is cut from the logits; measured
@@ -38,7 +42,13 @@ class Measurement:
 
 
 def measure(
-    dense: DenseModel, stream: Stream, batches: list[Batch], progress: Callable[[int], None] = lambda block: None
+    dense: DenseModel,
+    stream: Stream,
+    batches: list[Batch],
+    progress: Callable[[int], None] = lambda block: None,
+    neurons: bool = True,
+    state: RunState | None = None,
+    ranks: Ranks = ALONE,
 ) -> Measurement:
     """Run the dense model once.
 
@@ -48,22 +58,39 @@ def measure(
     Args:
         dense: The model.
         stream: Its stream.
-        batches: Calibration sequences.
+        batches: This rank's calibration sequences.
         progress: Called with the number of each block.
+        neurons: Whether neurons may be cut; their energies are measured then.
+        state: Where to save what is found, and to go on from; None saves nothing.
+        ranks: Whose sums are added up.
     """
+    finished = state.result(STAGE) if state else None
+    if finished:
+        tensors, _ = finished
+        return Measurement(tensors["moment"].to(dense.device), list(tensors["importance"].to(dense.device)))
     moment = torch.zeros(dense.width, dense.width, dtype=torch.float64, device=dense.device)
-    energies = [torch.zeros(dense.neurons, dtype=torch.float64, device=dense.device) for _ in range(dense.blocks)]
-    columns: list[Tensor] = []
+    count = dense.neurons if neurons else 0
+    energies = torch.zeros(dense.blocks if count else 0, count, dtype=torch.float64, device=dense.device)
+    columns = torch.ones_like(energies)  # squared norms of the MLP writers' columns
 
     def observe(block: int, a: Activations, inputs: Tensor) -> None:
         size = a.rows(a.hidden).square().mean(-1, keepdim=True) + dense.eps
         energies[block] += (a.rows(inputs).square() / size).sum(0).to(torch.float64)
 
-    for site in stream.walk(batches, observe if dense.neurons else None):
+    position = state.position(STAGE) if state else None
+    if position:
+        moment, energies, columns = (position.tensors[n].to(dense.device) for n in ("moment", "energies", "columns"))
+    for site in stream.walk(batches, observe if count else None, position):
         progress(site.block)
-        moment += (HEAD_WEIGHT if site.folded is None else 1.0) * site.moment(normalized=True).matrix
-        if site.folded is not None and site.index == 0 and dense.neurons:
-            writer = site.folded[dense.table.mlp.writers[0] + ".weight"]
-            columns.append(writer.square().sum(0))
-    importance = [energy * column for energy, column in zip(energies, columns, strict=False)]
-    return Measurement(moment, importance)
+        if state and site.index == 0 and site.block and not site.resumed:
+            sums = {"moment": moment, "energies": energies, "columns": columns}
+            state.save(STAGE, site.block, {STREAMS: site.streams}, sums, {})
+        if count and site.layer is not None and site.index == 0:
+            weight = site.layer.get_submodule(dense.table.mlp.writers[0]).weight
+            columns[site.block] = weight.to(torch.float64).square().sum(0)
+        moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
+    importance = ranks.sum(energies) * columns
+    ranks.sum(moment)
+    if state:
+        state.finish(STAGE, {"moment": moment, "importance": importance}, {})
+    return Measurement(moment, list(importance))

@@ -85,7 +85,10 @@ class SliceOptions(BaseModel):
         dtype: Stored dtype; None is the checkpoint's.
         compute_dtype: Dtype of the forward pass; None is float32 on CPU and the checkpoint's on a GPU.
         device: torch device; None is a GPU if there is one.
+        offload: Where calibration activations live: auto (the device, else host memory, else files), none (the
+            device), disk (files).
         shard_gib: Size of an output file, in GiB.
+        resume: Go on with a run that was interrupted, if there is one.
         trust_remote_code: Let the tokenizer run code from the checkpoint.
     """
 
@@ -108,7 +111,9 @@ class SliceOptions(BaseModel):
     dtype: DtypeName | None = None
     compute_dtype: DtypeName | None = None
     device: str | None = None
+    offload: Literal["auto", "none", "disk"] = "auto"
     shard_gib: float = 5.0
+    resume: bool = False
     trust_remote_code: bool = False
 
     @model_validator(mode="after")

@@ -12,8 +12,8 @@ from eigenslice.plan import BasisKind, Plan, stored_parameters
 
 ROUND = 8
 """Widths from --slicing and --keep are multiples of this: what matrix kernels like."""
-SHARES = (0.0, 0.2, 0.4, 1.0)
-"""How much of the cut the hidden width may bear; MLP neurons bear the rest."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""How much of the cut the hidden width may bear; MLP neurons bear the rest. The first ones are tried first."""
 FEWEST_NEURONS = 0.25
 """Share of the neurons under which no plan goes while it could cut the width instead."""
 
@@ -117,7 +117,7 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
     assert options.keep is not None
     budget = int(options.keep * dense.parameters)
     narrow = _widest(dense, options, tied, budget)
-    plans = [] if narrow is None else [narrow]
+    plans: list[Plan] = []
     if options.mlp and options.basis == "global" and dense.neurons:
         least = narrow.site_widths[0] if narrow else ROUND
         for share in SHARES:
@@ -126,6 +126,8 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
             plan = _most_neurons(dense, options, tied, budget, width)
             if plan is not None and plan not in plans:
                 plans.append(plan)
+    if narrow and narrow not in plans:
+        plans.append(narrow)
     if not plans:
         smallest = stored_parameters(dense, choose_form(dense, options.basis, 1, tied, options.form))
         raise OptionsError(

@@ -5,31 +5,33 @@ after it, so that it also repairs the error before it. Only Gram matrices are ke
 one ridge regression, its ridge chosen on tokens that were held out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
-from eigenslice.algebra.refit import DEFAULT_RIDGE, NormalEquations, RidgeChoice
-from eigenslice.dense import DenseModel, Tensors
+from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
+from eigenslice.dense import DenseModel, FoldedBlock, Tensors
 from eigenslice.forms import custom_config
+from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan
+from eigenslice.ranks import ALONE, Ranks
+from eigenslice.resume import Position
 from eigenslice.stream import RANDOM_GROUP, Activations, BlockRunner, Site, captured_inputs
 from eigenslice.transform import SiteBasis, keep_neurons
-
-FloatTensors = list[Tensor]
 
 
 class SlicedTwin:
     """A sliced model in the making.
 
-    `step` is to be called at every site of the dense stream, in order.
+    At every site of the dense stream, in order, `arrive` fits what writes to it and `leave` what reads it.
 
     Attributes:
         streams: Its residual stream at the current site, one tensor (B, T, width) a batch.
-        reading: After the last step: what a head that isn't tied reads, (D, width).
+        reading: After the last site: what a head that isn't tied reads, (D, width).
     """
 
     def __init__(
@@ -40,7 +42,11 @@ class SlicedTwin:
         kept: list[Tensor | None],
         dtype: torch.dtype,
         write: Callable[[int, Tensors], None],
-        trial: frozenset[int] = frozenset(),
+        *,
+        groups: Collection[int],
+        ridge: float | None = None,
+        offload: Offload | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         """Nothing is computed yet.
 
@@ -51,88 +57,122 @@ class SlicedTwin:
             kept: MLP neurons to keep in each block; None keeps all.
             dtype: Of the forward pass.
             write: Takes the number of a block and its weights when they are done.
-            trial: Groups of sequences that run along and that nothing is fitted on.
+            groups: Those of the sequences, of all ranks, that layers are fitted on; others run along.
+            ridge: Of all fits; None chooses it by holding groups out in turn, if there are two or more.
+            offload: Where activations live between sites; None is on the device.
+            ranks: Whose tokens it is fitted on.
         """
-        self.streams: FloatTensors = []
+        self._offload = offload or Offload("device", dense.device)
+        self.streams = self._offload.tensors()
         self.reading: Tensor | None = None
-        self._basis, self._kept, self._write, self._trial = basis, kept, write, trial
+        self._basis, self._kept, self._write, self._tied = basis, kept, write, plan.tied
+        self._fitted = frozenset(groups)
+        self._held_out = sorted(self._fitted - {RANDOM_GROUP})
+        self._ridge, self._ranks = ridge, ranks
         config = custom_config(dense, replace(plan, stock=None), torch.float32)
         self._runner = BlockRunner(config, dense.table.layers, dense.device, dtype)
         self._sites = dense.table.sites(dense.config)
-        self._number = 0
         self._block: Tensors = {}
-        self._inputs: list[FloatTensors] = []
+        self._inputs: list[OffloadedTensors] = []  # of each writer of a site
         self._choices = {kind: RidgeChoice() for kind in ("read", "write", "neurons")}
 
-    def step(self, site: Site) -> None:
-        """Go on to the next site: fit what writes to it, then what reads it."""
-        if self._number == 0:
-            self.streams = [self._basis.embed(a.hidden) for a in site.activations]
+    def content(self) -> dict[str, Any]:
+        """Beside `streams`, all it needs to go on after `arrive` at the first site of a block; as JSON."""
+        return {kind: list(choice.errors.values()) for kind, choice in self._choices.items()}
+
+    def restore(self, position: Position, name: str, content: dict[str, Any]) -> None:
+        """Go on where `arrive` was done, with streams saved under a name."""
+        position.restore(name, self.streams)
+        for kind, errors in content.items():
+            self._choices[kind] = RidgeChoice(errors=dict(zip(RIDGES, errors, strict=True)))
+
+    def arrive(self, site: Site) -> None:
+        """Fit what writes to a site; a block is done when the stream arrives at the next one."""
+        if site.block == 0 and site.index == 0:
+            for a in site.activations:
+                self.streams.append(self._basis.embed(a.hidden))
         else:
             self._fit_writers(site)
         if site.index == 0 and site.block > 0:
             self._write(site.block - 1, self._block)
+            self._block = {}
             self._runner.release(self._runner.layers[site.block - 1])
-        if site.index == 0:
-            self._block = dict(site.folded or {})
-        self._fit_readers(site)
-        self._number += 1
 
-    def _fit(
-        self, kind: str, site: Site, base: Tensor, tokens: Callable[[int, Activations], tuple[Tensor, Tensor]]
-    ) -> Tensor:
-        """Ridge regression towards `base` (m, n); tokens gives a batch's inputs (T, n) and outputs (T, m).
-
-        Groups take turns in being held out, to choose the ridge; the fit itself then has all tokens.
-        """
-        groups = sorted({a.group for a in site.activations} - self._trial - {RANDOM_GROUP})
-        held_out = groups[self._number % len(groups)]
-        sums = {held: NormalEquations.zeros(base.shape[1], base.shape[0], base.device) for held in (True, False)}
-        for number, a in enumerate(site.activations):
-            if a.group not in self._trial:
-                sums[a.group == held_out].add(*tokens(number, a))
-        ridge = self._choices[kind].choose(sums[False], sums[True], base) if len(groups) > 1 else DEFAULT_RIDGE
-        return (sums[True] + sums[False]).solve(base, ridge)
-
-    def _fit_readers(self, site: Site) -> None:
+    def leave(self, site: Site) -> None:
         """Let readers predict what was cut from what is kept, then run the site's sublayers up to their writers."""
+        if site.layer is None and self._tied:
+            return  # the head reads what the embeddings' basis lets it read
 
-        def tokens(number: int, a: Activations) -> tuple[Tensor, Tensor]:
+        def tokens(number: int, a: Activations) -> Tokens:
             return a.rows(normalize(self.streams[number], site.eps)), a.rows(normalize(a.hidden, site.eps))
 
         reading = self._fit("read", site, self._basis.reading, tokens)
         if site.folded is None:
+            assert site.layer is None, "a twin needs the weights that the walk holds"
             self.reading = reading
-            return
+        else:
+            self._run(site, site.folded, reading)
+
+    def _fit(self, kind: str, site: Site, base: Tensor, tokens: Callable[[int, Activations], Tokens]) -> Tensor:
+        """Ridge regression towards `base` (m, n); tokens gives a batch's inputs (T, n) and outputs (T, m).
+
+        Groups take turns in being held out, to choose the ridge; the fit itself then has all tokens.
+        """
+        choosing = self._ridge is None and len(self._held_out) > 1
+        number = site.block * len(self._sites) + site.index
+        held_out = self._held_out[number % len(self._held_out)] if choosing else None
+        batches = [(n, a) for n, a in enumerate(site.activations) if a.group in self._fitted]
+        held = [(n, a) for n, a in batches if a.group == held_out]
+        sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
+        for n, a in batches:
+            if a.group != held_out:
+                sums.add(*tokens(n, a))
+        sums.add_up(self._ranks.sum)
+        ridge = DEFAULT_RIDGE if self._ridge is None else self._ridge
+        if choosing:
+            ridge = self._choices[kind].choose(sums, (tokens(n, a) for n, a in held), base, self._ranks.sum)
+            ridge = float(self._ranks.decide(torch.tensor(ridge, dtype=torch.float64, device=base.device)))
+            if not self._ranks.first:
+                sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
+            for n, a in held:
+                sums.add(*tokens(n, a))
+            sums.add_up(self._ranks.sum)
+        return self._ranks.decide(sums.solve(base, ridge))
+
+    def _run(self, site: Site, folded: FoldedBlock, reading: Tensor) -> None:
+        """Give a site's sublayers weights, and keep what their writers read."""
         layer = self._runner.layers[site.block]
         for sublayer in self._sites[site.index]:
-            weights = keep_neurons(sublayer, site.folded, self._kept[site.block] if sublayer.neurons else None)
-            for module in sublayer.readers:
-                weights[module + ".weight"] = weights[module + ".weight"] @ reading
-            for name in _names(sublayer.writers, weights):
-                weights[name] = self._basis.write(weights[name])
-            self._block |= weights
+            kept = self._kept[site.block] if sublayer.neurons else None
+            weights = {}
+            for name, weight in keep_neurons(sublayer, folded, kept):
+                module, _, what = name.rpartition(".")
+                if module in sublayer.writers:
+                    weights[name] = self._basis.write(weight)
+                else:
+                    weights[name] = weight @ reading if what == "weight" else weight
             inner = tuple(module + "." for module in sublayer.inner)
-            self._runner.assign(
-                layer, weights | {n: w for n, w in site.folded.items() if inner and n.startswith(inner)}
-            )
+            weights |= {name: folded[name] for name in folded if inner and name.startswith(inner)}
+            self._runner.assign(layer, weights.items())
+            self._block |= weights
         writers = [module for sublayer in self._sites[site.index] for module in sublayer.writers]
-        self._inputs = []
+        self._inputs = [self._offload.tensors() for _ in writers]
         for number, a in enumerate(site.activations):
             with captured_inputs(layer, writers) as inputs:
                 layer.update(site.index, layer.normalize(site.index, self.streams[number]), **a.kwargs[site.block])
-            self._inputs.append([inputs[module] for module in writers])
+            for module, kept_inputs in zip(writers, self._inputs, strict=True):
+                kept_inputs.append(inputs[module])
 
     def _fit_writers(self, site: Site) -> None:
         """Fit what writes to a site so that the sliced stream becomes the dense one, in the basis."""
-        sublayers = self._sites[(self._number - 1) % len(self._sites)]
+        sublayers = self._sites[site.index - 1]
         writers = [module for sublayer in sublayers for module in sublayer.writers]
         biases = [name for name in _names(writers, self._block) if name.endswith(".bias")]
         parts = [self._block[module + ".weight"] for module in writers]
         if biases:
             parts.append(torch.stack([self._block[name] for name in biases]).sum(0)[:, None])
 
-        def tokens(number: int, a: Activations) -> tuple[Tensor, Tensor]:
+        def tokens(number: int, a: Activations) -> Tokens:
             inputs = self._stacked(number, bool(biases))
             missing = self._basis.embed(a.hidden) - self.streams[number]
             # The next norm divides by the stream's size: an error counts by its share of it
@@ -144,6 +184,8 @@ class SlicedTwin:
         for number in range(len(self.streams)):
             inputs = self._stacked(number, bool(biases))
             self.streams[number] = self.streams[number] + inputs @ fitted.T.to(inputs.dtype)
+        for inputs in self._inputs:
+            inputs.clear()
         pieces = fitted.split([part.shape[1] for part in parts], dim=1)
         self._block |= {module + ".weight": piece for module, piece in zip(writers, pieces, strict=False)}
         if biases:
@@ -152,11 +194,11 @@ class SlicedTwin:
 
     def _stacked(self, number: int, bias: bool) -> Tensor:
         """Inputs of all writers of the site beside each other, and a one where there is a bias."""
-        inputs = self._inputs[number]
+        inputs = [of_writer[number] for of_writer in self._inputs]
         ones = [torch.ones_like(inputs[0][..., :1])] if bias else []
         return torch.cat([*inputs, *ones], dim=-1)
 
 
-def _names(modules: tuple[str, ...] | list[str], tensors: Tensors) -> list[str]:
+def _names(modules: list[str], tensors: Tensors) -> list[str]:
     """Names of the parameters of some linear layers."""
     return [name for module in modules for name in (module + ".weight", module + ".bias") if name in tensors]

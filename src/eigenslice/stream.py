@@ -1,6 +1,7 @@
 """Running the canonical dense model over calibration sequences, one block at a time."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,17 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from eigenslice.algebra.covariance import SecondMoment, normalize
-from eigenslice.dense import DenseModel, Tensors
+from eigenslice.dense import DenseModel, FoldedBlock, Tensors
+from eigenslice.device import trim_memory
 from eigenslice.errors import ActivationError
 from eigenslice.forms import canonical_config
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM
+from eigenslice.offload import Offload, OffloadedTensors
+from eigenslice.ranks import Ranks
+from eigenslice.resume import Position
 
+STREAMS = "dense"
+"""Name of the dense model's streams in a saved state."""
 RANDOM_GROUP = -2
 """Group of sequences of random tokens: layers are fitted on them, too, but no basis or ridge is chosen by them."""
 
@@ -40,14 +47,36 @@ class Batch:
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
 
-@dataclass
-class Activations:
-    """The residual stream of one batch, (B, T, D), and what its decoder layers are called with."""
+def share_batches(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+    """A rank's sequences: of N ranks, every N-th."""
+    shared, first = [], 0
+    for batch in batches:
+        rows = slice((ranks.rank - first) % ranks.size, None, ranks.size)
+        first += len(batch.input_ids)
+        if len(batch.input_ids[rows]):
+            mask = None if batch.attention_mask is None else batch.attention_mask[rows]
+            shared.append(Batch(batch.input_ids[rows], mask, batch.group))
+    return shared
 
-    hidden: Tensor
+
+@dataclass(frozen=True)
+class Activations:
+    """The residual stream of one batch, and what its decoder layers are called with."""
+
+    streams: OffloadedTensors
+    number: int
     mask: Tensor | None
     kwargs: list[dict[str, Any]]
     group: int
+
+    @property
+    def hidden(self) -> Tensor:
+        """The stream, (B, T, D), on the device."""
+        return self.streams[self.number]
+
+    def put(self, hidden: Tensor) -> None:
+        """Let the stream be another."""
+        self.streams[self.number] = hidden
 
     def rows(self, x: Tensor) -> Tensor:
         """The tokens of x (B, T, n) that count, (tokens, n), in at least float32."""
@@ -62,29 +91,38 @@ class Site:
     Attributes:
         block: Number of the block, or the number of blocks before the head.
         index: Number of the site within its block.
-        folded: The block's canonical weights, None before the head.
-        activations: One per batch; may be changed before the walk goes on.
+        layer: The block with its canonical weights, in the dtype of the stream; None before the head.
+        folded: Those weights, if the walk was asked to hold them.
+        activations: One per batch; their streams may be changed before the walk goes on.
+        streams: Those streams.
+        width, eps: The stream's width D and the norms' epsilon.
+        resumed: Whether the walk goes on here after an interruption.
     """
 
     block: int
     index: int
-    folded: Tensors | None
+    layer: Any
+    folded: FoldedBlock | None
     activations: list[Activations]
+    streams: OffloadedTensors
+    width: int
     eps: float
+    resumed: bool = False
 
-    def moment(self, normalized: bool) -> SecondMoment:
-        """Second moment of the stream here, as it is or as the norm leaves it; without padding and random tokens."""
-        hidden = self.activations[0].hidden
-        moment = SecondMoment(hidden.shape[-1], hidden.device)
+    def moment(self, normalized: bool) -> Tensor:
+        """Second moment of the stream here (D, D), as it is or as the norm leaves it; no padding, no random tokens."""
+        moment = SecondMoment(self.width, self.streams.device)
         for a in (a for a in self.activations if a.group != RANDOM_GROUP):
-            moment.add(normalize(a.hidden, self.eps) if normalized else a.hidden, a.mask)
-        return moment
+            hidden = a.hidden
+            moment.add(a.rows(normalize(hidden, self.eps) if normalized else hidden))
+        return moment.matrix
 
     def project(self, basis: Tensor) -> None:
         """Keep only the part of the stream in the span of a basis (D, width), in the same coordinates."""
-        projector = (basis @ basis.T).to(self.activations[0].hidden.dtype)
+        projector = basis @ basis.T
         for a in self.activations:
-            a.hidden = a.hidden @ projector
+            hidden = a.hidden
+            a.put(hidden @ projector.to(hidden.dtype))
 
 
 Observer = Callable[[int, Activations, Tensor], None]
@@ -135,9 +173,9 @@ class BlockRunner:
         self.model: Any = self._whole.model
         self.layers: Any = self.model.get_submodule(layers)
 
-    def assign(self, module: nn.Module, tensors: Tensors) -> None:
+    def assign(self, module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Give a module weights, by name."""
-        for name, tensor in tensors.items():
+        for name, tensor in tensors:
             parent, _, leaf = name.rpartition(".")
             parameter = nn.Parameter(tensor.to(device=self.device, dtype=self.dtype), requires_grad=False)
             setattr(module.get_submodule(parent), leaf, parameter)
@@ -157,21 +195,23 @@ class Stream:
     layers that do nothing.
     """
 
-    def __init__(self, dense: DenseModel, device: torch.device, dtype: torch.dtype) -> None:
-        """device, dtype: where and in what precision blocks run."""
-        self.dense, self.device, self.dtype = dense, device, dtype
-        self._runner = BlockRunner(canonical_config(dense), dense.table.layers, device, dtype)
+    def __init__(self, dense: DenseModel, dtype: torch.dtype, offload: Offload | None = None) -> None:
+        """dtype: in what precision blocks run; offload: where activations live between them, None is on the device."""
+        self.dense, self.device, self.dtype = dense, dense.device, dtype
+        self.offload = offload or Offload("device", dense.device)
+        self._runner = BlockRunner(canonical_config(dense), dense.table.layers, self.device, dtype)
         self._inner, self._layers = self._runner.model, self._runner.layers
         self._sites = dense.table.sites(dense.config)
 
-    def _embed(self, batches: list[Batch]) -> list[Activations]:
-        self._runner.assign(self._inner, self.dense.embeddings())
+    def _embed(self, batches: list[Batch], streams: OffloadedTensors) -> list[Activations]:
+        embeddings = self.dense.embeddings()
+        self._runner.assign(self._inner, ((name, rows.to(self.dtype)) for name, rows in embeddings.items()))
         parent, _, leaf = self.dense.table.layers.rpartition(".")
         recorders = [_Recorder() for _ in range(self.dense.blocks)]
         setattr(self._inner.get_submodule(parent), leaf, nn.ModuleList(recorders))
         shared: dict[torch.Size, list[dict[str, Any]]] = {}
         result = []
-        for batch in batches:
+        for number, batch in enumerate(batches):
             ids = batch.input_ids.to(self.device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(self.device)
             self._inner.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -180,55 +220,83 @@ class Stream:
                 kwargs = shared.setdefault(ids.shape, kwargs)
             hidden = recorders[0].hidden
             assert hidden is not None  # the model has called its first layer
-            result.append(Activations(hidden, None if mask is None else mask.bool(), kwargs, batch.group))
+            streams.append(hidden)
+            result.append(Activations(streams, number, None if mask is None else mask.bool(), kwargs, batch.group))
         setattr(self._inner.get_submodule(parent), leaf, self._layers)
         for module in self.dense.table.embeddings:
             self._runner.release(self._inner.get_submodule(module))
         return result
 
-    def walk(self, batches: list[Batch], observe: Observer | None = None) -> Iterator[Site]:
+    def walk(
+        self,
+        batches: list[Batch],
+        observe: Observer | None = None,
+        position: Position | None = None,
+        hold: bool = False,
+    ) -> Iterator[Site]:
         """Yield the stream at each site, the last one before the head, and run the sublayers in between.
 
-        Each block runs once. The consumer may change the activations at a site.
+        Each block runs once; the next one is read meanwhile. The consumer may change the activations at a site.
 
         Args:
             batches: The sequences.
             observe: Called for each batch with what the MLP's writer reads.
+            hold: Whether a block's weights stay in memory, in float64's precision, while the stream passes it.
+            position: Where to go on, with the streams saved as `STREAMS`; None begins with the embeddings.
 
         Raises:
             ActivationError: NaN or infinite numbers; says in which block.
         """
-        with torch.no_grad():
-            activations = self._embed(batches)
-            self._check(activations, "the embeddings give")
-            eps = self.dense.eps
-            for block in range(self.dense.blocks):
-                folded, layer = self.dense.block(block), self._layers[block]
-                self._runner.assign(layer, folded)
+        dense, start = self.dense, position.block if position else 0
+        with torch.no_grad(), ThreadPoolExecutor(1) as reader:
+            following = reader.submit(dense.read_block, start) if start < dense.blocks else None
+            streams = self.offload.tensors()
+            activations = self._embed(batches, streams)
+            self._check([self._finite(a, a.hidden) for a in activations], "the embeddings give")
+            if position:
+                position.restore(STREAMS, streams)
+            width, eps = dense.width, dense.eps
+            for block in range(start, dense.blocks):
+                assert following is not None
+                folded, layer = dense.block(block, following.result()), self._layers[block]
+                following = None
+                self._runner.assign(layer, folded.items())
+                held = folded if hold else None
+                del folded
+                following = reader.submit(dense.read_block, block + 1) if block + 1 < dense.blocks else None
                 for site in range(len(layer.sites)):
-                    yield Site(block, site, folded, activations, eps)
-                    writers = self._observed(site)
-                    for a in activations:
-                        normalized = layer.normalize(site, a.hidden)
-                        with captured_inputs(layer, writers if observe else ()) as inputs:
-                            update = layer.update(site, normalized, **a.kwargs[block])
-                        if observe and inputs:
-                            observe(block, a, inputs[writers[0]])
-                        a.hidden = a.hidden + update
+                    resumed = position is not None and block == start and site == 0
+                    yield Site(block, site, layer, held, activations, streams, width, eps, resumed)
+                    finite = [self._pass(layer, block, site, a, observe) for a in activations]
                 self._runner.release(layer)
-                self._check(activations, f"block {block} (of 0 to {self.dense.blocks - 1}) gives")
-            yield Site(self.dense.blocks, 0, None, activations, eps)
+                trim_memory()
+                self._check(finite, f"block {block} (of 0 to {dense.blocks - 1}) gives")
+            yield Site(dense.blocks, 0, None, None, activations, streams, width, eps, start == dense.blocks)
 
-    def _observed(self, site: int) -> tuple[str, ...]:
-        """The MLP's writer, if it is at this site of a block."""
+    def _pass(self, layer: Any, block: int, site: int, a: Activations, observe: Observer | None) -> Tensor:
+        """Let one batch pass a site's sublayers; whether it is finite then, a boolean on the device."""
         mlp = self.dense.table.mlp
-        return mlp.writers[:1] if mlp in self._sites[site] else ()
+        watched = observe is not None and mlp in self._sites[site]
+        writers = mlp.writers[:1] if watched else ()
+        hidden = a.hidden
+        with captured_inputs(layer, writers) as inputs:
+            update = layer.update(site, layer.normalize(site, hidden), **a.kwargs[block])
+        if observe is not None:
+            for captured in inputs.values():
+                observe(block, a, captured)
+        hidden = hidden + update
+        a.put(hidden)
+        last = site == len(self._sites) - 1  # what isn't finite stays so: it is enough to look at the end of a block
+        return self._finite(a, hidden) if last else torch.tensor(True, device=self.device)
 
-    def _check(self, activations: list[Activations], where: str) -> None:
-        for a in activations:
-            if not torch.isfinite(a.hidden if a.mask is None else a.hidden[a.mask]).all():
-                raise ActivationError(
-                    f"{where} NaN or infinite activations in {str(self.dtype).removeprefix('torch.')}",
-                    allowed="finite numbers",
-                    next_step="check the checkpoint's weights; if they are finite, run with --compute-dtype float32",
-                )
+    def _finite(self, a: Activations, hidden: Tensor) -> Tensor:
+        return torch.isfinite(hidden if a.mask is None else hidden[a.mask]).all()
+
+    def _check(self, finite: list[Tensor], where: str) -> None:
+        """Refuse what isn't finite; asked once a block, since a GPU has to be waited for."""
+        if finite and not bool(torch.stack(finite).all()):
+            raise ActivationError(
+                f"{where} NaN or infinite activations in {str(self.dtype).removeprefix('torch.')}",
+                allowed="finite numbers",
+                next_step="check the checkpoint's weights; if they are finite, run with --compute-dtype float32",
+            )

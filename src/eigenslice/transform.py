@@ -6,13 +6,13 @@ the norm needs neither a gain nor another epsilon, and all that's left is 1/c in
 """
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eigenslice.arch import Sublayer
-from eigenslice.dense import Tensors
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SiteBasis:
 
     def write(self, weight: Tensor) -> Tensor:
         """Weight (D, in) or bias (D,) of a layer that writes the stream: c Q^T W."""
-        return self.scale * (self.matrix.T @ weight)
+        return (self.scale * self.matrix.T) @ weight
 
     def embed(self, rows: Tensor) -> Tensor:
         """Rows (..., D) of an embedding or of the stream: c E Q."""
@@ -61,34 +61,37 @@ def identity_basis(width: int, device: torch.device | str) -> SiteBasis:
     return SiteBasis(torch.eye(width, dtype=torch.float64, device=device))
 
 
-def keep_neurons(sublayer: Sublayer, folded: Tensors, kept: Tensor | None) -> Tensors:
+def keep_neurons(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Tensor | None) -> Iterator[tuple[str, Tensor]]:
     """The weights of a sublayer's readers and writers with only some of its neurons; None keeps all.
 
     Args:
         sublayer: Whose neurons.
         folded: Canonical weights of its decoder layer; names relative to the layer.
         kept: Indices, ascending.
+
+    Yields:
+        Names and tensors.
     """
-    result: Tensors = {}
     for module in (*sublayer.readers, *sublayer.writers):
         for name in (module + ".weight", module + ".bias"):
-            if name in folded:
-                result[name] = folded[name]
-                if kept is not None and module in sublayer.readers:
-                    result[name] = folded[name][kept]
-                elif kept is not None and name.endswith(".weight"):
-                    result[name] = folded[name][:, kept]
-    return result
+            if name not in folded:
+                continue
+            tensor = folded[name]
+            if kept is not None and module in sublayer.readers:
+                tensor = tensor[kept]
+            elif kept is not None and name.endswith(".weight"):
+                tensor = tensor[:, kept]
+            yield name, tensor
 
 
 def slice_block(
     sites: tuple[tuple[Sublayer, ...], ...],
-    folded: Tensors,
+    folded: Mapping[str, Tensor],
     bases: list[SiteBasis],
     shortcuts: bool,
     kept: Tensor | None = None,
-) -> Tensors:
-    """Rotate and slice one decoder layer.
+) -> Iterator[tuple[str, Tensor]]:
+    """Rotate and slice one decoder layer, one tensor after the other.
 
     Args:
         sites: The sublayers at each of its sites.
@@ -96,17 +99,22 @@ def slice_block(
         bases: The basis of each of its sites, then of the next layer's first one.
         shortcuts: Add the matrices on the skip connections.
         kept: MLP neurons to keep, ascending; None keeps all.
+
+    Yields:
+        Names and tensors.
     """
-    result = dict(folded)
+    done: set[str] = set()
     for index, (sublayers, basis, following) in enumerate(zip(sites, bases[:-1], bases[1:], strict=True)):
         for sublayer in sublayers:
-            result |= keep_neurons(sublayer, folded, kept if sublayer.neurons else None)
-            for module in sublayer.readers:
-                result[module + ".weight"] = basis.read(result[module + ".weight"])
-            for module in sublayer.writers:
-                for name in (module + ".weight", module + ".bias"):
-                    if name in result:
-                        result[name] = following.write(result[name])
+            for name, tensor in keep_neurons(sublayer, folded, kept if sublayer.neurons else None):
+                done.add(name)
+                module, _, kind = name.rpartition(".")
+                if module in sublayer.writers:
+                    yield name, following.write(tensor)
+                else:
+                    yield name, basis.read(tensor) if kind == "weight" else tensor
         if shortcuts:
-            result[f"shortcuts.{index}.weight"] = basis.shortcut_to(following)
-    return result
+            yield f"shortcuts.{index}.weight", basis.shortcut_to(following)
+    for name in folded:
+        if name not in done:
+            yield name, folded[name]

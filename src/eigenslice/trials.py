@@ -7,12 +7,15 @@ from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum
 from eigenslice.algebra.covariance import normalize
-from eigenslice.assembly import global_basis, slice_embeddings, slice_head
+from eigenslice.algebra.refit import DEFAULT_RIDGE
+from eigenslice.assembly import GlobalBasis, global_basis, slice_embeddings, slice_head
 from eigenslice.dense import DenseModel
 from eigenslice.measuring import Measurement
 from eigenslice.plan import Plan
+from eigenslice.ranks import ALONE, Ranks
 from eigenslice.refitting import SlicedTwin
-from eigenslice.stream import RANDOM_GROUP, Batch, Site, Stream
+from eigenslice.resume import RunState
+from eigenslice.stream import RANDOM_GROUP, STREAMS, Batch, Site, Stream, share_batches
 
 FIT_TOKENS = 8_192
 """Tokens that a trial is fitted on: enough to tell plans apart, not enough to make the best of one."""
@@ -57,8 +60,11 @@ def try_plans(
     spectrum: Spectrum,
     measurement: Measurement,
     batches: list[Batch],
-    dtype: torch.dtype,
+    stream: Stream,
     progress: Callable[[int], None] = lambda block: None,
+    state: RunState | None = None,
+    ranks: Ranks = ALONE,
+    stage: str = "planning",
 ) -> list[float]:
     """KL(dense || sliced) of each plan on held-out tokens, in nats per token.
 
@@ -69,60 +75,91 @@ def try_plans(
         plans: Plans with a global basis.
         spectrum: Principal components of the stream.
         measurement: What the first pass found.
-        batches: From `trial_batches`.
-        dtype: Of the forward pass.
+        batches: From `trial_batches`; of all ranks.
+        stream: The dense model's.
         progress: Called with the number of each block.
+        state: Where to save what is found, and to go on from; None saves nothing.
+        ranks: Who share the batches.
+        stage: Name of this trial in the state.
     """
+    finished = state.result(stage) if state else None
+    if finished:
+        return finished[1]["kl"]
     bases = [global_basis(dense, plan, spectrum) for plan in plans]
+    groups = {batch.group for batch in batches} - {TRIAL}
     twins = [
         SlicedTwin(
             dense,
             plan,
             basis.site,
             measurement.kept(plan.neurons),
-            dtype,
+            stream.dtype,
             lambda block, tensors: None,
-            frozenset([TRIAL]),
+            groups=groups,
+            ridge=DEFAULT_RIDGE,
+            offload=stream.offload,
+            ranks=ranks,
         )
         for plan, basis in zip(plans, bases, strict=True)
     ]
-    for site in Stream(dense, dense.device, dtype).walk(batches):
+    position = state.position(stage) if state else None
+    if position:
+        for number, twin in enumerate(twins):
+            twin.restore(position, f"plan-{number}", position.content[str(number)])
+    for site in stream.walk(share_batches(batches, ranks), position=position, hold=True):
         progress(site.block)
         for twin in twins:
-            twin.step(site)
-    heads = []
-    for plan, basis, twin in zip(plans, bases, twins, strict=True):
-        tensors = slice_head(dense, plan, basis.site, basis.tied_gain, twin.reading)
-        if plan.tied:
-            table = dense.table
-            embedding = slice_embeddings(dense, plan, basis.site)[table.embeddings[0] + ".weight"]
-            weight = embedding * tensors[table.final_norm + ".weight"]
-        else:
-            weight = tensors[dense.table.head + ".weight"]
-        heads.append((weight.float(), tensors.get(dense.table.head + ".bias")))
-    return _divergences(dense, site, twins, heads)
+            if not site.resumed:
+                twin.arrive(site)
+        if state and site.index == 0 and site.block and not site.resumed:
+            streams = {STREAMS: site.streams} | {f"plan-{n}": twin.streams for n, twin in enumerate(twins)}
+            state.save(stage, site.block, streams, {}, {str(n): twin.content() for n, twin in enumerate(twins)})
+        for twin in twins:
+            twin.leave(site)
+    heads = [_head(dense, plan, basis, twin) for plan, basis, twin in zip(plans, bases, twins, strict=True)]
+    losses = _divergences(dense, site, twins, heads, ranks)
+    if state:
+        state.finish(stage, {}, {"kl": losses})
+    return losses
+
+
+def _head(dense: DenseModel, plan: Plan, basis: GlobalBasis, twin: SlicedTwin) -> tuple[Tensor, Tensor | None]:
+    """A sliced model's head: its weight, with the final norm's gain in it, and its bias."""
+    head, norm = dense.table.head, dense.table.final_norm
+    tensors = dict(slice_head(dense, plan, basis.site, basis.tied_gain, torch.float32, twin.reading))
+    if plan.tied:
+        embedding = dict(slice_embeddings(dense, plan, basis.site, torch.float32))[
+            dense.table.embeddings[0] + ".weight"
+        ]
+        return embedding * tensors[norm + ".weight"].float(), tensors.get(head + ".bias")
+    return tensors[head + ".weight"], tensors.get(head + ".bias")
 
 
 def _divergences(
-    dense: DenseModel, site: Site, twins: list[SlicedTwin], heads: list[tuple[Tensor, Tensor | None]]
+    dense: DenseModel,
+    site: Site,
+    twins: list[SlicedTwin],
+    heads: list[tuple[Tensor, Tensor | None]],
+    ranks: Ranks,
 ) -> list[float]:
     """KL of the twins at the site before the head, over the sequences of the trial group."""
-    weight, bias = dense.head()
-    weight = weight.float()
-    totals, tokens = [0.0] * len(twins), 0
+    rows_of_head, bias = dense.head()
+    weight = rows_of_head.to(torch.float32)
+    totals = torch.zeros(len(twins) + 1, dtype=torch.float64, device=dense.device)  # and the number of tokens
     for number, a in enumerate(site.activations):
         if a.group != TRIAL:
             continue
         rows = a.rows(normalize(a.hidden, site.eps))
-        tokens += len(rows)
+        totals[-1] += len(rows)
         sliced = [a.rows(normalize(twin.streams[number], site.eps)) for twin in twins]
         for start in range(0, len(rows), ROWS):
             part = slice(start, start + ROWS)
             expected = _log_probabilities(rows[part], weight, bias)
             for index, (head, shift) in enumerate(heads):
                 actual = _log_probabilities(sliced[index][part], head, shift)
-                totals[index] += float((expected.exp() * (expected - actual)).sum(-1).double().sum())
-    return [total / tokens for total in totals]
+                totals[index] += (expected.exp() * (expected - actual)).sum(-1).double().sum()
+    *losses, tokens = ranks.decide(ranks.sum(totals)).tolist()
+    return [loss / tokens for loss in losses]
 
 
 def _log_probabilities(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.weights import SINGLE
-from eigenslice.dense import DenseModel, fold_block
+from eigenslice.dense import DenseModel, FoldedBlock
 from eigenslice.errors import CheckpointError, UnsupportedModelError
 from tests import tiny
 from tests.checkpoint.files import Tensors, copy_of, edit_json, rewrite, tensors_of, weight_of
@@ -240,7 +240,8 @@ def test_an_untied_model_without_head_is_refused(copied: Copier) -> None:
 def test_a_parameter_that_the_table_does_not_know_is_refused(dense_folder: Callable[[str], Path]) -> None:
     dense = DenseModel(open_source(str(dense_folder("qwen3"))))
     forgetful = replace(dense.table, attention=replace(dense.table.attention, inner=("self_attn.q_norm",)))
-    block = {name: tensor for name, tensor in dense.block(0).items() if "mlp" not in name}
+    table = replace(forgetful, mlp=replace(forgetful.mlp, readers=(), writers=()))
+    block = {name: tensor for name, tensor in dense.read_block(0).items() if "mlp" not in name}
     with pytest.raises(UnsupportedModelError) as caught:
-        fold_block(replace(forgetful, mlp=replace(forgetful.mlp, readers=(), writers=())), block)
+        FoldedBlock(table, block.keys(), block.__getitem__, torch.device("cpu"))
     check_message(caught.value, "self_attn.k_norm.weight")

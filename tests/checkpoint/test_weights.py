@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eigenslice.checkpoint.weights import INDEX, SINGLE, MemoryWeights, SafetensorsWeights
+from eigenslice.checkpoint.weights import INDEX, SINGLE, SafetensorsWeights
 from eigenslice.errors import CheckpointError
 from tests.messages import check_message
 
@@ -68,15 +68,6 @@ def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
 def test_integers_and_8_bit_floats_have_no_dtype_that_can_be_sliced(dtype: torch.dtype, tmp_path: Path) -> None:
     save_file({"a": torch.ones(2, 2).to(dtype)}, tmp_path / SINGLE)
     assert SafetensorsWeights(tmp_path).dtype("a") is None
-
-
-def test_tensors_in_memory_are_weights_too(tmp_path: Path) -> None:
-    weights = MemoryWeights(TENSORS, (tmp_path / "model.gguf",))
-    assert weights.names() == list(TENSORS)
-    assert weights.files == (tmp_path / "model.gguf",)
-    assert weights.shape("a") == (2, 3)
-    assert weights.dtype("b") == torch.bfloat16
-    assert torch.equal(weights.load("d"), TENSORS["d"])
 
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:

@@ -45,4 +45,5 @@ def test_resized_embeddings_survive_saving(run_slice: Slicer, tmp_path: Path) ->
     assert again.config.vocab_size == tiny.VOCABULARY + 8
     ids = tiny.random_ids(1, 6)
     with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
+        actual, expected = again(ids).logits, model(ids).logits
+    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()  # tensors may lie otherwise in memory

@@ -1,9 +1,12 @@
 """Closed-form updates of sliced weights: ridge regressions, their ridge chosen on held-out tokens."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from eigenslice.algebra.covariance import gram_matrix
 
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Ridges to choose from, as shares of the inputs' mean energy per dimension."""
@@ -15,6 +18,10 @@ COMBINATIONS = 64
 """Random combinations of outputs that ridges are compared on."""
 
 
+Tokens = tuple[Tensor, Tensor]
+"""Inputs (T, n) and outputs (T, m) of some tokens."""
+
+
 @dataclass
 class NormalEquations:
     """Sums over tokens that a least-squares fit of outputs y from inputs a needs; more tokens add up.
@@ -22,12 +29,10 @@ class NormalEquations:
     Attributes:
         gram: sum of a a^T, (n, n), float64.
         cross: sum of a y^T, (n, m), float64.
-        energy: sum of |y|^2.
     """
 
     gram: Tensor
     cross: Tensor
-    energy: float = 0.0
 
     @classmethod
     def zeros(cls, inputs: int, outputs: int, device: torch.device | str = "cpu") -> "NormalEquations":
@@ -39,20 +44,12 @@ class NormalEquations:
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         """Add tokens: inputs (T, n) and outputs (T, m), multiplied in float32 and summed in float64."""
-        self.gram += (inputs.T @ inputs).to(torch.float64)
-        self.cross += (inputs.T @ outputs).to(torch.float64)
-        self.energy += float(outputs.square().sum())
+        self.gram += gram_matrix(inputs)
+        self.cross += inputs.T @ outputs
 
-    def __add__(self, other: "NormalEquations") -> "NormalEquations":
-        return NormalEquations(self.gram + other.gram, self.cross + other.cross, self.energy + other.energy)
-
-    def select(self, kept: Tensor) -> "NormalEquations":
-        """The same fit from some of the inputs."""
-        return NormalEquations(self.gram[kept][:, kept], self.cross[kept], self.energy)
-
-    def error(self, weight: Tensor) -> float:
-        """Sum over tokens of |y - W a|^2, for W (m, n)."""
-        return self.energy + float((weight.T * (self.gram @ weight.T - 2 * self.cross)).sum())
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Let sums of several processes become their total."""
+        self.gram, self.cross = total(self.gram), total(self.cross)
 
     def solve(self, base: Tensor, ridge: float) -> Tensor:
         """Ridge regression towards known weights.
@@ -61,14 +58,16 @@ class NormalEquations:
 
             W = base + (cross - gram base^T)^T (gram + r I)^-1
 
+        The Gram matrix is used up: there is no room for a second one of a wide MLP.
+
         Args:
             base: (m, n).
             ridge: As a share of the mean diagonal.
         """
         level = ridge * self.gram.diagonal().mean().clamp_min(1e-30)
-        regular = self.gram + level * torch.eye(len(self.gram), dtype=torch.float64, device=self.gram.device)
         missing = self.cross - self.gram @ base.T
-        return base + torch.cholesky_solve(missing, torch.linalg.cholesky(regular)).T
+        self.gram.diagonal().add_(level)
+        return base + torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram)).T
 
 
 @dataclass
@@ -82,7 +81,13 @@ class RidgeChoice:
     fading: float = 0.8
     errors: dict[float, float] = field(default_factory=lambda: dict.fromkeys(RIDGES, 0.0))
 
-    def choose(self, fitted: NormalEquations, held: NormalEquations, base: Tensor) -> float:
+    def choose(
+        self,
+        fitted: NormalEquations,
+        held: Iterable[Tokens],
+        base: Tensor,
+        add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
+    ) -> float:
         """Try all ridges on the fit of some tokens, measured on others.
 
         Errors are estimated on random combinations of the outputs, and in float32: enough to compare ridges, at a
@@ -90,24 +95,37 @@ class RidgeChoice:
 
         Args:
             fitted: Sums over the tokens to fit on.
-            held: Sums over the tokens to measure on.
+            held: The tokens to measure on.
             base: (m, n) weights that the ridge pulls towards.
+            add_up: Sums over several processes what each has measured.
         """
         outputs = base.shape[0]
-        combine = torch.eye(outputs, dtype=base.dtype, device=base.device)
+        combine = torch.eye(outputs, device=base.device)
         if outputs > 2 * COMBINATIONS:
             generator = torch.Generator().manual_seed(0)
-            combine = torch.randn(outputs, COMBINATIONS, generator=generator, dtype=base.dtype).to(base.device)
-            combine /= COMBINATIONS**0.5
-        start = base.T @ combine
-        missing = (fitted.cross @ combine - fitted.gram @ start).float()
-        expected = (held.cross @ combine - held.gram @ start).float()
-        before = max(held.error(base), ROUNDING * held.energy, 1e-30)
-        gram, measured = fitted.gram.float(), held.gram.float()
-        mean = gram.diagonal().mean().clamp_min(1e-30)
-        eye = torch.eye(len(gram), device=gram.device)
+            combine = torch.randn(outputs, COMBINATIONS, generator=generator).to(base.device) / COMBINATIONS**0.5
+        start = base.float().T
+        missing = (fitted.cross @ combine.double() - fitted.gram @ (base.T @ combine.double())).float()
+        regular = fitted.gram.float()
+        mean = fitted.gram.diagonal().mean().float().clamp_min(1e-30)
+        changes = []
+        level = 0.0
         for ridge in self.errors:
-            change = torch.cholesky_solve(missing, torch.linalg.cholesky(gram + ridge * mean * eye))
-            gained = float((change * (measured @ change - 2 * expected)).sum())
-            self.errors[ridge] = self.fading * self.errors[ridge] + 1 + gained / before
+            regular.diagonal().add_((ridge - level) * mean)
+            level = ridge
+            changes.append(torch.cholesky_solve(missing, torch.linalg.cholesky(regular)))
+        change = torch.cat(changes, dim=1)
+        # What the unfitted weights miss, all outputs' energy, and how much each ridge changes the former
+        sums = torch.zeros(2 + len(self.errors), dtype=torch.float64, device=base.device)
+        for tokens in held:
+            inputs, expected = (part.float() for part in tokens)
+            residual = expected - inputs @ start
+            sums[0] += residual.square().sum()
+            sums[1] += expected.square().sum()
+            combined, predicted = residual @ combine, (inputs @ change).unflatten(1, (len(self.errors), -1))
+            sums[2:] += (predicted * (predicted - 2 * combined[:, None])).sum((0, 2))
+        before, energy, *gained = add_up(sums).tolist()
+        before = max(before, ROUNDING * energy, 1e-30)
+        for ridge, gain in zip(self.errors, gained, strict=True):
+            self.errors[ridge] = self.fading * self.errors[ridge] + 1 + gain / before
         return min(self.errors, key=lambda ridge: self.errors[ridge])

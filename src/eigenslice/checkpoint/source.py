@@ -10,15 +10,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from gguf import GGUFReader
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from eigenslice.arch import lookup, table_of
-from eigenslice.checkpoint.weights import MemoryWeights, SafetensorsWeights, Weights
+from eigenslice.checkpoint.gguf import GgufWeights
+from eigenslice.checkpoint.weights import SafetensorsWeights, Weights
 from eigenslice.errors import CheckpointError, UnsupportedModelError
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
@@ -56,21 +56,10 @@ class Source:
 
     @cached_property
     def weights(self) -> Weights:
-        """The tensors. A GGUF is dequantized by transformers, into memory, at the first call."""
+        """The tensors, read one at a time; those of a GGUF are dequantized."""
         if self.gguf is None:
             return SafetensorsWeights(self.folder)
-        with no_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                gguf_file=self.gguf,
-                dtype=torch.float32,
-                config=self.config,
-                output_loading_info=True,
-            )
-        model, loading = loaded
-        refuse_missing(self.name, loading)
-        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        return MemoryWeights(tensors, (self.folder / self.gguf,))
+        return GgufWeights(self.folder / self.gguf, self.config)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -1,7 +1,7 @@
 """Reading tensors one at a time, by name; nothing is unpickled and nothing is read before it is asked for."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -36,25 +36,9 @@ class Weights(Protocol):
 
     def load(self, name: str) -> Tensor: ...
 
-
-class MemoryWeights:
-    """Tensors that are in memory already (a dequantized GGUF)."""
-
-    def __init__(self, tensors: Mapping[str, Tensor], files: tuple[Path, ...]) -> None:
-        self.files = files
-        self._tensors = tensors
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> torch.dtype | None:
-        return self._tensors[name].dtype
-
-    def load(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """The tensor in pieces of so many rows: a vocabulary's matrix may be larger than all else."""
+        ...
 
 
 def _broken(file: Path, why: object) -> CheckpointError:
@@ -96,7 +80,7 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 class SafetensorsWeights:
-    """Tensors of one safetensors file or of a sharded checkpoint, memory-mapped.
+    """Tensors of one safetensors file or of a sharded checkpoint.
 
     Raises:
         CheckpointError: no weights, a broken file, a missing shard, or an index that points elsewhere.
@@ -118,14 +102,17 @@ class SafetensorsWeights:
                 if pickles
                 else "pass a folder with a complete checkpoint",
             )
-        self._open = {}
         self._file_of: dict[str, Path] = {}
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for file in self.files:
             try:
-                self._open[file] = safe_open(file, framework="pt")
+                with safe_open(file, framework="pt") as tensors:
+                    for name in tensors.keys():  # noqa: SIM118
+                        header = tensors.get_slice(name)
+                        self._file_of[name] = file
+                        self._headers[name] = (tuple(header.get_shape()), header.get_dtype())
             except (SafetensorError, OSError) as error:
                 raise _broken(file, error) from error
-            self._file_of.update(dict.fromkeys(self._open[file].keys(), file))
         for name, shard in (index or {}).items():
             if self._file_of.get(name) != folder / shard:
                 raise _broken(folder / shard, f"it lacks tensor {name!r}, which the index promises")
@@ -133,17 +120,26 @@ class SafetensorsWeights:
     def names(self) -> list[str]:
         return list(self._file_of)
 
-    def _slice(self, name: str):
-        return self._open[self._file_of[name]].get_slice(name)
-
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._headers[name][0]
 
     def dtype(self, name: str) -> torch.dtype | None:
-        return SAFETENSORS_DTYPES.get(self._slice(name).get_dtype())
+        return SAFETENSORS_DTYPES.get(self._headers[name][1])
 
     def load(self, name: str) -> Tensor:
+        """The tensor, copied: pages of a mapped file count as this process's memory for as long as it is mapped."""
         try:
-            return self._open[self._file_of[name]].get_tensor(name)
+            with safe_open(self._file_of[name], framework="pt") as tensors:
+                return tensors.get_tensor(name).clone()
         except (SafetensorError, OSError) as error:
             raise _broken(self._file_of[name], error) from error
+
+    def rows(self, name: str, count: int) -> Iterator[Tensor]:
+        """The tensor in pieces of so many rows, each copied."""
+        for start in range(0, self.shape(name)[0], count):
+            try:
+                with safe_open(self._file_of[name], framework="pt") as tensors:
+                    piece = tensors.get_slice(name)[start : start + count].clone()
+            except (SafetensorError, OSError) as error:
+                raise _broken(self._file_of[name], error) from error
+            yield piece

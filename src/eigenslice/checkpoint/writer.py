@@ -1,151 +1,212 @@
-"""Writing a result beside its final place, and moving it there when it is complete."""
+"""Writing tensors into safetensors files whose layout is known before the first one comes."""
 
+import hashlib
 import json
+import math
+import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from eigenslice.checkpoint.weights import INDEX, SINGLE
-from eigenslice.errors import OutputError
+from eigenslice.checkpoint.weights import INDEX, SAFETENSORS_DTYPES, SINGLE
+from eigenslice.errors import IncompleteError, OutputError
 
 GIB = 1024**3
+CHUNK = 1 << 24  # bytes read at once when files are verified
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
-def check_output(output: Path) -> None:
-    """Refuse an output folder that exists, or whose parent isn't a folder.
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor's bytes go."""
 
-    Raises:
-        OutputError.
-    """
-    try:
-        exists = output.exists()
-    except OSError as error:
-        raise OutputError(
-            f"{output} can't be a folder ({error.strerror})",
-            allowed="a name that the file system takes",
-            next_step="choose another --output",
-        ) from error
-    if exists:
-        raise OutputError(
-            f"{output} exists already",
-            allowed="a name that is free: eigenslice never writes into an existing folder",
-            next_step="choose another --output, or remove this one",
-        )
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir():
-        raise OutputError(
-            f"{parent} is not a folder",
-            allowed="an output path below a folder",
-            next_step="choose another --output",
-        )
-
-
-@contextmanager
-def output_folder(output: Path) -> Iterator[Path]:
-    """Give a temporary folder that takes the name `output` when the body succeeds, and vanishes when it fails."""
-    check_output(output)
-    parent = output.absolute().parent
-    created = [p for p in (parent, *parent.parents) if not p.exists()]
-    temporary = None
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}-", dir=parent))
-        check_output(output)  # with its parent there, the file system also judges its name
-        temporary.chmod(0o755)  # mkdtemp's 0700 would hide the result from the user's group
-        yield temporary
-        check_output(output)
-        temporary.rename(output)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for folder in created:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise OutputError(
-                f"writing {output} failed: {error}",
-                allowed="a folder with enough free space and the right to write",
-                next_step="free space or choose another --output",
-            ) from error
-        raise
+    file: str
+    start: int
+    size: int
 
 
 class ShardWriter:
-    """Writes tensors in the order in which they come, a new file whenever one is full.
+    """Writes tensors, in any order, each at its place in its file; nothing is kept in memory.
 
-    Only what was announced may be written, and all of it must be.
+    Only what was announced may be written, and all of it must be. A tensor may be written again: an interrupted run
+    repeats what it did after its last saved state.
+
+    Attributes:
+        dtype: Of all tensors.
+        total_bytes: Of all tensors.
+        checksums: CRC-32 of each tensor written, by name.
     """
 
     def __init__(self, folder: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> None:
-        self._folder, self._expected, self._dtype = folder, dict(shapes), dtype
-        self._limit = shard_bytes
-        self._buffer: dict[str, Tensor] = {}
-        self._size = 0
-        self._shards: list[list[str]] = []
-        self.total_bytes = 0
+        """Nothing is written yet.
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor, in any dtype and on any device.
+        Args:
+            folder: Takes the files, under the names that transformers looks for.
+            shapes: All tensors, in the order in which they are laid out.
+            dtype: Of all of them.
+            shard_bytes: Size of a file; one that a single tensor exceeds is larger.
+        """
+        self._folder, self._shapes, self.dtype = folder, dict(shapes), dtype
+        item = torch.empty((), dtype=dtype).element_size()
+        sizes = {name: math.prod(shape) * item for name, shape in shapes.items()}
+        self.total_bytes = sum(sizes.values())
+        self.checksums: dict[str, int] = {}
+        shards: list[list[str]] = [[]]
+        filled = 0
+        for name, size in sizes.items():
+            if shards[-1] and filled + size > shard_bytes:
+                shards.append([])
+                filled = 0
+            shards[-1].append(name)
+            filled += size
+        self._headers: dict[str, bytes] = {}
+        self._places: dict[str, _Place] = {}
+        for index, names in enumerate(shards):
+            file = SINGLE if len(shards) == 1 else f"model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+            self._headers[file] = self._lay_out(file, {name: sizes[name] for name in names})
+
+    def _lay_out(self, file: str, sizes: dict[str, int]) -> bytes:
+        """A file's header: its length in 8 bytes, then JSON, padded so that the data start at a multiple of 8."""
+        content: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, size in sizes.items():
+            content[name] = {
+                "dtype": DTYPE_NAMES[self.dtype],
+                "shape": list(self._shapes[name]),
+                "data_offsets": [end, end + size],
+            }
+            end += size
+        text = json.dumps(content, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        for name in sizes:
+            first, last = content[name]["data_offsets"]
+            self._places[name] = _Place(file, start + first, last - first)
+        return len(text).to_bytes(8, "little") + text
+
+    def begin(self) -> None:
+        """Take the space on the disk, and write the headers.
 
         Raises:
-            ValueError: it wasn't announced, has another shape, or doesn't fit the stored dtype.
+            IncompleteError: there isn't enough.
         """
-        expected = self._expected.pop(name, None)
+        sizes = {file: len(header) for file, header in self._headers.items()}
+        for place in self._places.values():
+            sizes[place.file] = max(sizes[place.file], place.start + place.size)
+        check_space(self._folder, sum(size for file, size in sizes.items() if not (self._folder / file).exists()))
+        for file, header in self._headers.items():
+            descriptor = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
+            try:
+                os.pwrite(descriptor, header, 0)
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, sizes[file])
+                else:
+                    os.ftruncate(descriptor, sizes[file])
+            finally:
+                os.close(descriptor)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor, from any dtype and any device.
+
+        Raises:
+            ValueError: it wasn't announced or has another shape.
+            OutputError: it doesn't fit the stored dtype.
+        """
+        expected = self._shapes.get(name)
         if expected != tuple(tensor.shape):
             raise ValueError(f"{name} is {tuple(tensor.shape)}, announced was {expected}")
-        stored = tensor.to(device="cpu", dtype=self._dtype).contiguous()
+        stored = tensor.to(dtype=self.dtype).cpu().contiguous()
         if not torch.isfinite(stored).all():
             raise OutputError(
-                f"{name} doesn't fit into {str(self._dtype).removeprefix('torch.')}: NaN or infinite numbers",
+                f"{name} doesn't fit into {str(self.dtype).removeprefix('torch.')}: NaN or infinite numbers",
                 allowed="a dtype that holds every weight",
                 next_step="pass --dtype bfloat16 or --dtype float32",
             )
-        size = stored.numel() * stored.element_size()
-        if self._buffer and self._size + size > self._limit:
-            self._flush()
-        self._buffer[name] = stored
-        self._size += size
-        self.total_bytes += size
+        place = self._places[name]
+        data = stored.reshape(-1).view(torch.uint8).numpy().data
+        descriptor = os.open(self._folder / place.file, os.O_WRONLY)
+        try:
+            done = 0
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], place.start + done)
+        finally:
+            os.close(descriptor)
+        self.checksums[name] = zlib.crc32(data)
 
-    def _shard_name(self, index: int) -> Path:
-        return self._folder / f".shard-{index}.safetensors"
+    def finish(self) -> dict[str, str]:
+        """Write the index, and read everything back.
 
-    def _flush(self) -> None:
-        shard = self._shard_name(len(self._shards))
-        save_file(self._buffer, shard, metadata={"format": "pt"})
-        shard.chmod(0o644)  # safetensors writes files that only their owner can read
-        self._shards.append(list(self._buffer))
-        self._buffer, self._size = {}, 0
-
-    def finish(self) -> None:
-        """Write the last shard and the index, under the names that transformers looks for.
+        Returns:
+            SHA-256 of each file.
 
         Raises:
             ValueError: tensors are missing.
+            IncompleteError: a tensor isn't there as it was written.
         """
-        if self._expected:
-            raise ValueError(f"never written: {sorted(self._expected)[:5]}")
-        self._flush()
-        count = len(self._shards)
-        if count == 1:
-            self._shard_name(0).rename(self._folder / SINGLE)
-            return
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
-            file = f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            self._shard_name(index).rename(self._folder / file)
-            weight_map |= dict.fromkeys(names, file)
-        content = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self._folder / INDEX, content)
+        missing = sorted(set(self._shapes) - set(self.checksums))
+        if missing:
+            raise ValueError(f"never written: {missing[:5]}")
+        hashes = {file: self._verify(file) for file in self._headers}
+        if len(self._headers) > 1:
+            weight_map = {name: place.file for name, place in self._places.items()}
+            write_json(self._folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
+        return hashes
+
+    def _verify(self, file: str) -> str:
+        digest = hashlib.sha256()
+        with (self._folder / file).open("r+b") as handle:
+            os.fsync(handle.fileno())
+            header = handle.read(len(self._headers[file]))
+            digest.update(header)
+            wrong = [] if header == self._headers[file] else ["its header"]
+            for name, place in self._places.items():
+                if place.file != file:
+                    continue
+                checksum, left = 0, place.size
+                while left:
+                    data = handle.read(min(CHUNK, left))
+                    if not data:
+                        break
+                    digest.update(data)
+                    checksum, left = zlib.crc32(data, checksum), left - len(data)
+                if left or checksum != self.checksums[name]:
+                    wrong.append(name)
+            if handle.read(1):
+                wrong.append("what comes behind the last tensor")
+        if wrong:
+            raise IncompleteError(
+                f"{self._folder / file} is not as it was written: {', '.join(wrong[:3])}",
+                allowed="a disk that keeps what is written",
+                next_step="check the disk, remove this folder and slice again",
+            )
+        return digest.hexdigest()
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Refuse a disk that hasn't this many bytes free.
+
+    Args:
+        folder: What will be written goes there; it may not exist yet, its parents may not either.
+        needed: Bytes.
+
+    Raises:
+        IncompleteError.
+    """
+    folder = folder.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise IncompleteError(
+            f"the result takes {needed / GIB:.2f} GiB, and {folder} has {free / GIB:.2f} GiB free",
+            allowed="a disk with room for the result",
+            next_step="free space (and add --resume if the run has begun), or choose another --output",
+        )
 
 
 def write_json(path: Path, content: Any) -> None:

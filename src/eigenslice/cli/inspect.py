@@ -14,13 +14,16 @@ def inspect(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
     ] = False,
+    samples: Annotated[int, typer.Option(help="Calibration sequences of the estimate.")] = 128,
+    seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
+    device: Annotated[str | None, typer.Option(help="torch device of the estimate [a GPU if there is one].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Whether a model can be sliced, its parameters by role, and what each slicing would store."""
     from eigenslice.inspection import inspect_model
 
     with progress_bar(quiet=True):
-        result = inspect_model(model, trust_remote_code)
+        result = inspect_model(model, trust_remote_code, samples, seqlen, device)
     if as_json:
         output.print_json(json.dumps(result.as_dict()))
         return
@@ -50,3 +53,17 @@ def inspect(
             f"{100 * row.kept:.1f} %",
         )
     output.print(sizes)
+    guess = result.estimate
+    output.print(
+        f"Slicing with {guess.tokens:,} calibration tokens (--samples {samples} --seqlen {seqlen}) takes about "
+        f"{_duration(guess.seconds)} and {guess.bytes / 1e9:.1f} GB of memory here without refit, "
+        f"{_duration(guess.refitted_seconds)} and {guess.refitted_bytes / 1e9:.1f} GB with --keep and refit.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,6 +1,7 @@
 """`eigenslice slice`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -65,14 +66,25 @@ def slice_(
         typer.Option(help="Dtype of the forward pass [float32 on CPU, the source's on a GPU]."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
+    offload: Annotated[
+        Literal["auto", "none", "disk"],
+        typer.Option(help="Where calibration activations live: none is on the device, auto where they fit."),
+    ] = "auto",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
+    ] = False,
     shard_size: Annotated[float, typer.Option(help="Size of an output file in GiB.")] = 5.0,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
+    log_dir: Annotated[Path | None, typer.Option(help="Log speed and memory there for TensorBoard, too.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the manifest, and lines of progress, as JSON.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
 ) -> None:
     """Slice a model into a new folder, of exactly one size: --keep, --slicing, --width or --recipe."""
+    from eigenslice.checkpoint.output import partial_path
     from eigenslice.options import CalibrationOptions, SliceOptions
     from eigenslice.slicing import slice_model
 
@@ -100,11 +112,23 @@ def slice_(
         dtype=dtype,
         compute_dtype=compute_dtype,
         device=device,
+        offload=offload,
+        resume=resume,
         shard_gib=shard_size,
         trust_remote_code=trust_remote_code,
     )
-    with progress_bar(quiet) as progress:
+
+    def left() -> str:
+        partial = partial_path(out)
+        if not partial.exists():
+            return "nothing was written"
+        return f"run the same command with --resume to go on, or remove {partial}"
+
+    first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
+    with progress_bar(quiet or not first, as_json, log_dir if first else None, left) as progress:
         result = slice_model(options, progress)
+    if not first:
+        return
     if as_json:
         output.print_json(json.dumps(result.manifest))
         return

@@ -1,5 +1,6 @@
 """Sequences of tokens, to calibrate on or to measure a perplexity on."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from eigenslice.options import CalibrationOptions
 from eigenslice.stream import RANDOM_GROUP, Batch
 
 CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read from large data sets
-BATCH_TOKENS = 4096  # a forward pass of more tokens isn't faster
+BATCH_TOKENS = 2048  # a forward pass of more tokens isn't faster, and takes more memory
 DEFAULT_TENSOR = "calibration"
 PARTS = 4  # groups that a single text is cut into
 
@@ -44,6 +45,16 @@ class Tokens:
     def count(self) -> int:
         """Tokens that count: no padding."""
         return sum(batch.tokens for batch in self.batches)
+
+    @property
+    def sha256(self) -> str:
+        """Of all token ids, masks and groups, in their order."""
+        digest = hashlib.sha256()
+        for batch in self.batches:
+            digest.update(f"{tuple(batch.input_ids.shape)} {batch.group}".encode())
+            for tensor in (batch.input_ids, batch.attention_mask):
+                digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
 
 def calibration_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any) -> Tokens:
@@ -241,11 +252,11 @@ def _token_ids(path: Path, name: str, config: Any) -> Tokens:
             "an attention_mask of the same shape, 0 for padding, if sequences are padded",
             next_step="write the token ids of this model's tokenizer",
         )
-    rows = max(1, min(BATCH_TOKENS // ids.shape[1], -(-ids.shape[0] // PARTS)))
-    chunks = ids.split(rows)
-    masks = [None] * len(chunks) if mask is None else mask.long().split(rows)
-    parts = _groups([0] * len(chunks))
-    batches = [Batch(chunk, m, part) for chunk, m, part in zip(chunks, masks, parts, strict=True)]
+    groups = torch.tensor(_groups([0] * len(ids)))
+    batches: list[Batch] = []
+    for group in groups.unique().tolist():
+        for rows in (groups == group).nonzero()[:, 0].split(max(1, BATCH_TOKENS // ids.shape[1])):
+            batches.append(Batch(ids[rows], None if mask is None else mask.long()[rows], group))
     tokens = Tokens(batches, {})
     description = {
         "data": f"{path.name}, tensor {name!r}",

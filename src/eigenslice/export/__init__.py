@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
+from eigenslice.checkpoint.output import check_output
 from eigenslice.checkpoint.source import TOKENIZER_FILES, locate
-from eigenslice.checkpoint.writer import check_output, output_folder
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.evaluate import LoadedModel, load_model
 from eigenslice.export.check import Agreement, Runtime
@@ -98,8 +98,8 @@ def _load(options: ExportOptions) -> LoadedModel:
 
 
 @contextmanager
-def _output_file(output: Path) -> Iterator[Path]:
-    """Give a temporary file beside `output`, which takes its name when the body succeeds and vanishes when it fails."""
+def _complete(output: Path) -> Iterator[Path]:
+    """Give a place for a file or folder, which becomes `output` when the body succeeds and vanishes when it fails."""
     check_output(output)
     temporary = None
     parent = output.absolute().parent
@@ -138,7 +138,7 @@ def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
     loaded = _load(options)
     tokenizer = loaded.tokenizer()
     name = Path(options.model).name
-    with _output_file(options.output) as path:
+    with _complete(options.output) as path:
         formats = write_gguf(path, folder, config, tokenizer, kind, name, options.tokenizer_pre, progress)
         size = path.stat().st_size
         if not options.check:
@@ -202,7 +202,8 @@ def _export_graph(
     folder, _ = _open(options)
     check_output(options.output)
     loaded = _load(options)
-    with output_folder(options.output) as target:
+    with _complete(options.output) as target:
+        target.mkdir()
         progress("tracing", 0, 1)
         write(target, graph_of(loaded.model))
         progress("tracing", 1, 1)

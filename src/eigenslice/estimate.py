@@ -1,0 +1,107 @@
+"""What a run will take, told before it begins."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.dense import DenseModel
+from eigenslice.stream import Batch, Stream
+from eigenslice.trials import FIT_TOKENS, TRIAL_TOKENS
+
+PROBE_TOKENS = 512
+"""Tokens that a block is timed on."""
+TRIED_TOKENS = FIT_TOKENS + TRIAL_TOKENS
+
+
+def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the activations that live at once: two streams, and what the widest writers read."""
+    item = torch.empty((), dtype=dtype).element_size()
+    return tokens * (2 * dense.width + max(dense.width, dense.neurons)) * item
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time and memory of slicing with so many calibration tokens on this machine.
+
+    Attributes:
+        tokens: Calibration tokens.
+        seconds: With a global basis and no refit: one pass of the dense model, its covariances, and writing.
+        refitted_seconds: With a plan tried and layers refitted (`--keep`).
+        bytes: Peak memory without refit: this process, a block being run while the next one is read, the embeddings
+            or the activations. On a GPU, part of it is the device's.
+        refitted_bytes: With refit: one Gram matrix in float64 and its factor, too.
+    """
+
+    tokens: int
+    seconds: float
+    refitted_seconds: float
+    bytes: int
+    refitted_bytes: int
+
+
+def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = torch.float32) -> Estimate:
+    """Time one block and a covariance on this machine, and count the rest.
+
+    Args:
+        dense: The model.
+        tokens: Calibration tokens.
+        seqlen: Tokens per sequence; attention grows with it.
+        dtype: Of the forward pass.
+    """
+    longest = getattr(dense.config, "max_position_embeddings", None) or seqlen
+    length = min(seqlen, longest, PROBE_TOKENS)
+    ids = torch.zeros(PROBE_TOKENS // length, length, dtype=torch.long)
+    item = torch.empty((), dtype=dtype).element_size()
+    site = next(iter(Stream(dense, dtype).walk([Batch(ids)])))
+    sites, a = len(dense.table.sites(dense.config)), site.activations[0]
+    rows = torch.randn(ids.numel(), dense.width, device=dense.device)
+    wide = torch.randn(ids.numel(), max(dense.width, dense.neurons), device=dense.device)
+
+    def run_block() -> None:
+        for index in range(sites):
+            site.layer.update(index, site.layer.normalize(index, a.hidden), **a.kwargs[0])
+
+    def fold_block() -> None:
+        for _ in dense.block(0).values():
+            pass
+
+    with torch.no_grad():
+        block = _seconds(run_block, dense.device)
+        narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
+        fold = _seconds(fold_block, dense.device)
+    share = dense.blocks * tokens / ids.numel()
+    write = dense.blocks * fold * 3  # folded to be run; folded again to be sliced, and written
+    seconds = share * (block + sites * narrow) + write
+    # A trial of three plans on some of the tokens, and a pass of two streams with their products and solutions
+    fit = share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
+    trial = 2 * fit * min(1.0, TRIED_TOKENS / tokens)
+    weights = sum(torch.Size(shape).numel() for name, shape in dense.shapes.items() if _in_block(dense, name))
+    rss = psutil.Process().memory_info().rss
+    activations = activation_bytes(dense, tokens, dtype)
+    vocabulary = dense.shapes[dense.table.embeddings[0] + ".weight"]
+    running = 2 * weights * max(4, item) + 6 * dense.width**2 * 8
+    plain = rss + activations // 2 + max(running, torch.Size(vocabulary).numel() * item)
+    gram = max(dense.width, dense.neurons) ** 2 * 8
+    return Estimate(
+        tokens, seconds, seconds + trial + fit, plain, plain + activations // 2 + weights * 8 + 5 * gram // 2
+    )
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The faster of two runs: the first one may have to wait for memory."""
+    taken = []
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def _in_block(dense: DenseModel, name: str) -> bool:
+    return name.startswith(f"{dense.table.layers}.0.")

@@ -1,0 +1,143 @@
+"""Where calibration activations live: on the device, in host memory, or in files."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import psutil
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+OffloadChoice = Literal["auto", "none", "disk"]
+Place = Literal["device", "host", "disk"]
+FREE_SHARE = 0.5
+"""Share of the memory that is free now which activations may take."""
+KEY = "x"
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError where it can't be written, such as on a full disk."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
+
+
+def choose_place(choice: OffloadChoice, needed: int, device: torch.device) -> Place:
+    """Where activations of this size go.
+
+    Args:
+        choice: auto takes the device if they fit there, else host memory, else files.
+        needed: Bytes.
+        device: Where the model runs.
+    """
+    if choice != "auto":
+        return "device" if choice == "none" else "disk"
+    if device.type == "cuda" and needed < FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        return "device"
+    if needed < FREE_SHARE * psutil.virtual_memory().available:
+        return "device" if device.type == "cpu" else "host"
+    return "disk"
+
+
+class OffloadedTensors:
+    """Tensors of one kind, one a batch; `x[i]` is on the device, `x[i] = tensor` puts it back to its place."""
+
+    def __init__(self, place: Place, device: torch.device, folder: Path | None = None) -> None:
+        """folder: where the files are if the place is the disk; it must exist and be empty."""
+        self.device = device
+        self._place, self._folder = place, folder
+        self._tensors: list[Tensor | Path] = []
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[index] for index in range(len(self)))
+
+    def __getitem__(self, index: int) -> Tensor:
+        held = self._tensors[index]
+        if isinstance(held, Tensor):
+            return held.to(self.device)
+        with safe_open(held, framework="pt") as file:
+            return file.get_tensor(KEY).to(self.device, copy=True)
+
+    def __setitem__(self, index: int, tensor: Tensor) -> None:
+        self._tensors[index] = self._put(index, tensor)
+
+    def append(self, tensor: Tensor) -> None:
+        """Add the tensor of one more batch."""
+        self._tensors.append(self._put(len(self), tensor))
+
+    def clear(self) -> None:
+        """Forget all tensors."""
+        for held in self._tensors:
+            if isinstance(held, Path):
+                held.unlink()
+        self._tensors = []
+
+    def _put(self, index: int, tensor: Tensor) -> Tensor | Path:
+        if self._place == "device":
+            return tensor
+        if self._place == "host":
+            return tensor.to("cpu")
+        assert self._folder is not None
+        path = self._folder / f"{index:06d}.safetensors"
+        beside = path.with_suffix(".new")
+        save_tensors({KEY: tensor}, beside)
+        beside.replace(path)  # a new file each time: a saved state may still be linked to the old one
+        return path
+
+    def save(self, folder: Path) -> None:
+        """Keep what is here now in a folder, which is made; files are linked, not copied."""
+        folder.mkdir(parents=True)
+        held = {f"{index:06d}": t for index, t in enumerate(self._tensors)}
+        memory = {name: t for name, t in held.items() if isinstance(t, Tensor)}
+        if memory:
+            save_tensors(memory, folder / "memory")
+        for name, path in held.items():
+            if isinstance(path, Path):
+                os.link(path, folder / f"{name}.safetensors")
+
+    def restore(self, folder: Path) -> None:
+        """Take what `save` kept, wherever it was kept in."""
+        self.clear()
+        kept = load_file(folder / "memory") if (folder / "memory").exists() else {}
+        for name in sorted(kept):
+            self.append(kept[name])
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                self.append(file.get_tensor(KEY).clone())
+
+
+class Offload:
+    """Makes `OffloadedTensors` in one place.
+
+    Attributes:
+        place: Where they are.
+        device: Where they are used.
+        folder: Holds their files if the place is the disk.
+    """
+
+    def __init__(self, place: Place, device: torch.device, folder: Path | None = None) -> None:
+        self.place: Place = place
+        self.device, self._folder, self._count = device, folder, 0
+
+    def tensors(self) -> OffloadedTensors:
+        """Room for tensors of one more kind."""
+        folder = None
+        if self.place == "disk":
+            assert self._folder is not None
+            folder = self._folder / f"{self._count:03d}"
+            folder.mkdir(parents=True)
+            self._count += 1
+        return OffloadedTensors(self.place, self.device, folder)
+
+    def reset(self) -> None:
+        """Remove the files of all tensors so far."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,172 @@
+"""The passes that write a sliced model, block by block: one for a global basis, one for a basis per block."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from eigenslice.algebra.basis import Spectrum, kept_basis, principal_components
+from eigenslice.assembly import NamedTensors, block_names, global_basis, slice_embeddings, slice_head, stock_extras
+from eigenslice.checkpoint.writer import ShardWriter
+from eigenslice.data import Tokens
+from eigenslice.dense import DenseModel, Tensors
+from eigenslice.manifest import site_summary
+from eigenslice.measuring import Measurement
+from eigenslice.offload import Offload
+from eigenslice.plan import Plan
+from eigenslice.progress import Progress
+from eigenslice.ranks import Ranks
+from eigenslice.refitting import SlicedTwin
+from eigenslice.resume import RunState
+from eigenslice.stream import STREAMS, Batch, Stream, share_batches
+from eigenslice.transform import SiteBasis, identity_basis, slice_block
+
+STAGE = "slicing"
+SLICED_STREAMS = "sliced"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the passes of one run share."""
+
+    dense: DenseModel
+    tokens: Tokens
+    dtype: torch.dtype
+    offload: Offload
+    ranks: Ranks
+    state: RunState
+    progress: Progress
+
+    def stream(self) -> Stream:
+        """The dense stream, for one more pass; the activations of the one before are gone then."""
+        self.offload.reset()
+        return Stream(self.dense, self.dtype, self.offload)
+
+    @property
+    def batches(self) -> list[Batch]:
+        """This rank's calibration sequences."""
+        return share_batches(self.tokens.batches, self.ranks)
+
+    def report(self, stage: str, tokens: int | None = None) -> Callable[[int], None]:
+        """Progress of a stage in which tokens go through all blocks; None are all tokens."""
+        count = self.tokens.count if tokens is None else tokens
+        return lambda block: self.progress(stage, block, self.dense.blocks, count)
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """The last pass of a run.
+
+    Attributes:
+        run: The run.
+        plan: What the result looks like.
+        writer: Knows what has been written.
+        write: Takes what is to be written, under the names of the dense model.
+    """
+
+    run: Run
+    plan: Plan
+    writer: ShardWriter
+    write: Callable[[NamedTensors], None]
+
+    def global_basis(self, found: tuple[Measurement, Spectrum], refitted: bool) -> list[dict[str, Any]]:
+        """One basis for all sites; blocks are rotated and sliced, or fitted beside one more pass of the dense model."""
+        run, plan, (measurement, spectrum) = self.run, self.plan, found
+        dense, dtype = run.dense, self.writer.dtype
+        basis, kept = global_basis(dense, plan, spectrum), measurement.kept(plan.neurons)
+        sites = dense.table.sites(dense.config)
+
+        def write_block(index: int, tensors: NamedTensors) -> None:
+            self.write(block_names(dense, index, tensors))
+            self.write(block_names(dense, index, stock_extras(dense, plan, index)))
+
+        self.write(slice_embeddings(dense, plan, basis.site, dtype))
+        reading = None
+        if refitted:
+            reading = self._fit(basis.site, kept, lambda index, tensors: write_block(index, tensors.items()))
+        else:
+            for index in range(dense.blocks):
+                run.progress(STAGE, index, dense.blocks)
+                bases = [basis.site] * (len(sites) + 1)
+                write_block(index, slice_block(sites, dense.block(index), bases, False, kept[index]))
+        self.write(slice_head(dense, plan, basis.site, basis.tied_gain, dtype, reading))
+        run.progress(STAGE, dense.blocks, dense.blocks)
+        return [site_summary("all sites", spectrum, basis.site.width)]
+
+    def _fit(
+        self, basis: SiteBasis, kept: list[torch.Tensor | None], write: Callable[[int, Tensors], None]
+    ) -> torch.Tensor | None:
+        """Fit all blocks beside the dense stream; what an untied head reads."""
+        run, state = self.run, self.run.state
+        stream, groups = run.stream(), {batch.group for batch in run.tokens.batches}
+        twin = SlicedTwin(
+            run.dense,
+            self.plan,
+            basis,
+            kept,
+            run.dtype,
+            write,
+            groups=groups,
+            offload=run.offload,
+            ranks=run.ranks,
+        )
+        position = state.position(STAGE)
+        if position:
+            twin.restore(position, SLICED_STREAMS, position.content["fits"])
+            self.writer.checksums.update(position.content["written"])
+        report = run.report(STAGE)
+        for site in stream.walk(run.batches, position=position, hold=True):
+            report(site.block)
+            if not site.resumed:
+                twin.arrive(site)
+                if site.index == 0 and site.block:
+                    streams = {STREAMS: site.streams, SLICED_STREAMS: twin.streams}
+                    content = {"fits": twin.content(), "written": self.writer.checksums}
+                    state.save(STAGE, site.block, streams, {}, content)
+            twin.leave(site)
+        return twin.reading
+
+    def per_block(self) -> list[dict[str, Any]]:
+        """A basis for each site, found on the network sliced so far (SliceGPT, section 3.3 and algorithm 1).
+
+        One pass. The stream stays in the dense coordinates, projected onto what each site keeps: the dense
+        sublayers then compute what the sliced ones will. A block is written when the next one's basis is known.
+        """
+        run, plan, state = self.run, self.plan, self.run.state
+        dense = run.dense
+        sites = dense.table.sites(dense.config)
+        summaries: list[dict[str, Any]] = []
+        bases: list[SiteBasis] = []
+        position = state.position(STAGE)
+        if position:
+            summaries = list(position.content["summaries"])
+            self.writer.checksums.update(position.content["written"])
+            bases = [SiteBasis(position.tensors[str(n)].to(dense.device)) for n in range(len(sites))]
+        report = run.report(STAGE)
+        for site in run.stream().walk(run.batches, position=position):
+            report(site.block)
+            if site.index == 0 and site.block and not site.resumed:
+                tensors = {str(n): basis.matrix for n, basis in enumerate(bases)}
+                content = {"summaries": summaries, "written": self.writer.checksums}
+                state.save(STAGE, site.block, {STREAMS: site.streams}, tensors, content)
+            number = site.block * len(sites) + site.index
+            width = plan.site_widths[number]
+            if site.layer is None:
+                basis = identity_basis(dense.width, dense.device)
+            else:
+                spectrum = principal_components(run.ranks.sum(site.moment(normalized=False)), dense.layer_norm)
+                basis = SiteBasis(run.ranks.decide(kept_basis(spectrum, width).contiguous()))
+                site.project(basis.matrix)
+                summaries.append(site_summary(f"block {site.block} site {site.index}", spectrum, width))
+            if number == 0:
+                self.write(slice_embeddings(dense, plan, basis, self.writer.dtype))
+            if site.index == 0 and site.block:
+                before = site.block - 1
+                block = slice_block(sites, dense.block(before), [*bases, basis], shortcuts=True)
+                self.write(block_names(dense, before, block))
+                bases = []
+            bases.append(basis)
+        self.write(slice_head(dense, plan, bases[-1], None, self.writer.dtype))
+        run.progress(STAGE, dense.blocks, dense.blocks)
+        return summaries

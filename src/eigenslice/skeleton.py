@@ -1,0 +1,27 @@
+"""transformers' model of a config without memory for its weights: what names and shapes a checkpoint must have."""
+
+import copy
+from typing import Any
+
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from eigenslice.errors import CheckpointError
+
+
+def empty_model(config: Any) -> Any:
+    """transformers' model of a config, with parameters on the meta device.
+
+    Raises:
+        CheckpointError: transformers can't build it.
+    """
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+    except Exception as error:  # whatever a model's constructor raises on a config that it doesn't expect
+        raise CheckpointError(
+            f"transformers can't build the {config.model_type} model that the config describes "
+            f"({type(error).__name__}: {error})",
+            allowed="a config of a model that transformers can build",
+            next_step="check config.json",
+        ) from error

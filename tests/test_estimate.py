@@ -1,0 +1,25 @@
+"""Estimates grow as the work does."""
+
+import torch
+
+from eigenslice.checkpoint.source import open_source
+from eigenslice.dense import DenseModel
+from eigenslice.estimate import activation_bytes, estimate
+from tests.conftest import Folders
+
+
+def test_more_tokens_take_longer_and_refitting_more_still(dense_folder: Folders) -> None:
+    for case in ("llama", "opt", "gpt_neox"):
+        dense = DenseModel(open_source(str(dense_folder(case))))
+        few, many = (estimate(dense, tokens, 16) for tokens in (1_000, 1_000_000))
+        assert 0 < few.seconds < many.seconds / 10
+        assert few.seconds < few.refitted_seconds
+        assert few.bytes < few.refitted_bytes
+        assert many.bytes - few.bytes == (activation_bytes(dense, 999_000, torch.float32)) // 2
+
+
+def test_activations_are_two_streams_and_what_writers_read(dense_folder: Folders) -> None:
+    """Width 32 and 64 neurons: 128 numbers of 4 bytes a token."""
+    dense = DenseModel(open_source(str(dense_folder("llama"))))
+    assert activation_bytes(dense, 10, torch.float32) == 10 * 4 * (2 * dense.width + dense.neurons)
+    assert activation_bytes(dense, 10, torch.bfloat16) == 10 * 2 * (2 * dense.width + dense.neurons)

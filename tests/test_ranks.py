@@ -1,0 +1,118 @@
+"""Several processes give the model that one gives."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eigenslice.ranks import Ranks
+from eigenslice.stream import Batch, share_batches
+from tests import tiny
+from tests.conftest import Folders, load, relative
+
+KINDS = {
+    "planned": ("llama-tied", ["--keep", "0.75"]),
+    "fitted": ("gpt_neox", ["--width", "24", "--neurons", "48"]),
+    "per-block": ("opt", ["--width", "24", "--basis", "per-block"]),
+}
+
+
+def torchrun(ranks: int, *arguments: object) -> list[str]:
+    """The command that runs eigenslice in several processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    return [*launcher, "--master-port", str(port), "-m", "eigenslice", *map(str, arguments)]
+
+
+def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """Seven sequences, which neither two nor four ranks can share evenly."""
+    file = tmp_path / "ids.safetensors"
+    save_file({"calibration": tiny.structured_ids(7, 32, seed=1)}, file)
+    return file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_give_what_one_process_gives(kind: str, dense_folder: Folders, uneven: Path, tmp_path: Path) -> None:
+    case, size = KINDS[kind]
+    arguments = ["slice", dense_folder(case), "--calibration", uneven, *size]
+    alone = finish([sys.executable, "-m", "eigenslice", *map(str, arguments), "-o", str(tmp_path / "1")])
+    assert alone.returncode == 0, alone.stderr
+    ids = tiny.random_ids(3, 20)
+    with torch.no_grad():
+        expected = load(tmp_path / "1")(ids).logits
+    for ranks in (2, 4):
+        shared = finish(torchrun(ranks, *arguments, "-o", tmp_path / str(ranks)))
+        assert shared.returncode == 0, shared.stderr
+        with torch.no_grad():
+            assert relative(load(tmp_path / str(ranks))(ids).logits, expected) < 1e-5
+        assert not (tmp_path / f"{ranks}.partial").exists()
+
+
+def test_bad_input_is_one_error_on_all_ranks(dense_folder: Folders, uneven: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    arguments = ["slice", dense_folder("llama"), "--calibration", uneven, "--width", 24, "-o", tmp_path / "out"]
+    found = finish(torchrun(2, *arguments))
+    assert found.returncode != 0
+    assert "exists already" in found.stderr
+    assert 'Traceback (most recent call last):\n  File "/' not in found.stderr.split("torch.distributed")[0]
+
+
+def test_a_rank_that_dies_ends_the_run(dense_folder: Folders, tmp_path: Path) -> None:
+    """The others get an error, not a wait without end; what is done is kept and goes on."""
+    file = tmp_path / "ids.safetensors"
+    save_file({"calibration": tiny.structured_ids(400, 64, seed=1)}, file)
+    arguments = ["slice", dense_folder("llama"), "--calibration", file, "--keep", "0.75", "-o", tmp_path / "out"]
+    with subprocess.Popen(
+        torchrun(2, *arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    ) as launcher:
+        state = tmp_path / "out.partial" / "state" / "current.json"
+        deadline = time.monotonic() + 120
+        while not state.exists() and launcher.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert state.exists()
+        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        victim = next(pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+        os.kill(int(victim), signal.SIGKILL)
+        assert launcher.wait(timeout=120) != 0
+        assert launcher.stderr is not None
+        launcher.stderr.read()
+    assert not (tmp_path / "out").exists()
+    again = finish(torchrun(2, *arguments, "--resume"))
+    assert again.returncode == 0, again.stderr
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_sequence_is_one_ranks(size: int) -> None:
+    batches = [
+        Batch(torch.arange(12).view(4, 3), None, 0),
+        Batch(torch.arange(12, 15).view(1, 3), torch.ones(1, 3), 1),
+        Batch(torch.arange(15, 21).view(2, 3), torch.ones(2, 3), 1),
+    ]
+    shares = [share_batches(batches, Ranks(rank, size)) for rank in range(size)]
+    sequences = [
+        (tuple(row.tolist()), batch.group, batch.attention_mask is None)
+        for share in shares
+        for batch in share
+        for row in batch.input_ids
+    ]
+    expected = [
+        (tuple(row.tolist()), batch.group, batch.attention_mask is None) for batch in batches for row in batch.input_ids
+    ]
+    assert sorted(sequences) == sorted(expected)
+    counts = [sum(len(batch.input_ids) for batch in share) for share in shares]
+    assert max(counts) - min(counts) <= 1
