@@ -5,6 +5,8 @@ import eigenslice
 PUBLIC = [
     "CalibrationOptions",
     "EigensliceError",
+    "Export",
+    "ExportOptions",
     "Inspection",
     "Perplexity",
     "Refusal",
@@ -18,6 +20,7 @@ PUBLIC = [
     "Variant",
     "__version__",
     "evaluate",
+    "export_model",
     "inspect_model",
     "perplexity",
     "register_table",

@@ -7,9 +7,10 @@ from eigenslice._version import __version__
 from eigenslice.arch import Refusal, StockForm, Sublayer, Table, Variant, register_table
 from eigenslice.errors import EigensliceError
 from eigenslice.evaluate import Perplexity, evaluate, perplexity
+from eigenslice.export import Export, export_model
 from eigenslice.inspection import Inspection, inspect_model
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM, register
-from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.options import CalibrationOptions, ExportOptions, SliceOptions
 from eigenslice.slicing import SliceResult, slice_model
 
 register()
@@ -17,6 +18,8 @@ register()
 __all__ = [
     "CalibrationOptions",
     "EigensliceError",
+    "Export",
+    "ExportOptions",
     "Inspection",
     "Perplexity",
     "Refusal",
@@ -30,6 +33,7 @@ __all__ = [
     "Variant",
     "__version__",
     "evaluate",
+    "export_model",
     "inspect_model",
     "perplexity",
     "register_table",

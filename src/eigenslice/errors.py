@@ -6,6 +6,7 @@ EigensliceError                  base: the command line prints it and exits with
 ├── UnsupportedModelError        an architecture, or a variant of one, that can't be sliced
 ├── CalibrationError             calibration or evaluation text that can't be used
 ├── ActivationError              NaN or infinite numbers while the model runs
+├── ExportError                  an exported file that its runtime can't run as transformers runs the model
 ├── OutputError                  an output folder that can't be written
 │   └── IncompleteError          a run that can't go on now: what is done is kept, for --resume
 └── RankError                    another process of the same run has failed
@@ -40,6 +41,10 @@ class CalibrationError(EigensliceError):
 
 class ActivationError(EigensliceError):
     """NaN or infinite numbers while the model runs."""
+
+
+class ExportError(EigensliceError):
+    """An exported file that its runtime can't run, or computes something else from."""
 
 
 class OutputError(EigensliceError):

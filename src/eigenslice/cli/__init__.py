@@ -8,6 +8,7 @@ import typer
 from eigenslice._version import __version__
 from eigenslice.cli import bench as bench_verb
 from eigenslice.cli import eval as eval_verb
+from eigenslice.cli import export as export_verb
 from eigenslice.cli import finetune as finetune_verb
 from eigenslice.cli import inspect as inspect_verb
 from eigenslice.cli import report as report_verb
@@ -44,6 +45,7 @@ app.command("eval")(eval_verb.eval_)
 app.command("bench")(bench_verb.bench)
 app.command("finetune")(finetune_verb.finetune)
 app.command("report")(report_verb.report)
+app.command("export")(export_verb.export)
 
 
 def main() -> None:

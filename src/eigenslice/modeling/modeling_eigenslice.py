@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
 from transformers.modeling_utils import PreTrainedModel
+
+try:
+    from transformers.configuration_utils import SubConfigSpec
+except ImportError:  # transformers 5 before 5.23, which vLLM asks for
+    SubConfigSpec = None
 
 
 class SlicedConfig(PreTrainedConfig):
@@ -39,7 +44,10 @@ class SlicedConfig(PreTrainedConfig):
     """
 
     model_type = "eigenslice"
-    sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}  # noqa: RUF012
+    if SubConfigSpec is None:
+        sub_configs = {"text_config": AutoConfig}  # pyright: ignore[reportAssignmentType]
+    else:
+        sub_configs_defaults = {"text_config": SubConfigSpec(AutoConfig, model_type="llama")}
     keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     text_config: dict | PreTrainedConfig | None = None
@@ -54,9 +62,33 @@ class SlicedConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs):
+        if SubConfigSpec is None and not isinstance(self.text_config, PreTrainedConfig):
+            self.text_config = AutoConfig.for_model(**({"model_type": "llama"} | (self.text_config or {})))
         super().__post_init__(**kwargs)
         config: Any = self.text_config
         config.tie_word_embeddings = self.tie_word_embeddings
+
+    def get_text_config(self, *args: Any, **kwargs: Any):
+        """This config: it is one decoder's, and answers all questions about it (vLLM would look for images else)."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """What isn't here is as in the dense model: layers, heads, vocabulary, positions, windows."""
+        config = self.__dict__.get("text_config")
+        if name.startswith("_") or not isinstance(config, PreTrainedConfig):
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        if name == "hidden_size" and self.site_widths:
+            return self.site_widths[-1]
+        if name == "head_dim" and getattr(config, "head_dim", None) is None:
+            return config.hidden_size // config.num_attention_heads
+        return getattr(config, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """The vocabulary is the dense config's, also when embeddings are resized."""
+        if name == "vocab_size":
+            setattr(self.text_config, name, value)
+        else:
+            super().__setattr__(name, value)
 
 
 class SlicedRMSNorm(nn.Module):
@@ -326,6 +358,40 @@ def _slice_model(model: nn.Module, config: Any) -> None:
         _replace(model, architecture["embedding_norm"], nn.Identity())  # the embedding's rows hold what it gave
     norm = SlicedRMSNorm(widths[-1], config.norm_eps, config.tie_word_embeddings, head.weight)
     _replace(model, architecture["final_norm"], norm)
+
+
+class SlicedModel(PreTrainedModel):
+    """The sliced model without its head, for `AutoModel`; vLLM's transformers backend builds this one."""
+
+    config: SlicedConfig
+    config_class = SlicedConfig
+    base_model_prefix = "model"
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: SlicedConfig):
+        super().__init__(config)
+        model = AutoModelForCausalLM.from_config(config.text_config)
+        _slice_model(model, config)
+        self.inner = model.base_model_prefix  # the name that it has in SlicedForCausalLM.model, and in checkpoints
+        setattr(self, self.inner, model.base_model)
+        self._no_split_modules = model._no_split_modules and [f"Sliced{n}" for n in model._no_split_modules]
+        self.post_init()
+
+    def get_decoder(self, *args: Any, **kwargs: Any):
+        return getattr(self, self.inner)
+
+    def get_input_embeddings(self):
+        return self.get_decoder().get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.get_decoder().set_input_embeddings(value)
+
+    def forward(self, *args: Any, **kwargs: Any):
+        """As the dense architecture's own."""
+        return self.get_decoder()(*args, **kwargs)
 
 
 class SlicedForCausalLM(PreTrainedModel, GenerationMixin):

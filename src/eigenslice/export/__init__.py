@@ -1,0 +1,220 @@
+"""Files for other runtimes: GGUF (llama.cpp), OpenVINO, ONNX. Each is run there and compared with transformers.
+
+vLLM needs no file: it loads results as they are (docs/serving.md).
+"""
+
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import AutoConfig
+
+from eigenslice.checkpoint.output import check_output
+from eigenslice.checkpoint.source import TOKENIZER_FILES, locate
+from eigenslice.errors import CheckpointError, OptionsError, OutputError
+from eigenslice.evaluate import LoadedModel, load_model
+from eigenslice.export.check import Agreement, Runtime
+from eigenslice.options import ExportOptions
+
+if TYPE_CHECKING:
+    from eigenslice.export.graph import Graph
+
+Progress = Callable[[str, int, int], None]
+COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+"""What lies beside a graph, as its users expect."""
+TOLERANCES = {"f32": 1e-3, "f16": 0.05}
+"""Mean difference of log-probability, in nats, of a graph. Measured on SmolLM2-135M: see docs/serving.md."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """An exported file or folder.
+
+    Attributes:
+        output: Where it is.
+        bytes: Its size.
+        formats: Number of matrices in each number format.
+        agreement: With transformers, of the same rounded weights; None if it wasn't checked.
+        unrounded: With transformers, of the weights as they were; None if they weren't rounded, or not checked.
+        tolerance: The mean difference that was allowed.
+    """
+
+    output: Path
+    bytes: int
+    formats: dict[str, int]
+    agreement: Agreement | None = None
+    unrounded: Agreement | None = None
+    tolerance: float | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"output": str(self.output)}
+
+
+def export_model(options: ExportOptions, progress: Progress = lambda stage, done, total: None) -> Export:
+    """Write a model for another runtime, and check it there.
+
+    Args:
+        options: What to write, and where.
+        progress: Told how far a stage is.
+
+    Raises:
+        CheckpointError: the model can't be read.
+        UnsupportedModelError: the runtime can't run it.
+        OptionsError: a type that this model can't be stored in, or a package that isn't installed.
+        ExportError: the runtime computes something else. Nothing is left then.
+        OutputError: the output exists, or can't be written.
+    """
+    writers = {"gguf": _export_gguf, "openvino": _export_openvino, "onnx": _export_onnx}
+    return writers[options.to](options, progress)
+
+
+def _open(options: ExportOptions) -> tuple[Path, Any]:
+    """The folder and the config of the model to export."""
+    folder, gguf = locate(options.model)
+    if gguf:
+        raise CheckpointError(
+            f"{options.model} is a GGUF file",
+            allowed="a folder or a hub id, in safetensors",
+            next_step="export the folder that `eigenslice slice` wrote",
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
+    except Exception as error:  # config classes raise all kinds
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            f"transformers can't read the config of {options.model} ({type(error).__name__}: {first})",
+            allowed="a folder as transformers or eigenslice saves it",
+            next_step="check the folder; a model with its own code needs --trust-remote-code",
+        ) from error
+    return folder, config
+
+
+def _load(options: ExportOptions) -> LoadedModel:
+    return load_model(options.model, "cpu", "float32", options.trust_remote_code)
+
+
+@contextmanager
+def _complete(output: Path) -> Iterator[Path]:
+    """Give a place for a file or folder, which becomes `output` when the body succeeds and vanishes when it fails."""
+    check_output(output)
+    temporary = None
+    parent = output.absolute().parent
+    created = [p for p in (parent, *parent.parents) if not p.exists()]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}-", dir=parent))
+        yield temporary / output.name
+        check_output(output)
+        (temporary / output.name).rename(output)
+    except OSError as error:
+        raise OutputError(
+            f"writing {output} failed: {error}",
+            allowed="a place with enough free space and the right to write",
+            next_step="free space or choose another --output",
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for folder in created:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
+    from eigenslice.export import llama_cpp
+    from eigenslice.export.check import check_tokens, compare, prompts, reference, require_agreement
+    from eigenslice.export.gguf import architecture_of, write_gguf
+    from eigenslice.export.gguf_types import round_weights, type_for
+
+    folder, config = _open(options)
+    architecture_of(config)
+    kind = type_for(options.type or "f16", config.hidden_size)
+    if options.check:
+        llama_cpp.require()
+    loaded = _load(options)
+    tokenizer = loaded.tokenizer()
+    name = Path(options.model).name
+    with _complete(options.output) as path:
+        formats = write_gguf(path, folder, config, tokenizer, kind, name, options.tokenizer_pre, progress)
+        size = path.stat().st_size
+        if not options.check:
+            return Export(options.output, size, formats)
+        sequences = prompts(tokenizer)
+        unrounded = reference(loaded.model, sequences)
+        round_weights(loaded.model, kind)
+        rounded = reference(loaded.model, sequences)
+        with llama_cpp.LlamaCpp(path, exact=options.type == "f32") as runtime:
+            check_tokens(tokenizer, runtime.tokenize)
+            agreement, cost = compare(runtime, sequences, [rounded, unrounded])
+        require_agreement(agreement, kind.tolerance, "llama.cpp")
+    return Export(options.output, size, formats, agreement, cost if options.type != "f32" else None, kind.tolerance)
+
+
+def _type(options: ExportOptions, types: Collection[str]) -> str:
+    """The number format of a graph."""
+    name = options.type or "f32"
+    if name not in types:
+        raise OptionsError(
+            f"--type {name} with --to {options.to}",
+            allowed=" or ".join(types),
+            next_step="choose one of these; docs/quantization.md has how to store fewer bits",
+        )
+    return name
+
+
+def _export_openvino(options: ExportOptions, progress: Progress) -> Export:
+    from eigenslice.export import openvino
+
+    name = _type(options, openvino.TYPES)
+    openvino.require()
+    return _export_graph(
+        options,
+        progress,
+        lambda folder, graph: openvino.write_openvino(folder, graph, openvino.TYPES[name]),
+        openvino.OpenVino,
+        name,
+    )
+
+
+def _export_onnx(options: ExportOptions, progress: Progress) -> Export:
+    from eigenslice.export import onnx
+
+    name = _type(options, onnx.TYPES)
+    onnx.require()
+    return _export_graph(options, progress, onnx.write_onnx, onnx.OnnxRuntime, name)
+
+
+def _export_graph(
+    options: ExportOptions,
+    progress: Progress,
+    write: Callable[[Path, "Graph"], None],
+    runtime: Callable[[Path], Runtime],
+    name: str,
+) -> Export:
+    """Write a graph with the files that go with it, and check it."""
+    from eigenslice.export.check import compare, prompts, reference, require_agreement
+    from eigenslice.export.graph import graph_of
+
+    folder, _ = _open(options)
+    check_output(options.output)
+    loaded = _load(options)
+    with _complete(options.output) as target:
+        target.mkdir()
+        progress("tracing", 0, 1)
+        write(target, graph_of(loaded.model))
+        progress("tracing", 1, 1)
+        for file in COMPANIONS:
+            if (folder / file).is_file():
+                shutil.copyfile(folder / file, target / file)
+        size = sum(file.stat().st_size for file in target.iterdir())
+        matrices = {name: sum(p.ndim > 1 for p in loaded.model.parameters())}
+        if not options.check:
+            return Export(options.output, size, matrices)
+        sequences = prompts(loaded.tokenizer())
+        [agreement] = compare(runtime(target), sequences, [reference(loaded.model, sequences)])
+        require_agreement(agreement, TOLERANCES[name], options.to)
+    return Export(options.output, size, matrices, agreement, tolerance=TOLERANCES[name])

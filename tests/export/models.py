@@ -1,0 +1,89 @@
+"""Tiny models with a tokenizer that llama.cpp has, wide enough for blocks of 32 numbers."""
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from transformers import PreTrainedTokenizerFast
+
+from tests import tiny
+
+SPLITS = {  # as in the tokenizer.json of Llama 3, Qwen2 and Mistral Nemo
+    "llama-bpe": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen2": (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "tekken": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+SPECIAL = ["<pad>", "<s>", "</s>"]
+MERGES = [("t", "h"), ("th", "e"), ("i", "n"), ("Ġ", "t"), ("1", "2")]
+VOCABULARY = 272
+CONFIG = tiny.LLAMA | {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 5000.0, "factor": 2.0}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biased": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-rope-linear": ("llama", {"rope_parameters": LINEAR}),
+    "llama-rope-llama3": ("llama", {"rope_parameters": LLAMA3}),
+    "mistral": ("mistral", {"sliding_window": None, "head_dim": 12}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 20}),
+}
+
+
+def tokenizer(split: str = "gpt-2", bos: bool = False) -> Any:
+    """A byte-level BPE tokenizer with a few merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*SPECIAL, *alphabet, *("".join(pair) for pair in MERGES)]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, MERGES))
+    steps: dict[str, Any] = {
+        "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
+        "smollm": pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+    }
+    for name, pattern in SPLITS.items():
+        steps[name] = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+    inner.pre_tokenizer = steps[split]
+    inner.decoder = ByteLevelDecoder()  # pyright: ignore[reportAttributeAccessIssue]
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", pad_token="<pad>", add_bos_token=bos
+    )
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return fast
+
+
+def save(folder: Path, case: str = "llama", split: str = "gpt-2", **config: Any) -> Path:
+    """Save a dense model of a case with its tokenizer."""
+    model_type, extra = CASES[case]
+    model = tiny.tiny_model(model_type, CONFIG | extra | config)
+    tokenizer(split).save_pretrained(folder)
+    return tiny.save(model, folder)

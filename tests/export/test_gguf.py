@@ -1,0 +1,186 @@
+"""llama.cpp computes from the file what transformers computes from the folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from gguf import GGUFReader
+
+from eigenslice.errors import ExportError, OptionsError, OutputError, UnsupportedModelError
+from eigenslice.export import Export, export_model
+from eigenslice.export import gguf as gguf_export
+from eigenslice.export.check import TEXTS
+from eigenslice.export.gguf import architecture_of, interleave
+from eigenslice.export.llama_cpp import LlamaCpp
+from eigenslice.options import CalibrationOptions, ExportOptions
+from tests import tiny
+from tests.conftest import Slicer, load
+from tests.export import models
+from tests.export.models import VOCABULARY
+from tests.messages import check_message
+
+pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed: pip install 'eigenslice[gguf]'")
+
+Exporter = Callable[..., Export]
+Sliced = Callable[..., Path]
+
+
+@pytest.fixture
+def sliced(run_slice: Slicer, tmp_path: Path) -> Sliced:
+    """Gives the folder of a case, sliced to a width."""
+
+    def run(case: str = "llama", width: int = 32, split: str = "gpt-2", **config: Any) -> Path:
+        dense = models.save(tmp_path / f"dense-{case}", case, split, **config)
+        calibration = tiny.calibration_file(tmp_path, rows=60)
+        data = CalibrationOptions(data=str(calibration))
+        return run_slice("llama", model=str(dense), width=width, calibration=data).output
+
+    return run
+
+
+@pytest.fixture
+def exported(tmp_path: Path) -> Exporter:
+    """Exports a folder; keywords are options."""
+
+    def run(folder: Path, type_: str = "f32", **options: Any) -> Export:
+        output = tmp_path / f"{type_}.gguf"
+        return export_model(ExportOptions(model=str(folder), output=output, to="gguf", type=type_, **options))
+
+    return run
+
+
+def log_probabilities(path: Path, ids: list[int]) -> torch.Tensor:
+    """What llama.cpp predicts after each prefix: (tokens, vocabulary)."""
+    rows = torch.full((len(ids), VOCABULARY), float("nan"))
+    with LlamaCpp(path, exact=True) as runtime:
+        for i in range(len(ids)):
+            for token, value in runtime.next_tokens(ids[: i + 1], VOCABULARY).items():
+                rows[i, token] = value
+    return rows
+
+
+@pytest.mark.parametrize("case", models.CASES)
+def test_sliced_models_give_the_same_probabilities(case: str, sliced: Sliced, exported: Exporter) -> None:
+    """All tokens at all positions; heads x head_dim is never the hidden width."""
+    folder = sliced(case)
+    result = exported(folder, check=False)
+    ids = tiny.random_ids(1, 24, seed=9)
+    with torch.no_grad():
+        expected = load(folder)(ids).logits[0].log_softmax(-1)
+    assert (log_probabilities(result.output, ids[0].tolist()) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_a_tied_head_is_stored_once(sliced: Sliced, exported: Exporter) -> None:
+    tied = exported(sliced("llama-tied"))
+    assert "output.weight" not in {tensor.name for tensor in GGUFReader(tied.output).tensors}
+    assert tied.formats == {"f32": 2 * 7 + 1}
+
+
+@pytest.mark.parametrize("type_", ["f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"])
+def test_types_are_checked_and_counted(type_: str, sliced: Sliced, exported: Exporter) -> None:
+    """Widths of 32; o_proj has rows of 48 numbers, which blocks of 32 don't hold."""
+    result = exported(sliced(), type_)
+    others = {} if type_.endswith("f16") else {"f16": 2}
+    outer = 2 if type_ in ("q8_0", "f16", "bf16") else 0
+    assert result.formats == {type_: 2 * 7 + outer - sum(others.values())} | others | ({} if outer else {"q8_0": 2})
+    assert result.agreement is not None
+    assert result.unrounded is not None
+    assert result.agreement.mean_difference <= result.unrounded.mean_difference
+    tensors = {tensor.name: tensor for tensor in GGUFReader(result.output).tensors}
+    assert tensors["blk.1.attn_q.weight"].tensor_type.name.lower() == type_
+    assert tensors["blk.1.attn_norm.weight"].tensor_type.name == "F32"
+
+
+def test_k_quants(sliced: Sliced, exported: Exporter) -> None:
+    """Rows of 256 numbers; o_proj's 288 and down_proj's 64 take the next larger type that holds them."""
+    result = exported(sliced(width=256, hidden_size=288), "q4_k")
+    assert result.formats == {"q6_k": 2, "q4_k": 2 * 5, "q5_0": 2 * 2}
+
+
+def test_an_impossible_type_is_refused(sliced: Sliced, exported: Exporter, tmp_path: Path) -> None:
+    folder = sliced(width=40)
+    with pytest.raises(OptionsError) as caught:
+        exported(folder, "q8_0")
+    check_message(caught.value, "--type q8_0 holds rows of 32 numbers; the model's hidden width 40")
+    assert "f32, f16, bf16" in caught.value.allowed
+    assert "q4_0" not in caught.value.allowed
+    assert "--width 32" in caught.value.next_step
+    with pytest.raises(OptionsError):
+        exported(folder, "q3_x")
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_a_wrong_file_is_refused_and_removed(
+    sliced: Sliced, exported: Exporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of query and key in transformers' order: a file that llama.cpp loads without complaint."""
+    folder = sliced()
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr(gguf_export, "interleave", lambda rows, heads: rows)
+    with pytest.raises(ExportError) as caught:
+        exported(folder)
+    check_message(caught.value, "llama.cpp disagrees with transformers")
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_wrong_split_is_refused(sliced: Sliced, exported: Exporter) -> None:
+    with pytest.raises(ExportError) as caught:
+        exported(sliced(split="smollm"), tokenizer_pre="gpt-2")
+    check_message(caught.value, "the runtime's tokenizer gives")
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", *models.SPLITS])
+def test_tokens_and_special_tokens(split: str, sliced: Sliced, exported: Exporter) -> None:
+    folder = sliced(split=split)
+    result = exported(folder)
+    fields = {name: field.contents() for name, field in GGUFReader(result.output).fields.items()}
+    assert fields["tokenizer.ggml.pre"] == split
+    assert fields["tokenizer.ggml.eos_token_id"] == 2
+    assert fields["tokenizer.chat_template"] == models.tokenizer().chat_template
+    with LlamaCpp(result.output) as runtime:
+        for text in (*TEXTS, "in 1212 the<s>then"):
+            assert runtime.tokenize(text) == models.tokenizer(split)(text)["input_ids"]
+
+
+def test_an_existing_file_is_kept(sliced: Sliced, exported: Exporter, tmp_path: Path) -> None:
+    (tmp_path / "f32.gguf").write_text("mine")
+    with pytest.raises(OutputError):
+        exported(sliced())
+    assert (tmp_path / "f32.gguf").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("case", "width", "found"),
+    [
+        ("qwen2-window", 24, "llama.cpp refuses 'qwen2' at hidden width 24, other than heads x head_dim = 32"),
+        ("mistral-window", 24, "a sliding window of 6 tokens"),
+        ("phi", 24, "llama.cpp can't run results saved as 'phi'"),
+        ("opt", 24, "llama.cpp can't run results saved as 'eigenslice'"),
+    ],
+)
+def test_what_llama_cpp_does_not_run_is_refused(
+    case: str, width: int, found: str, run_slice: Slicer, exported: Exporter, tmp_path: Path
+) -> None:
+    folder = run_slice(case, width=width).output
+    with pytest.raises(UnsupportedModelError) as caught:
+        exported(folder)
+    check_message(caught.value, found)
+    assert not list(tmp_path.glob("*.gguf"))
+
+
+def test_other_variants_are_refused() -> None:
+    for values, found in (
+        ({"hidden_act": "gelu"}, "the activation 'gelu'"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "of type 'dynamic'"),
+    ):
+        config = tiny.tiny_model("llama", tiny.LLAMA | values).config
+        with pytest.raises(UnsupportedModelError) as caught:
+            architecture_of(config)
+        check_message(caught.value, found)
+
+
+def test_interleaving_puts_what_an_angle_turns_side_by_side() -> None:
+    rows = torch.arange(12)  # two heads of six: (0, 3), (1, 4), (2, 5) are turned together
+    assert interleave(rows, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
