@@ -4,8 +4,9 @@
         -o benchmarks/results/NAME
 
 writes NAME.json. Each time a process is started, killed (SIGKILL) at a random moment of an uninterrupted run's time
-after Python's imports, and the same command is run again with --resume. With --disk MIB, the runs work on a tmpfs of
-that size (needs root), and instead of a kill a file takes all room at that moment; it is gone before the run is resumed.
+after Python's imports, and the same command is run again with --resume, until as many runs were hit as were asked for.
+With --disk MIB, the runs work on a tmpfs of that size (needs root), and instead of a kill a file takes all room at that
+moment; it is gone before the run is resumed.
 """
 
 import argparse
@@ -99,7 +100,8 @@ def main() -> None:
             disk.mkdir()
             subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={arguments.disk}m", "tmpfs", str(disk)], check=True)
         try:
-            for number in range(arguments.kills):
+            while sum(row["interrupted"] for row in rows) < arguments.kills:
+                number = len(rows)
                 output = (disk if arguments.disk else work) / f"run-{number}"
                 after = moments.uniform(imports, whole)
                 begun = command(arguments.model, options, output)
