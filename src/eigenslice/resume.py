@@ -15,7 +15,7 @@ from eigenslice.offload import OffloadedTensors, save_tensors
 from eigenslice.ranks import Ranks
 
 CURRENT = "current.json"
-SHARE = 0.05
+SHARE = 0.02
 """Share of the time that saving may take: where blocks take milliseconds, not every one is saved."""
 
 

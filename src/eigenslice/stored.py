@@ -21,12 +21,9 @@ class StoredForm:
     def __init__(self, dense: DenseModel, plan: Plan) -> None:
         self._plan = plan
         self._model = empty_model(checked_config(stock_config(dense, plan, torch.float32))) if plan.stock else None
-        self.shapes = {
-            name: tuple(tensor.shape)
-            for name, tensor in self(
-                (name, torch.empty(shape, device="meta")) for name, (_, shape) in layout(dense, plan).items()
-            )
-        }
+        announced = {name: torch.empty(shape, device="meta") for name, (_, shape) in layout(dense, plan).items()}
+        self._same = self._model is not None and as_stored(self._model, announced).keys() == announced.keys()
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self(announced.items())}
         """Of all tensors in the result's files."""
         patterns = [re.compile(rf"(^|\.){name}($|\.)") for name in dense.in_float32]
         self.in_float32 = frozenset(n for n in self.shapes if any(pattern.search(n) for pattern in patterns))
@@ -37,5 +34,7 @@ class StoredForm:
         for name, tensor in tensors:
             if self._model is None:
                 yield f"model.{name}", tensor
+            elif self._same:
+                yield name, tensor
             else:
                 yield from as_stored(self._model, {name: tensor}).items()

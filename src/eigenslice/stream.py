@@ -20,6 +20,8 @@ from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.ranks import Ranks
 from eigenslice.resume import Position
 
+LARGE_BLOCK = 64 * 1024**2
+"""Bytes of a block's weights from which on what it leaves behind is given back to the system."""
 STREAMS = "dense"
 """Name of the dense model's streams in a saved state."""
 RANDOM_GROUP = -2
@@ -269,8 +271,10 @@ class Stream:
                     resumed = position is not None and block == start and site == 0
                     yield Site(block, site, layer, held, activations, streams, width, eps, resumed)
                     finite = [self._pass(layer, block, site, a, observe) for a in activations]
+                large = sum(parameter.nbytes for parameter in layer.parameters()) > LARGE_BLOCK
                 self._runner.release(layer)
-                trim_memory()
+                if large:
+                    trim_memory()
                 self._check(finite, f"block {block} (of 0 to {dense.blocks - 1}) gives")
             yield Site(dense.blocks, 0, None, None, activations, streams, width, eps, start == dense.blocks)
 
