@@ -372,7 +372,7 @@ class FoldedBlock(Mapping[str, Tensor]):
         """A parameter, out x in; None if the layer has none of this name."""
         if name not in self._stored:
             return None
-        tensor = self._load(name).to(device=self._device, dtype=torch.float64)
+        tensor = self._load(name).to(device=self._device, dtype=torch.float64, copy=True)
         return self._table.turned({name: tensor})[name]
 
     def _must(self, name: str) -> Tensor:
@@ -384,8 +384,8 @@ class FoldedBlock(Mapping[str, Tensor]):
         """A reader's weight with the norm's gain in it, or its bias with the norm's shift in it."""
         if weight:
             gain = self._raw(f"{sublayer.norm}.weight")
-            gain = None if gain is None else gain_of(self._table, gain)
-            return fold_into_reader(self._must(sublayer.weight(end)), None, gain, None)[0]
+            tensor = self._must(sublayer.weight(end))  # a copy: it may be multiplied in place
+            return tensor if gain is None else tensor.mul_(gain_of(self._table, gain))
         bias, shift = self._raw(sublayer.bias(end)), self._raw(f"{sublayer.norm}.bias")
         if shift is not None:
             bias = fold_into_reader(self._must(sublayer.weight(end)), bias, None, shift)[1]

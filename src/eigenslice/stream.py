@@ -266,10 +266,11 @@ class Stream:
                 self._runner.assign(layer, dense.as_modules(folded.items(), dense.width))
                 held = folded if hold else None
                 del folded
-                following = reader.submit(dense.read_block, block + 1) if block + 1 < dense.blocks else None
                 for site in range(len(layer.sites)):
                     resumed = position is not None and block == start and site == 0
                     yield Site(block, site, layer, held, activations, streams, width, eps, resumed)
+                    if site == 0 and block + 1 < dense.blocks:  # not before: the consumer may need memory, too
+                        following = reader.submit(dense.read_block, block + 1)
                     finite = [self._pass(layer, block, site, a, observe) for a in activations]
                 large = sum(parameter.nbytes for parameter in layer.parameters()) > LARGE_BLOCK
                 self._runner.release(layer)
