@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum, kept_basis, layer_norm_basis, tied_basis
-from eigenslice.dense import DenseModel, NamedTensors, Tensors, carry
+from eigenslice.dense import DenseModel, NamedTensors, Tensors
+from eigenslice.folding import carry
 from eigenslice.plan import Plan
 from eigenslice.transform import SiteBasis
 

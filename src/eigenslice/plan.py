@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eigenslice.arch import StockForm
-from eigenslice.dense import DenseModel, is_inside
+from eigenslice.dense import DenseModel
+from eigenslice.folding import is_inside
 
 BasisKind = Literal["global", "per-block"]
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "shortcut"]

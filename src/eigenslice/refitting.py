@@ -14,7 +14,8 @@ from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
 from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
-from eigenslice.dense import DenseModel, FoldedBlock, Tensors, is_inside
+from eigenslice.dense import DenseModel, Tensors
+from eigenslice.folding import FoldedBlock, is_inside
 from eigenslice.forms import custom_config
 from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan

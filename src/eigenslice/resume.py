@@ -60,11 +60,6 @@ class RunState:
         if self.ranks.on_first(lambda: (self.folder / CURRENT).exists()):
             self._current = json.loads((self.folder / CURRENT).read_text(encoding="utf-8"))
 
-    @property
-    def started(self) -> bool:
-        """Whether there is anything to go on from."""
-        return self._current["serial"] > 0
-
     def result(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What a stage gave, if it is finished."""
         found = self._current["finished"].get(stage)

@@ -11,9 +11,10 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from eigenslice.algebra.covariance import SecondMoment, normalize
-from eigenslice.dense import DenseModel, FoldedBlock, Tensors
+from eigenslice.dense import DenseModel, Tensors
 from eigenslice.device import trim_memory
 from eigenslice.errors import ActivationError
+from eigenslice.folding import FoldedBlock
 from eigenslice.forms import canonical_config
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM
 from eigenslice.offload import Offload, OffloadedTensors

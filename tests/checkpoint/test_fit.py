@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.weights import SINGLE
-from eigenslice.dense import DenseModel, FoldedBlock
+from eigenslice.dense import DenseModel
 from eigenslice.errors import CheckpointError, UnsupportedModelError
+from eigenslice.folding import FoldedBlock
 from tests import tiny
 from tests.checkpoint.files import Tensors, copy_of, edit_json, rewrite, tensors_of, weight_of
 from tests.conftest import load
