@@ -212,16 +212,16 @@ class DenseModel:
 
     def _rows(self, name: str, *changes: Callable[[Tensor], Tensor]) -> "Rows":
         origin = self._origins[name]
-        return Rows(lambda: origin.rows(self.source.weights, ROWS), self.shapes_of(name)[0], self.device, changes)
-
-    def shapes_of(self, name: str) -> tuple[int, ...]:
-        """Shape of a parameter; that of a tied head, too."""
-        return self._origins[name].shape(self.source.weights)
+        return Rows(lambda: origin.rows(self.source.weights, ROWS), self.shapes[name][0], self.device, changes)
 
     def read_block(self, index: int) -> Tensors:
         """Weights of one decoder layer as they are stored, in memory; names relative to the layer."""
+        return {name: self._load(full) for name, full in self._names_in(index).items()}
+
+    def _names_in(self, index: int) -> dict[str, str]:
+        """Full names of a decoder layer's parameters, by those relative to the layer."""
         prefix = f"{self.table.layers}.{index}."
-        return {name.removeprefix(prefix): self._load(name) for name in self.shapes if name.startswith(prefix)}
+        return {name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)}
 
     def block(self, index: int, stored: Tensors | None = None) -> FoldedBlock:
         """Weights of one decoder layer, folded.
@@ -231,11 +231,9 @@ class DenseModel:
             stored: What `read_block` gave; None reads each when it is asked for.
         """
         scale = float(getattr(self.config, self.table.residual_scale)) if self.table.residual_scale else 1.0
-        if stored is not None:
-            return FoldedBlock(self.table, stored.keys(), stored.__getitem__, self.device, scale)
-        prefix = f"{self.table.layers}.{index}."
-        names = {name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)}
-        return FoldedBlock(self.table, names.keys(), lambda name: self._load(names[name]), self.device, scale)
+        names = self._names_in(index)
+        load = (lambda name: self._load(names[name])) if stored is None else stored.__getitem__
+        return FoldedBlock(self.table, names.keys(), load, self.device, scale)
 
 
 @dataclass(frozen=True)

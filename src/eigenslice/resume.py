@@ -70,7 +70,7 @@ class RunState:
 
         def keep() -> int:
             self.folder.mkdir(parents=True, exist_ok=True)
-            save_tensors(_plain(tensors), self.folder / f"{stage}.safetensors")
+            save_tensors(tensors, self.folder / f"{stage}.safetensors")
             self._current["finished"][stage] = {"file": f"{stage}.safetensors", "content": dict(content)}
             return self._commit(None)
 
@@ -111,7 +111,7 @@ class RunState:
         folder = self._folder_of(serial)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that ended while it saved this
         folder.mkdir(parents=True)
-        save_tensors(_plain(tensors), folder / "tensors.safetensors")
+        save_tensors(tensors, folder / "tensors.safetensors")
         for name, held in activations.items():
             held.save(folder / name)
         self.ranks.wait()
@@ -131,8 +131,3 @@ class RunState:
         path.write_text(json.dumps(self._current), encoding="utf-8")
         path.replace(self.folder / CURRENT)
         return self._current["serial"]
-
-
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """As safetensors takes them."""
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}

@@ -19,7 +19,6 @@ class StoredForm:
     """
 
     def __init__(self, dense: DenseModel, plan: Plan) -> None:
-        self._plan = plan
         self._model = empty_model(checked_config(stock_config(dense, plan, torch.float32))) if plan.stock else None
         announced = {name: torch.empty(shape, device="meta") for name, (_, shape) in layout(dense, plan).items()}
         self._same = self._model is not None and as_stored(self._model, announced).keys() == announced.keys()
