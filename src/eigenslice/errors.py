@@ -57,3 +57,8 @@ class IncompleteError(OutputError):
 
 class RankError(EigensliceError):
     """Another process of the same run has failed."""
+
+
+def first_line(error: BaseException) -> str:
+    """The type of any error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

@@ -7,7 +7,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import LocalTokenNotFoundError, validate_repo_id
 
-from eigenslice.errors import OptionsError, OutputError
+from eigenslice.errors import OptionsError, OutputError, first_line
 
 
 def check_hub(repository: str) -> None:
@@ -28,7 +28,7 @@ def check_hub(repository: str) -> None:
         HfApi().whoami()
     except (LocalTokenNotFoundError, HfHubHTTPError, OSError) as error:
         raise OptionsError(
-            f"--push-to-hub {repository}: the hub doesn't know you ({_first_line(error)})",
+            f"--push-to-hub {repository}: the hub doesn't know you ({first_line(error)})",
             allowed="an account that may write there",
             next_step="run `hf auth login`, and check the network",
         ) from error
@@ -48,12 +48,8 @@ def push(folder: Path, repository: str, private: bool = False) -> str:
         )
     except (HfHubHTTPError, OSError) as error:
         raise OutputError(
-            f"{folder} could not be uploaded to {repository} ({_first_line(error)})",
+            f"{folder} could not be uploaded to {repository} ({first_line(error)})",
             allowed="a repository that you may write to",
             next_step=f"the folder is complete: `hf upload {repository} {folder}`",
         ) from error
     return str(address)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

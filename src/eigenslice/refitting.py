@@ -179,6 +179,7 @@ class SlicedTwin:
         if not writers:
             for number, update in enumerate(self._inputs[0]):
                 self.streams[number] = self.streams[number] + update
+            self._inputs[0].clear()
             return
         biases = [name for name in _names(writers, self._block) if name.endswith(".bias")]
         parts = [self._block[module + ".weight"] for module in writers]

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from eigenslice.arch import lookup, table_of
 from eigenslice.checkpoint.gguf import GgufWeights
 from eigenslice.checkpoint.weights import SafetensorsWeights, Weights
-from eigenslice.errors import CheckpointError, UnsupportedModelError
+from eigenslice.errors import CheckpointError, UnsupportedModelError, first_line
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 TOKENIZER_FILES = (
@@ -153,14 +153,10 @@ def load_tokenizer(name: str, folder: Path, gguf: str | None, trust_remote_code:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
     except Exception as error:  # transformers raises whatever the tokenizer's parts raise
         raise CheckpointError(
-            f"{name} has no tokenizer that transformers can load ({_first_line(error)})",
+            f"{name} has no tokenizer that transformers can load ({first_line(error)})",
             allowed="a checkpoint with its tokenizer files, unless the data are token ids (a .safetensors file)",
             next_step="copy the tokenizer files into the folder, or pass token ids",
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
 
 
 def locate(name: str) -> tuple[Path, str | None]:
@@ -187,7 +183,7 @@ def locate(name: str) -> tuple[Path, str | None]:
         ) from error
     except Exception as error:  # the hub client raises its own, requests' and the system's errors
         raise CheckpointError(
-            f"{name} doesn't exist here and the hub didn't give it ({_first_line(error)})",
+            f"{name} doesn't exist here and the hub didn't give it ({first_line(error)})",
             allowed=allowed,
             next_step="check the spelling, the network, and for a gated model `hf auth login`",
         ) from error
@@ -206,7 +202,7 @@ def _raw_config(folder: Path) -> dict[str, Any]:
         config["model_type"]
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{path} can't be read ({_first_line(error)})",
+            f"{path} can't be read ({first_line(error)})",
             allowed='JSON with a "model_type"',
             next_step="download or save the checkpoint again",
         ) from error
@@ -255,7 +251,7 @@ def _load_config(folder: Path, gguf: str | None) -> Any:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs)
     except Exception as error:  # config classes validate with several exception types
         raise CheckpointError(
-            f"transformers can't read the config of {folder / (gguf or 'config.json')} ({_first_line(error)})",
+            f"transformers can't read the config of {folder / (gguf or 'config.json')} ({first_line(error)})",
             allowed="a config that transformers accepts",
             next_step="check the file; a GGUF must be of an architecture that transformers can dequantize",
         ) from error
