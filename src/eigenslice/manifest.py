@@ -1,9 +1,7 @@
 """`eigenslice.json`: how a result was made, so that it explains itself."""
 
-import hashlib
 import json
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +111,6 @@ def manifest(
         "spectra": spectra,
         "options": options.model_dump(mode="json"),
     }
-
-
-def file_hashes(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of files, by name."""
-    digests = {}
-    for file in files:
-        with file.open("rb") as handle:
-            digests[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return digests
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

@@ -69,7 +69,9 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     dense = DenseModel(source, device)
     plans = make_plans(dense, options)
     _ = source.tokenizer_config  # a broken one is refused now, not when the work is done
+    wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work
     tokens = _tokens(options, dense)
+    wait_for_hashes()
     identity = run_identity(options, dense, tokens)
     if finished:  # it was interrupted after the last step
         return SliceResult(options.output, finished_manifest(options.output, identity))

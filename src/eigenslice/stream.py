@@ -11,6 +11,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from eigenslice.algebra.covariance import SecondMoment, normalize
+from eigenslice.algebra.finite import all_finite
 from eigenslice.dense import DenseModel, Tensors
 from eigenslice.device import trim_memory
 from eigenslice.errors import ActivationError
@@ -297,7 +298,7 @@ class Stream:
         return self._finite(a, hidden) if last else torch.tensor(True, device=self.device)
 
     def _finite(self, a: Activations, hidden: Tensor) -> Tensor:
-        return torch.isfinite(hidden if a.mask is None else hidden[a.mask]).all()
+        return all_finite(hidden if a.mask is None else hidden[a.mask])
 
     def _check(self, finite: list[Tensor], where: str) -> None:
         """Refuse what isn't finite; asked once a block, since a GPU has to be waited for."""

@@ -1,13 +1,13 @@
 """Opening what the user names: a folder, a hub id or a GGUF file."""
 
-import hashlib
 import io
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from gguf import GGUFReader
@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from eigenslice.arch import lookup, table_of
 from eigenslice.checkpoint.gguf import GgufWeights
-from eigenslice.checkpoint.weights import SafetensorsWeights, Weights
+from eigenslice.checkpoint.weights import SafetensorsWeights, Weights, file_hashes
 from eigenslice.errors import CheckpointError, UnsupportedModelError, first_line
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
@@ -107,12 +107,22 @@ class Source:
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the config and of each weight file, by file name."""
-        files = [*self.weights.files, *([] if self.gguf else [self.folder / "config.json"])]
-        digests = {}
-        for file in files:
-            with file.open("rb") as handle:
-                digests[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-        return digests
+        return file_hashes([*self.weights.files, *([] if self.gguf else [self.folder / "config.json"])])
+
+    def start_hashing(self) -> Callable[[], None]:
+        """Begin to compute `hashes` beside other work.
+
+        Returns:
+            Waits for the end. Who meets an error before then needn't: nothing else does.
+        """
+
+        def compute() -> None:
+            with suppress(OSError):  # met again by who asks for `hashes`
+                _ = self.hashes
+
+        thread = Thread(target=compute, daemon=True)
+        thread.start()
+        return thread.join
 
 
 @contextmanager

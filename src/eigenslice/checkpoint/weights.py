@@ -1,7 +1,8 @@
 """Reading tensors one at a time, by name; nothing is unpickled and nothing is read before it is asked for."""
 
+import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
@@ -39,6 +40,15 @@ class Weights(Protocol):
     def rows(self, name: str, count: int) -> Iterator[Tensor]:
         """The tensor in pieces of so many rows: a vocabulary's matrix may be larger than all else."""
         ...
+
+
+def file_hashes(files: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files, by name."""
+    digests = {}
+    for file in files:
+        with file.open("rb") as handle:
+            digests[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return digests
 
 
 def _broken(file: Path, why: object) -> CheckpointError:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenslice.algebra.finite import all_finite
 from eigenslice.checkpoint.weights import INDEX, SAFETENSORS_DTYPES, SINGLE
 from eigenslice.errors import IncompleteError, OutputError
 
@@ -133,7 +134,7 @@ class ShardWriter:
             raise ValueError(f"{name} is {tuple(tensor.shape)}, announced was {expected}")
         dtype = self._dtype_of(name)
         stored = tensor.to(dtype=dtype).cpu().contiguous()
-        if not torch.isfinite(stored).all():
+        if not all_finite(stored):
             raise OutputError(
                 f"{name} doesn't fit into {str(dtype).removeprefix('torch.')}: NaN or infinite numbers",
                 allowed="a dtype that holds every weight",

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenslice.algebra.finite import all_finite
 from eigenslice.checkpoint.output import check_output, work_folder
 from eigenslice.checkpoint.source import locate
-from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights
+from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights, file_hashes
 from eigenslice.checkpoint.writer import GIB, write_json
 from eigenslice.data import Tokens, calibration_tokens
 from eigenslice.data.tokens import EigensliceWarning
@@ -30,7 +31,7 @@ from eigenslice.finetune.training import (
     on_gpu_in_bfloat16,
     training_arguments,
 )
-from eigenslice.manifest import NAME, file_hashes, read_manifest
+from eigenslice.manifest import NAME, read_manifest
 from eigenslice.report.card import CARD, write_card
 from eigenslice.stream import Batch
 
@@ -239,7 +240,7 @@ def _write_weights(model: Any, folder: Path, target: Path, shard_gib: float) -> 
     Raises:
         OutputError: NaN or infinite numbers.
     """
-    broken = [name for name, tensor in model.state_dict().items() if not torch.isfinite(tensor).all()]
+    broken = [name for name, tensor in model.state_dict().items() if not all_finite(tensor)]
     if broken:
         raise OutputError(
             f"{broken[0]} has NaN or infinite numbers after training",
