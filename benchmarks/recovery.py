@@ -51,7 +51,12 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "kept": json.loads((arguments.sliced / "eigenslice.json").read_text())["parameters"]["kept"],
         "tests": {name: tokens.description | {"perplexity": expected[name]} for name, tokens in texts.items()},
         "before": {name: value / expected[name] for name, value in before.items()},
-        "versions": {"eigenslice": __version__, "torch": torch.__version__, "threads": torch.get_num_threads()},
+        "versions": {
+            "eigenslice": __version__,
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "matmul": torch.get_float32_matmul_precision(),
+        },
         "rows": [],
     }
     for tokens in arguments.tokens:
@@ -161,6 +166,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", help="torch device to measure on [a GPU if there is one]")
     add("--dtype", choices=["float32", "bfloat16"], help="[float32 on CPU]")
+    add("--matmul", choices=["highest", "high", "medium"], default="highest", help="torch's float32 matmul precision")
     add("--work", type=Path, help="folder that keeps the trained models [a temporary one]")
     add("-o", "--output", type=Path, required=True, help="NAME, to which .json and .md are added")
     parsed = parser.parse_args(arguments)
@@ -172,6 +178,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     parsed = parse(arguments)
+    torch.set_float32_matmul_precision(parsed.matmul)
     with tempfile.TemporaryDirectory() as folder:
         print(table(run(parsed, parsed.work or Path(folder))))
 

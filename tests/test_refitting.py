@@ -229,3 +229,28 @@ def test_after_a_site_nothing_is_missing_that_its_writers_could_write(
         missing = (x @ basis - z) / size
         assert missing.norm() > 0.1 * (x / size).norm() * (WIDTH / tiny.WIDTH) ** 0.5
         assert (a.T @ missing / a.norm(dim=0)[:, None]).abs().max() < 1e-3 * missing.norm()
+
+
+@pytest.mark.parametrize("case", ["llama", "qwen3-tied"])
+def test_the_manifest_has_the_errors_that_are_left(
+    case: str, run_slice: Slicer, dense_folder: Folders, calibration: Path
+) -> None:
+    """Against transformers' hidden states of both models; the last ones are behind the final norm there."""
+    result = run_slice(case, width=WIDTH, neurons=NEURONS)
+    entries = result.manifest["refit_errors"]
+    model, sliced = (load(folder, dtype=torch.float64) for folder in (dense_folder(case), result.output))
+    scale = (WIDTH / tiny.WIDTH) ** 0.5
+    embeddings = (m.get_input_embeddings().weight.detach() for m in (model, sliced))
+    basis = torch.linalg.lstsq(*embeddings).solution / scale
+    ids = load_file(calibration)["calibration"]
+    with torch.no_grad():
+        states = [m(ids, output_hidden_states=True).hidden_states[1:-1] for m in (model, sliced)]
+    blocks = model.config.num_hidden_layers
+    assert [entry["block"] for entry in entries] == list(range(blocks))
+    assert blocks > 1
+    for entry, dense, small in zip(entries, *states, strict=False):
+        size = dense.square().sum(-1)
+        error = ((dense - small / scale @ basis.T).square().sum(-1) / size).mean()
+        kept = ((dense @ basis).square().sum(-1) / size).mean()
+        assert entry["error"] == pytest.approx(float(error), rel=1e-3)
+        assert entry["energy_kept"] == pytest.approx(float(kept), rel=1e-3)

@@ -76,9 +76,8 @@ def manifest(
     plan: Plan,
     tokens: Tokens,
     dtype: torch.dtype,
-    spectra: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The manifest's content; every value is JSON."""
+    """The manifest's content, but what the passes add; every value is JSON."""
     roles = count(layout(dense, plan))
     stored = sum(roles.values())
     return {
@@ -108,7 +107,6 @@ def manifest(
             "sha256": dense.source.hashes,
         },
         "calibration": tokens.description,
-        "spectra": spectra,
         "options": options.model_dump(mode="json"),
     }
 

@@ -70,8 +70,12 @@ class Slicing:
     writer: ShardWriter
     write: Callable[[NamedTensors], None]
 
-    def global_basis(self, found: tuple[Measurement, Spectrum], refitted: bool) -> list[dict[str, Any]]:
-        """One basis for all sites; blocks are rotated and sliced, or fitted beside one more pass of the dense model."""
+    def global_basis(self, found: tuple[Measurement, Spectrum], refitted: bool) -> dict[str, Any]:
+        """One basis for all sites; blocks are rotated and sliced, or fitted beside one more pass of the dense model.
+
+        Returns:
+            What the manifest says of it.
+        """
         run, plan, (measurement, spectrum) = self.run, self.plan, found
         dense, dtype = run.dense, self.writer.dtype
         basis, kept = global_basis(dense, plan, spectrum), measurement.kept(plan.neurons)
@@ -81,9 +85,9 @@ class Slicing:
             self.write(block_names(dense, index, stock_block(dense, plan, index, tensors), plan.site_widths[0]))
 
         self.write(slice_embeddings(dense, plan, basis.site, dtype))
-        reading = None
+        reading, errors = None, []
         if refitted:
-            reading = self._fit(basis.site, kept, lambda index, tensors: write_block(index, tensors.items()))
+            reading, errors = self._fit(basis.site, kept, lambda index, tensors: write_block(index, tensors.items()))
         else:
             for index in range(dense.blocks):
                 run.progress(STAGE, index, dense.blocks)
@@ -91,12 +95,12 @@ class Slicing:
                 write_block(index, slice_block(sites, dense.block(index), bases, False, kept[index]))
         self.write(slice_head(dense, plan, basis.site, basis.tied_gain, dtype, reading))
         run.progress(STAGE, dense.blocks, dense.blocks)
-        return [site_summary("all sites", spectrum, basis.site.width)]
+        return {"spectra": [site_summary("all sites", spectrum, basis.site.width)], "refit_errors": errors}
 
     def _fit(
         self, basis: SiteBasis, kept: list[torch.Tensor | None], write: Callable[[int, Tensors], None]
-    ) -> torch.Tensor | None:
-        """Fit all blocks beside the dense stream; what an untied head reads."""
+    ) -> tuple[torch.Tensor | None, list[dict[str, Any]]]:
+        """Fit all blocks beside the dense stream; what an untied head reads, and the errors that are left."""
         run, state = self.run, self.run.state
         stream, groups = run.stream(), {batch.group for batch in run.tokens.batches}
         twin = SlicedTwin(
@@ -110,9 +114,10 @@ class Slicing:
             offload=run.offload,
             ranks=run.ranks,
         )
-        position = state.position(STAGE)
+        position, errors = state.position(STAGE), []
         if position:
             twin.restore(position, SLICED_STREAMS, position.content["fits"])
+            errors = list(position.content["errors"])
             self.writer.checksums.update(position.content["written"])
         report = run.report(STAGE)
         for site in stream.walk(run.batches, position=position, hold=True):
@@ -120,17 +125,21 @@ class Slicing:
             if not site.resumed:
                 twin.arrive(site)
                 if site.index == 0 and site.block:
+                    errors.append({"block": site.block - 1} | twin.error(site))
                     streams = {STREAMS: site.streams, SLICED_STREAMS: twin.streams}
-                    content = {"fits": twin.content(), "written": self.writer.checksums}
+                    content = {"fits": twin.content(), "errors": errors, "written": self.writer.checksums}
                     state.save(STAGE, site.block, streams, {}, content)
             twin.leave(site)
-        return twin.reading
+        return twin.reading, errors
 
-    def per_block(self) -> list[dict[str, Any]]:
+    def per_block(self) -> dict[str, Any]:
         """A basis for each site, found on the network sliced so far (SliceGPT, section 3.3 and algorithm 1).
 
         One pass. The stream stays in the dense coordinates, projected onto what each site keeps: the dense
         sublayers then compute what the sliced ones will. A block is written when the next one's basis is known.
+
+        Returns:
+            What the manifest says of it.
         """
         run, plan, state = self.run, self.plan, self.run.state
         dense = run.dense
@@ -168,4 +177,4 @@ class Slicing:
             bases.append(basis)
         self.write(slice_head(dense, plan, bases[-1], None, self.writer.dtype))
         run.progress(STAGE, dense.blocks, dense.blocks)
-        return summaries
+        return {"spectra": summaries}

@@ -99,6 +99,24 @@ class SlicedTwin:
             self._block = {}
             self._runner.release(self._runner.layers[site.block - 1])
 
+    def error(self, site: Site) -> dict[str, float]:
+        """How far the sliced stream is from the dense one at a site where `arrive` was called.
+
+        Returns:
+            `error`, the squared difference as a share of the dense stream's energy, what was cut included, and
+            `energy_kept`, the share of that energy in the basis: means over tokens, random ones left out.
+        """
+        sums = torch.zeros(3, dtype=torch.float64, device=self._basis.matrix.device)
+        for number, a in enumerate(site.activations):
+            if a.group != RANDOM_GROUP:
+                dense, kept = a.rows(a.hidden), a.rows(self._basis.embed(a.hidden)) / self._basis.scale
+                wrong = (kept - a.rows(self.streams[number]) / self._basis.scale).square().sum(-1)
+                size = dense.square().sum(-1) + dense.shape[-1] * site.eps
+                share = kept.square().sum(-1) / size
+                sums += torch.stack([(wrong / size + 1 - share).sum(), share.sum(), share.new_tensor(len(share))])
+        wrong, share, count = self._ranks.sum(sums).tolist()
+        return {"error": wrong / count, "energy_kept": share / count}
+
     def leave(self, site: Site) -> None:
         """Let readers predict what was cut from what is kept, then run the site's sublayers up to their writers."""
         if site.layer is None and self._tied:

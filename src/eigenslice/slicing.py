@@ -97,7 +97,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
 
         refitted = options.fits and plan.cuts(dense)
         slicer = Slicing(run, plan, writer, write)
-        spectra = slicer.global_basis(found, refitted) if found else slicer.per_block()
+        bases = slicer.global_basis(found, refitted) if found else slicer.per_block()
 
         def complete() -> dict[str, Any]:
             hashes = writer.finish()
@@ -106,8 +106,8 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
                 write_modeling_file(work.result)
             write_tokenizer(source, work.result)
             write_generation_config(source, work.result)
-            content = manifest(options, dense, plan, tokens, dtype, spectra)
-            content |= {"refitted": refitted, "trials": trials, "sha256": hashes, "run": identity}
+            content = manifest(options, dense, plan, tokens, dtype)
+            content |= bases | {"refitted": refitted, "trials": trials, "sha256": hashes, "run": identity}
             write_json(work.result / NAME, content)
             write_card(work.result, content, options.output.name, None if source.gguf else source.folder / CARD)
             return content

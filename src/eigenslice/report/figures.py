@@ -109,8 +109,11 @@ def _depth(number: int, sites: list[Any]) -> str:
 
 
 def energy(manifest: dict[str, Any]) -> Figure | None:
-    """The share of energy kept at each site; nothing where all sites share one number."""
+    """The share of energy kept at each site, or behind each block; nothing where only one number is known."""
     sites = [site for site in manifest["spectra"] if "energy_kept" in site]
+    if len(sites) < 2:
+        blocks = [entry for entry in manifest.get("refit_errors") or [] if "energy_kept" in entry]
+        sites = [entry | {"site": f"block {entry['block']}"} for entry in blocks]
     if len(sites) < 2:
         return None
     bars = {
@@ -150,7 +153,7 @@ def refit_errors(manifest: dict[str, Any]) -> Figure | None:
     return figure(
         "refit",
         "Error after refitting",
-        "Relative squared error of each block's stream, beside the dense one.",
+        "Squared difference of the sliced stream from the dense one behind each block, as a share of its energy.",
         [line],
         x="block",
         y="error",
