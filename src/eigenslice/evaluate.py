@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
 from eigenslice.checkpoint.source import load_tokenizer, locate, no_bars, refuse_missing
 from eigenslice.data import evaluation_tokens
@@ -69,6 +69,8 @@ def load_model(
     target = resolve_device(device)
     folder, gguf = locate(name)
     extra: dict[str, Any] = {"gguf_file": gguf} if gguf else {}
+    # Where the package `kernels` is, transformers would leave the weights quantized, and so slow to multiply by
+    unpacked = {"quantization_config": GgufConfig(dequantize=True)} if gguf else {}
     wanted = dtype or ("float32" if target.type == "cpu" else "auto")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
@@ -81,6 +83,7 @@ def load_model(
                 use_safetensors=True,
                 output_loading_info=True,
                 **extra,
+                **unpacked,
             )
     except Exception as error:  # whatever configs, safetensors and models raise
         first = (str(error).strip().splitlines() or [""])[0]

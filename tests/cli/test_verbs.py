@@ -1,4 +1,4 @@
-"""What slice, inspect and eval print, against transformers loading the folders."""
+"""What slice, inspect, eval and sample print, against transformers loading the folders."""
 
 import json
 import math
@@ -332,3 +332,16 @@ def test_without_arguments_the_verbs_are_listed(command: Command) -> None:
 def test_version(command: Command) -> None:
     outcome = command("--version")
     assert (outcome.code, outcome.out.strip()) == (0, eigenslice.__version__)
+
+
+def test_sample_writes_text_to_calibrate_on(command: Command, model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "sampled.json"
+    outcome = command("sample", model, "-o", file, "--samples", 30, "--seqlen", 30, "--json", "-q")
+    texts = json.loads(file.read_text())
+    assert outcome.json == {"output": str(file), "texts": 30, "characters": sum(map(len, texts))}
+    out = tmp_path / "out"
+    outcome = command(
+        "slice", model, "-o", out, "--width", 24, "--calibration", file, "--samples", 20, "--seqlen", 20, "-q"
+    )
+    assert outcome.code == 0, outcome
+    assert json.loads((out / "eigenslice.json").read_text())["calibration"]["data"] == file.name

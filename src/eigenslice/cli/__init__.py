@@ -12,6 +12,7 @@ from eigenslice.cli import export as export_verb
 from eigenslice.cli import finetune as finetune_verb
 from eigenslice.cli import inspect as inspect_verb
 from eigenslice.cli import report as report_verb
+from eigenslice.cli import sample as sample_verb
 from eigenslice.cli import slice as slice_verb
 from eigenslice.cli.console import errors, output
 from eigenslice.errors import EigensliceError
@@ -41,6 +42,7 @@ def options(
 
 app.command("slice")(slice_verb.slice_)
 app.command("inspect")(inspect_verb.inspect)
+app.command("sample")(sample_verb.sample)
 app.command("eval")(eval_verb.eval_)
 app.command("bench")(bench_verb.bench)
 app.command("finetune")(finetune_verb.finetune)

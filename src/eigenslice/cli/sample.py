@@ -1,0 +1,52 @@
+"""`eigenslice sample`."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from eigenslice.cli.console import output, progress_bar
+
+
+def sample(
+    model: Annotated[str, typer.Argument(help="The dense model: a folder, a hub id or a .gguf file.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help=".json file to write; must not exist.")],
+    samples: Annotated[int, typer.Option(help="Texts to write.")] = 64,
+    seqlen: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Texts at once.")] = 32,
+    temperature: Annotated[float, typer.Option(help="1 draws tokens as the model predicts them.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of beginnings and drawing.")] = 0,
+    device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="Dtype to run in [float32 on CPU, the stored one on a GPU]."),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run its own code.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+) -> None:
+    """Let a model write text by itself, to calibrate with: of all the kinds that it was trained on."""
+    from eigenslice.sampling import SampleOptions, sample_text
+
+    options = SampleOptions(
+        model=model,
+        output=out,
+        samples=samples,
+        seqlen=seqlen,
+        batch=batch,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    with progress_bar(quiet) as progress:
+        texts = sample_text(options, progress)
+    if as_json:
+        output.print_json(json.dumps({"output": str(out), "texts": len(texts), "characters": sum(map(len, texts))}))
+        return
+    line = f"{out}: {len(texts)} texts of {seqlen} tokens; mix it in with --calibration {out}"
+    output.print(line, highlight=False, markup=False, soft_wrap=True)
