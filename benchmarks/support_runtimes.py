@@ -54,7 +54,7 @@ def attempt(check: Callable[[], str]) -> str:
     try:
         return check()
     except Exception as error:  # whatever a model raises is the cell's content
-        return f"no: {' '.join(first_line(error).split())[:110]}"
+        return f"no: {' '.join(first_line(error).split())[:160]}"
 
 
 def both(check: Callable[[Path], str], sliced: Path, dense: Path) -> str:
@@ -102,7 +102,7 @@ def check_vllm_with(python: str) -> Callable[[Path], str]:
         try:
             error = float(check_vllm.log_probability_differences(python, folder).max())
         except RuntimeError as failure:
-            return f"no: {' '.join(str(failure).split())[:110]}"
+            return f"no: {' '.join(str(failure).split())[:160]}"
         return "yes" if error < check_vllm.TOLERANCE else f"no: off by {error:.1e}"
 
     return check
@@ -118,6 +118,6 @@ def check_old_with(python: str) -> Callable[[Path], str]:
         if not (folder / "old.txt").is_file():
             return near(torch.load(folder / "old.pt", weights_only=True), logits(folder))
         text = " ".join((folder / "old.txt").read_text().split())
-        return "no such type" if "does not recognize this architecture" in text else f"no: {text[:110]}"
+        return "no such type" if "does not recognize this architecture" in text else f"no: {text[:160]}"
 
     return check
