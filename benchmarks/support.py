@@ -1,15 +1,16 @@
 """The matrix in docs/support.md: every cell is run on tiny random models, none is filled in by hand.
 
-    python benchmarks/support.py [--old .venv-transformers4/bin/python] [TYPE ...]
+    python benchmarks/support.py [--old .venv-transformers4/bin/python] [--vllm .venv-vllm/bin/python] [TYPE ...]
 
-Results go to benchmarks/results/support.json; types that are named are run again, the others keep their results. The
-checks are those of the tests: the full width against transformers' dense model (float32, within 1e-4 of the largest
-logit), slices against an independent implementation in float64 (within 1e-3).
+Results go to benchmarks/results/support.json after each case. Types and columns that aren't named keep their results.
+Columns of other programs need --old and --vllm, and the packages xllamacpp and openvino in this Python; without them
+they are "not run". The checks are those of the tests: the full width against transformers' dense model (float32, within
+1e-4 of the largest logit), slices against an independent implementation in float64 (within 1e-3), other programs
+against transformers (within 1e-4; vLLM's log-probabilities within 1e-3 nats).
 """
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -22,11 +23,26 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from safetensors.torch import load_file
 from tests import reference, tiny
+from tests.compat import check_vllm
 from tests.conftest import load, relative
+from tests.export import models
 
 from eigenslice import CalibrationOptions, SliceOptions, slice_model
 from eigenslice.arch import TABLES
 from eigenslice.measuring import HEAD_WEIGHT
+from support_runtimes import (
+    IDS,
+    NOT_RUN,
+    attempt,
+    both,
+    check_llama_cpp,
+    check_old_with,
+    check_openvino,
+    check_vllm_with,
+    logits,
+    missing,
+    near,
+)
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/support.json", ROOT / "docs/support.md"
@@ -46,35 +62,14 @@ COLUMNS = {
     "vllm": "vLLM",
     "openvino": "OpenVINO",
 }
-NOT_RUN = "not run"
-WIDTH, IDS = 20, tiny.random_ids(2, 20, seed=5)
-OLD = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, __version__
-assert __version__.startswith("4.57"), __version__
-ids = torch.load(sys.argv[1], weights_only=True)
-for folder in sys.argv[2:]:
-    try:
-        model = AutoModelForCausalLM.from_pretrained(folder).eval()
-        with torch.no_grad():
-            torch.save(model(ids).logits, folder + "/old.pt")
-    except Exception as error:
-        open(folder + "/old.txt", "w").write(type(error).__name__ + ": " + str(error).strip())
-"""
-"""Runs in transformers 4.57: logits, or what went wrong, of some folders."""
-
-
-def near(actual: torch.Tensor, expected: torch.Tensor) -> str:
-    """A cell for logits that should be within 1e-4 of the largest one."""
-    error = float((actual - expected).abs().max() / expected.abs().max())
-    return "yes" if error <= 1e-4 else f"no: off by {error:.1e}"
+WIDTH = 20
 
 
 class Runner:
     """One case: its dense model and what is made of it, in a temporary folder."""
 
-    def __init__(self, case: str, folder: Path) -> None:
-        self.case, self.folder = tiny.CASES[case], folder
+    def __init__(self, case: str, folder: Path, pythons: dict[str, str | None]) -> None:
+        self.case, self.folder, self.pythons = tiny.CASES[case], folder, pythons
         self.table = TABLES[self.case.model_type]
         self.dense = tiny.save(self.case.build(), folder / "dense")
         self.calibration = tiny.calibration_file(folder)
@@ -91,22 +86,17 @@ class Runner:
             )
         return self.made[key]
 
-    @staticmethod
-    def logits(folder: Path, ids: torch.Tensor = IDS, **kwargs: Any) -> torch.Tensor:
-        with torch.no_grad():
-            return load(folder)(ids, **kwargs).logits
-
     def saved(self) -> str:
         return self.slice(width=24).manifest["model_type"].replace("eigenslice", "custom")
 
     def exact(self) -> str:
-        return near(self.logits(self.slice(width=tiny.WIDTH).output), self.logits(self.dense))
+        return near(logits(self.slice(width=tiny.WIDTH).output), logits(self.dense))
 
     def custom(self) -> str:
-        return near(self.logits(self.slice(width=tiny.WIDTH, form="custom").output), self.logits(self.dense))
+        return near(logits(self.slice(width=tiny.WIDTH, form="custom").output), logits(self.dense))
 
     def per_block(self) -> str:
-        return near(self.logits(self.slice(width=tiny.WIDTH, basis="per-block").output), self.logits(self.dense))
+        return near(logits(self.slice(width=tiny.WIDTH, basis="per-block").output), logits(self.dense))
 
     def tied(self) -> str:
         if not load(self.dense).config.tie_word_embeddings:
@@ -118,8 +108,8 @@ class Runner:
         mask[1, :6] = 0
         inputs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
         ids, real = IDS.masked_fill(mask == 0, 0), mask.bool()
-        actual = self.logits(self.slice(width=tiny.WIDTH).output, ids, **inputs)[real]
-        return near(actual, self.logits(self.dense, ids, **inputs)[real])
+        actual = logits(self.slice(width=tiny.WIDTH).output, ids, **inputs)[real]
+        return near(actual, logits(self.dense, ids, **inputs)[real])
 
     def cache(self) -> str:
         model, past, steps = load(self.slice(width=24).output), None, []
@@ -135,7 +125,7 @@ class Runner:
         zero_sum = self.table.norm == "layer" and (result.manifest["form"] == "stock" or bool(self.table.mlp.stacked))
         model = reference.load_wide(self.dense, self.case.widest)
         tokens = load_file(self.calibration)["calibration"]
-        error = relative(self.logits(result.output), expected(model, tokens, WIDTH - zero_sum))
+        error = relative(logits(result.output), expected(model, tokens, WIDTH - zero_sum))
         return "yes" if error <= 1e-3 else f"no: off by {error:.1e}"
 
     def sliced(self) -> str:
@@ -161,36 +151,47 @@ class Runner:
         model, plan = load(result.output), result.manifest["plan"]
         sizes = sum({t.data_ptr(): t.numel() for t in model.state_dict().values()}.values())
         right = plan["neurons"] == 40 and sizes == result.manifest["parameters"]["stored"]
-        return "yes" if right and torch.isfinite(self.logits(result.output)).all() else "no"
+        return "yes" if right and torch.isfinite(logits(result.output)).all() else "no"
+
+    def again(self, name: str, width: int, rows: int, tokenizer: Any = None, **config: Any) -> tuple[Path, Path]:
+        """The slice, and the dense model, of the case with other numbers in its config."""
+        folder = self.folder / name
+        folder.mkdir()
+        if tokenizer:
+            tokenizer.save_pretrained(folder / "dense")
+        dense = tiny.save(
+            tiny.tiny_model(self.case.model_type, self.case.config | self.case.extra | config), folder / "dense"
+        )
+        data = CalibrationOptions(data=str(tiny.calibration_file(folder, rows)))
+        sliced = slice_model(
+            SliceOptions(model=str(dense), output=folder / "sliced", width=width, calibration=data)
+        ).output
+        return sliced, dense
+
+    def old(self) -> str:
+        if not self.pythons["old"] or self.saved() == "custom":
+            return NOT_RUN
+        return both(check_old_with(self.pythons["old"]), self.slice(width=24).output, self.dense)
+
+    def llama_cpp(self) -> str:
+        made = self.again("gguf", 24, 12, models.tokenizer(), vocab_size=models.VOCABULARY)
+        return both(check_llama_cpp, *made)
+
+    def vllm(self) -> str:
+        if not self.pythons["vllm"]:
+            return NOT_RUN
+        made = self.again("vllm", check_vllm.WIDTH, check_vllm.CALIBRATION_ROWS, **check_vllm.wide(self.case))
+        return both(check_vllm_with(self.pythons["vllm"]), *made)
+
+    def openvino(self) -> str:
+        return both(check_openvino, self.slice(width=24).output, self.dense)
 
 
-def run_case(case: str, folder: Path) -> tuple[dict[str, str], Path | None]:
-    """Every column's result for one case, but transformers 4.57's; and where its stock result is."""
-    row: dict[str, str] = {}
-    runner = Runner(case, folder)
-    for column in COLUMNS:
-        check = getattr(runner, column, None)
-        try:
-            row[column] = check() if check else NOT_RUN
-        except Exception as error:  # whatever a model raises is the cell's content
-            row[column] = f"no: {type(error).__name__}: {str(error).strip().splitlines()[0][:90]}"
-    stock = row["saved"] not in ("custom", NOT_RUN) and not row["saved"].startswith("no")
-    return row, runner.slice(width=24).output if stock else None
-
-
-def run_old(python: str, folders: list[Path], ids: Path) -> list[str]:
-    """Whether each folder's model has the same logits in transformers 4.57."""
-    torch.save(IDS, ids)
-    subprocess.run([python, "-c", OLD, ids, *folders], check=True, capture_output=True)
-    cells = []
-    for folder in folders:
-        if (folder / "old.txt").is_file():
-            text = (folder / "old.txt").read_text()
-            unknown = "does not recognize this architecture" in text
-            cells.append("no such type" if unknown else f"no: {' '.join(text.split())[:110]}")
-        else:
-            cells.append(near(torch.load(folder / "old.pt", weights_only=True), Runner.logits(folder)))
-    return cells
+def run_case(runner: Runner, columns: list[str]) -> dict[str, str]:
+    """These columns' results for one case."""
+    return {
+        column: NOT_RUN if missing(column) else attempt(getattr(runner, column.replace(".", "_"))) for column in columns
+    }
 
 
 def page(results: dict[str, dict[str, str]]) -> str:
@@ -201,8 +202,11 @@ def page(results: dict[str, dict[str, str]]) -> str:
         "Made by `python benchmarks/support.py` from runs on tiny random models; no cell is filled in by hand. A type",
         "has a row for each variant that was run. *untied*: the embeddings of this variant aren't tied. *none*: the",
         "table has no neurons to cut. *not run*: nobody has tried, which includes what needs another program.",
-        "transformers 4.57 gets the stock result, at 24 of 32 numbers, and, where that fails, the dense model as",
-        "transformers 5 saves it.",
+        "transformers 4.57 gets the stock result, at 24 of 32 numbers. OpenVINO gets it, or the custom one: a prompt",
+        "at once, another one token by token. llama.cpp gets one of that width from a model with a tokenizer that it",
+        f"has, vLLM one of {check_vllm.WIDTH} of {check_vllm.WIDE['hidden_size']} numbers. Where one of these fails,",
+        "the dense model as transformers 5 saves it is tried, too. *not written*: `eigenslice export` refuses this",
+        "type or, where there is a number, this variant.",
         "",
         "| variant | type | " + " | ".join(COLUMNS.values()) + " |",
         "| --- " * (len(COLUMNS) + 2) + "|",
@@ -214,9 +218,10 @@ def page(results: dict[str, dict[str, str]]) -> str:
         cells = []
         for column in COLUMNS:
             cell = results[case].get(column, NOT_RUN)
-            if cell.startswith("no: "):
-                notes.append(f"{len(notes) + 1}. {case}, {COLUMNS[column]}: {cell[4:]}")
-                cell = f"no ({len(notes)})"
+            cell, colon, note = cell.partition(": ")
+            if colon:
+                notes.append(f"{len(notes) + 1}. {case}, {COLUMNS[column]}: {note}")
+                cell = f"{cell} ({len(notes)})"
             cells.append(cell)
         lines.append(f"| {case} | `{tiny.CASES[case].model_type}` | " + " | ".join(cells) + " |")
     return "\n".join([*lines, *(["", *notes] if notes else []), ""])
@@ -226,27 +231,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types to run; all if none is named")
     parser.add_argument("--old", help="a Python with transformers 4.57")
+    parser.add_argument("--vllm", help="a Python with vLLM")
+    parser.add_argument("--columns", help="columns to run, with commas between them; the others keep their results")
     options = parser.parse_args()
+    columns = options.columns.split(",") if options.columns else list(COLUMNS)
+    for column in columns:
+        if column not in COLUMNS:
+            parser.error(f"--columns {column}: none of {', '.join(COLUMNS)}")
+        if options.columns and (missing(column) or not getattr(options, column, True)):
+            parser.error(f"--columns {column}: the program isn't here, or --{column} doesn't say where")
+    pythons = {"old": options.old, "vllm": options.vllm}
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
-    with tempfile.TemporaryDirectory() as root:
-        stock: dict[str, Path] = {}
-        for case in tiny.CASES:
-            if not options.types or tiny.CASES[case].model_type in options.types:
-                (folder := Path(root) / case).mkdir()
-                results[case], output = run_case(case, folder)
-                print(case, {column: cell for column, cell in results[case].items() if cell not in ("yes", NOT_RUN)})
-                if output:
-                    stock[case] = output
-        if options.old and stock:
-            ids = Path(root) / "ids.pt"
-            cells = run_old(options.old, list(stock.values()), ids)
-            dense = run_old(options.old, [Path(root) / case / "dense" for case in stock], ids)
-            for case, cell, without in zip(stock, cells, dense, strict=True):
-                also = cell.startswith("no: ") and without.startswith("no: ")
-                results[case]["old"] = cell + (" (and so does the dense model)" if also else "")
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    PAGE.write_text(page(results))
+    for case, variant in tiny.CASES.items():
+        if options.types and variant.model_type not in options.types:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            cells = run_case(Runner(case, Path(folder), pythons), columns)
+        results[case] = results.get(case, {}) | cells
+        print(case, {column: cell for column, cell in cells.items() if cell not in ("yes", NOT_RUN)}, flush=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        PAGE.write_text(page(results))
 
 
 if __name__ == "__main__":

@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import PreTrainedTokenizerFast
 
+from eigenslice.export.llama_cpp import LlamaCpp
 from tests import tiny
 
 SPLITS = {  # as in the tokenizer.json of Llama 3, Qwen2 and Mistral Nemo
@@ -87,3 +89,13 @@ def save(folder: Path, case: str = "llama", split: str = "gpt-2", **config: Any)
     model = tiny.tiny_model(model_type, CONFIG | extra | config)
     tokenizer(split).save_pretrained(folder)
     return tiny.save(model, folder)
+
+
+def log_probabilities(path: Path, ids: list[int]) -> torch.Tensor:
+    """What llama.cpp predicts after each prefix: (tokens, vocabulary)."""
+    rows = torch.full((len(ids), VOCABULARY), float("nan"))
+    with LlamaCpp(path, exact=True) as runtime:
+        for i in range(len(ids)):
+            for token, value in runtime.next_tokens(ids[: i + 1], VOCABULARY).items():
+                rows[i, token] = value
+    return rows

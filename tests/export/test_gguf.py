@@ -18,7 +18,7 @@ from eigenslice.options import CalibrationOptions, ExportOptions
 from tests import tiny
 from tests.conftest import Slicer, load
 from tests.export import models
-from tests.export.models import VOCABULARY
+from tests.export.models import log_probabilities
 from tests.messages import check_message
 
 pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed: pip install 'eigenslice[gguf]'")
@@ -49,16 +49,6 @@ def exported(tmp_path: Path) -> Exporter:
         return export_model(ExportOptions(model=str(folder), output=output, to="gguf", type=type_, **options))
 
     return run
-
-
-def log_probabilities(path: Path, ids: list[int]) -> torch.Tensor:
-    """What llama.cpp predicts after each prefix: (tokens, vocabulary)."""
-    rows = torch.full((len(ids), VOCABULARY), float("nan"))
-    with LlamaCpp(path, exact=True) as runtime:
-        for i in range(len(ids)):
-            for token, value in runtime.next_tokens(ids[: i + 1], VOCABULARY).items():
-                rows[i, token] = value
-    return rows
 
 
 @pytest.mark.parametrize("case", models.CASES)

@@ -1,14 +1,19 @@
 """The function that is exported is the model: with a past, with padding, with windows."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers.cache_utils import DynamicCache
 
+from eigenslice.errors import ExportError
+from eigenslice.export import export_model, openvino
 from eigenslice.export.graph import CachedModel, graph_of
+from eigenslice.options import ExportOptions
 from tests import tiny
 from tests.conftest import Slicer, load
+from tests.messages import check_message
 
 CASES = ["llama", "mistral-window", "qwen2-window", "qwen3", "phi", "opt", "gpt_neox"]
 
@@ -44,3 +49,14 @@ def test_present_is_what_transformers_caches() -> None:
     for i, layer in enumerate(cache.layers):
         assert torch.equal(present[2 * i], layer.keys)
         assert torch.equal(present[2 * i + 1], layer.values)
+
+
+def test_what_cannot_be_traced_is_refused(run_slice: Slicer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BLOOM computes its biases from a mask of two dimensions."""
+    monkeypatch.setattr(openvino, "require", lambda: None)  # tracing comes first
+    folder = run_slice("bloom", width=24).output
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(ExportError) as caught:
+        export_model(ExportOptions(model=str(folder), output=tmp_path / "o", to="openvino", check=False))
+    check_message(caught.value, "--to openvino can't hold this 'eigenslice' model (ValueError: too many values")
+    assert set(tmp_path.rglob("*")) == before

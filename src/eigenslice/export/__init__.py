@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from eigenslice.checkpoint.output import check_output
 from eigenslice.checkpoint.source import TOKENIZER_FILES, locate
-from eigenslice.errors import CheckpointError, OptionsError, OutputError
+from eigenslice.errors import CheckpointError, EigensliceError, ExportError, OptionsError, OutputError, first_line
 from eigenslice.evaluate import LoadedModel, load_model
 from eigenslice.export.check import Agreement, Runtime
 from eigenslice.options import ExportOptions
@@ -65,7 +65,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, done
         CheckpointError: the model can't be read.
         UnsupportedModelError: the runtime can't run it.
         OptionsError: a type that this model can't be stored in, or a package that isn't installed.
-        ExportError: the runtime computes something else. Nothing is left then.
+        ExportError: the format can't hold this model, or the runtime computes something else. Nothing is left then.
         OutputError: the output exists, or can't be written.
     """
     writers = {"gguf": _export_gguf, "openvino": _export_openvino, "onnx": _export_onnx}
@@ -205,7 +205,16 @@ def _export_graph(
     with _complete(options.output) as target:
         target.mkdir()
         progress("tracing", 0, 1)
-        write(target, graph_of(loaded.model))
+        try:
+            write(target, graph_of(loaded.model))
+        except (EigensliceError, OSError):
+            raise
+        except Exception as error:  # tracers and converters raise all kinds
+            raise ExportError(
+                f"--to {options.to} can't hold this {loaded.model.config.model_type!r} model ({first_line(error)})",
+                allowed="models that torch.export traces and whose operations the format has",
+                next_step="run it with transformers or vLLM (docs/serving.md)",
+            ) from error
         progress("tracing", 1, 1)
         for file in COMPANIONS:
             if (folder / file).is_file():

@@ -48,7 +48,10 @@ def write_openvino(folder: Path, graph: Graph, compress: bool) -> None:
     openvino = require()
     with torch.no_grad():
         program = torch.export.export(graph.module, graph.arguments, dynamic_shapes=graph.dynamic, strict=False)
-    model = openvino.convert_model(program)
+    try:
+        model = openvino.convert_model(program)
+    except openvino.frontend.OpConversionFailure as error:  # its last line names the operations
+        raise RuntimeError(str(error).strip().splitlines()[-1].lstrip("- ")) from error
     for port, name in zip(model.inputs, [*INPUTS, *graph.past], strict=True):
         port.get_tensor().set_names({name})
     for port, name in zip(model.outputs, [LOGITS, *graph.present], strict=True):
