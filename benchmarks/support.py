@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--old", help="a Python with transformers 4.57")
     parser.add_argument("--vllm", help="a Python with vLLM")
     parser.add_argument("--columns", help="columns to run, with commas between them; the others keep their results")
+    parser.add_argument("--first", action="store_true", help="only the first variant of each type")
     options = parser.parse_args()
     columns = options.columns.split(",") if options.columns else list(COLUMNS)
     for column in columns:
@@ -243,8 +244,11 @@ def main() -> None:
     pythons = {"old": options.old, "vllm": options.vllm}
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    first = {variant.model_type: case for case, variant in reversed(tiny.CASES.items())}
     for case, variant in tiny.CASES.items():
         if options.types and variant.model_type not in options.types:
+            continue
+        if options.first and case != first[variant.model_type]:
             continue
         with tempfile.TemporaryDirectory() as folder:
             cells = run_case(Runner(case, Path(folder), pythons), columns)

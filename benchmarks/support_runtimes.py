@@ -1,5 +1,6 @@
 """Cells of docs/support.md that need another program: each runs a folder there and compares it with transformers."""
 
+import re
 import subprocess
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -49,12 +50,17 @@ def near(actual: torch.Tensor, expected: torch.Tensor) -> str:
     return "yes" if error <= 1e-4 else f"no: off by {error:.1e}"
 
 
+def failure(words: str) -> str:
+    """A cell with the beginning of a message, without addresses, which differ in each run."""
+    return "no: " + re.sub(r" at 0x[0-9a-f]+", "", " ".join(words.split()))[:160]
+
+
 def attempt(check: Callable[[], str]) -> str:
     """A check's cell, or one with what it raised."""
     try:
         return check()
     except Exception as error:  # whatever a model raises is the cell's content
-        return f"no: {' '.join(first_line(error).split())[:160]}"
+        return failure(first_line(error))
 
 
 def both(check: Callable[[Path], str], sliced: Path, dense: Path) -> str:
@@ -101,8 +107,8 @@ def check_vllm_with(python: str) -> Callable[[Path], str]:
     def check(folder: Path) -> str:
         try:
             error = float(check_vllm.log_probability_differences(python, folder).max())
-        except RuntimeError as failure:
-            return f"no: {' '.join(str(failure).split())[:160]}"
+        except RuntimeError as refusal:
+            return failure(str(refusal))
         return "yes" if error < check_vllm.TOLERANCE else f"no: off by {error:.1e}"
 
     return check
@@ -117,7 +123,7 @@ def check_old_with(python: str) -> Callable[[Path], str]:
         subprocess.run([python, "-c", OLD, ids, folder], check=True, capture_output=True)
         if not (folder / "old.txt").is_file():
             return near(torch.load(folder / "old.pt", weights_only=True), logits(folder))
-        text = " ".join((folder / "old.txt").read_text().split())
-        return "no such type" if "does not recognize this architecture" in text else f"no: {text[:160]}"
+        text = (folder / "old.txt").read_text()
+        return "no such type" if "does not recognize this architecture" in text else failure(text)
 
     return check
