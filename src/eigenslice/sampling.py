@@ -5,7 +5,6 @@ temperature 1 from random beginnings is a sample of what it learnt (arXiv 2410.1
 """
 
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from transformers import GenerationConfig, set_seed
 
-from eigenslice.checkpoint.output import check_output
-from eigenslice.errors import OptionsError, OutputError
+from eigenslice.checkpoint.output import check_output, write_whole
+from eigenslice.data.tokens import ordinary_tokens
+from eigenslice.errors import OptionsError
 from eigenslice.evaluate import load_model
 from eigenslice.options import DtypeName
 from eigenslice.progress import Progress, no_progress
@@ -120,28 +120,12 @@ def sample_text(options: SampleOptions, progress: Progress = no_progress) -> lis
             ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
         texts += tokenizer.batch_decode(ids[:, len(start) :], skip_special_tokens=True)
     progress("sampling", options.samples, options.samples)
-    _write(options.output, texts)
+    write_whole(options.output, json.dumps(texts, ensure_ascii=False, indent=0))
     return texts
 
 
 def _first_tokens(tokenizer: Any, vocabulary: int, options: SampleOptions) -> torch.Tensor:
     """One random token for each text, (samples,); no special ones."""
-    special = set(tokenizer.all_special_ids)
-    ordinary = torch.tensor([i for i in range(min(vocabulary, len(tokenizer))) if i not in special])
+    ordinary = ordinary_tokens(tokenizer, vocabulary)
     generator = torch.Generator().manual_seed(options.seed)
     return ordinary[torch.randint(len(ordinary), (options.samples,), generator=generator)]
-
-
-def _write(path: Path, texts: list[str]) -> None:
-    """The file appears whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-            json.dump(texts, file, ensure_ascii=False, indent=0)
-        Path(file.name).replace(path)
-    except OSError as error:
-        raise OutputError(
-            f"writing {path} failed: {error}",
-            allowed="a place with enough free space and the right to write",
-            next_step="free space or choose another --output",
-        ) from error

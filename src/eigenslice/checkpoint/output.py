@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -181,6 +182,34 @@ def _failed(output: Path, error: OSError, work: WorkFolder | None = None) -> Out
         allowed="a folder with enough free space and the right to write",
         next_step=f"free space or choose another --output{again}",
     )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, which appears whole or not at all; one that is there is replaced.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    try:
+        path.absolute().parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.absolute().parent, prefix=f".{path.name[:40]}-", encoding="utf-8", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            try:
+                file.write(text)
+                file.close()
+                temporary.chmod(0o644)
+                temporary.rename(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise OutputError(
+            f"writing {path} failed: {error}",
+            allowed="a folder with enough free space and the right to write",
+            next_step="free space or choose another --output",
+        ) from error
 
 
 def _remove(folders: list[Path]) -> None:

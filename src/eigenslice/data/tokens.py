@@ -88,6 +88,12 @@ def calibration_tokens(
     return tokens
 
 
+def ordinary_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
+    """Ids of all tokens that the tokenizer and the embedding have, (n,); special ones are left out."""
+    special = set(tokenizer.all_special_ids)
+    return torch.tensor([i for i in range(min(vocabulary, len(tokenizer))) if i not in special])
+
+
 def random_sequences(tokens: Tokens, tokenizer: Any, vocabulary: int, share: float, seed: int) -> Tokens:
     """Add sequences of random tokens, so that every part of the vocabulary is seen.
 
@@ -103,8 +109,7 @@ def random_sequences(tokens: Tokens, tokenizer: Any, vocabulary: int, share: flo
     """
     length = int(tokens.description["seqlen"])
     count = math.ceil(share * tokens.description["sequences"])
-    special = set(tokenizer.all_special_ids)
-    ids = torch.tensor([i for i in range(min(vocabulary, len(tokenizer))) if i not in special])
+    ids = ordinary_tokens(tokenizer, vocabulary)
     if not count or not len(ids):
         return tokens
     generator = torch.Generator().manual_seed(seed)

@@ -1,7 +1,6 @@
 """`eigenslice report`: one HTML file that holds everything about a result, and needs nothing else."""
 
 import json
-import tempfile
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from eigenslice._version import __version__
+from eigenslice.checkpoint.output import write_whole
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.manifest import NAME, read_manifest
 from eigenslice.report import figures, measured, story
@@ -99,7 +99,7 @@ def report(options: ReportOptions, progress: Progress = lambda stage, done, tota
             progress,
         )
     page = render(manifest, folder.absolute().name, plots, bench, samples)
-    _write(options.path, page)
+    write_whole(options.path, page)
     return options.path
 
 
@@ -208,25 +208,3 @@ def _check_path(path: Path) -> None:
             allowed="a free name in an existing folder, or an older report",
             next_step="choose another --output",
         )
-
-
-def _write(path: Path, page: str) -> None:
-    try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.absolute().parent, prefix=f".{path.name[:40]}-", encoding="utf-8", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(page)
-                file.close()
-                temporary.chmod(0o644)
-                temporary.rename(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise OutputError(
-            f"writing {path} failed: {error}",
-            allowed="a folder with enough free space and the right to write",
-            next_step="free space or choose another --output",
-        ) from error
