@@ -1,7 +1,6 @@
-"""Plans tried: which tokens they are fitted and measured on, and that the loss is that of the model as saved."""
+"""Plans tried: that the loss is that of the model as saved."""
 
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,108 +10,20 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eigenslice import trials
+from eigenslice import holdout
 from eigenslice.algebra.basis import principal_components
 from eigenslice.algebra.refit import RidgeChoice
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
 from eigenslice.forms import choose_form
+from eigenslice.holdout import trial_batches
 from eigenslice.measuring import measure
 from eigenslice.options import CalibrationOptions
 from eigenslice.plan import Plan
-from eigenslice.stream import Batch, Stream
-from eigenslice.trials import TRIAL, trial_batches, try_plans
+from eigenslice.stream import HELD_OUT_GROUP, Batch, Stream
+from eigenslice.trials import try_plans
 from tests import tiny
 from tests.conftest import Folders, Slicer, load
-
-
-def sequences(batches: list[Batch]) -> list[tuple[int, list[int]]]:
-    """Group and tokens of each sequence."""
-    return [(batch.group, row.tolist()) for batch in batches for row in batch.input_ids]
-
-
-def batch(group: int, rows: int, tokens: int = 10) -> Batch:
-    """Sequences that differ from each other and from those of other groups."""
-    ids = torch.arange(rows)[:, None] + 1000 * group + 100 * torch.arange(1, tokens + 1)
-    return Batch(ids, group=group)
-
-
-def origin(row: list[int]) -> int:
-    return row[0] // 1000
-
-
-def test_every_third_sequence_of_each_group_is_held_out() -> None:
-    given = [batch(0, 6), batch(1, 4), batch(0, 3), batch(2, 9)]
-    rows = {group: [row for g, row in sequences(given) if g == group] for group in (0, 1, 2)}
-    chosen = sequences(trial_batches(given))
-    held = [row for group, row in chosen if group == TRIAL]
-    fitted = [row for group, row in chosen if group != TRIAL]
-    assert sorted(held) == sorted(row for some in rows.values() for row in some[2::3])
-    assert sorted(fitted + held) == sorted(row for some in rows.values() for row in some)
-    assert all(group == origin(row) for group, row in chosen if group != TRIAL)
-
-
-def test_no_token_is_fitted_and_measured_on() -> None:
-    chosen = sequences(trial_batches([batch(group, 7) for group in range(5)]))
-    held, fitted = ([row for group, row in chosen if (group == TRIAL) == kind] for kind in (True, False))
-    assert held
-    assert fitted
-    assert not [row for row in held if row in fitted]
-
-
-def test_groups_have_equal_shares_of_the_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "FIT_TOKENS", 80)
-    monkeypatch.setattr(trials, "TRIAL_TOKENS", 40)
-    chosen = sequences(trial_batches([batch(group, 30) for group in range(4)]))
-    held, fitted = (Counter(origin(r) for g, r in chosen if (g == TRIAL) == kind) for kind in (True, False))
-    assert held == dict.fromkeys(range(4), 1)
-    assert fitted == dict.fromkeys(range(4), 2)
-
-
-def test_tokens_are_few() -> None:
-    chosen = trial_batches([batch(group, 100, tokens=512) for group in range(3)])
-    counts = {kind: sum(b.tokens for b in chosen if (b.group == TRIAL) == kind) for kind in (True, False)}
-    assert trials.TRIAL_TOKENS <= counts[True] < trials.TRIAL_TOKENS + 512
-    assert trials.FIT_TOKENS <= counts[False] < trials.FIT_TOKENS + 512
-
-
-def test_padding_counts_for_no_share_and_travels_with_its_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trials, "FIT_TOKENS", 12)
-    ids = torch.arange(90).view(9, 10)
-    mask = torch.ones(9, 10, dtype=torch.int64)
-    mask[:, :6] = 0
-    mask[1] = 0
-    chosen = trial_batches([Batch(ids, mask)])
-    assert all(b.tokens == 4 for b in chosen)
-    assert sum(b.group != TRIAL for b in chosen) == 3
-    for b in chosen:
-        assert b.attention_mask is not None
-        assert b.attention_mask.tolist() == [[0] * 6 + [1] * 4]
-        assert b.input_ids.shape == (1, 10)
-    assert ids[1].tolist() not in [row for _, row in sequences(chosen)]
-
-
-@pytest.mark.parametrize("only_padding", [0, 2])
-def test_a_sequence_of_padding_is_neither_fitted_nor_measured_on(only_padding: int) -> None:
-    mask = torch.ones(3, 10, dtype=torch.int64)
-    mask[only_padding] = 0
-    chosen = trial_batches([Batch(batch(0, 3).input_ids, mask)])
-    assert [b.tokens for b in chosen] == [10, 10]
-    assert sorted(b.group for b in chosen) == [TRIAL, 0]
-
-
-def test_a_single_sequence_serves_for_both() -> None:
-    (first, second) = trial_batches([batch(0, 1)])
-    assert (first.group, second.group) == (0, TRIAL)
-    assert torch.equal(first.input_ids, second.input_ids)
-
-
-@pytest.mark.parametrize("groups", [[2], [1, 1], [1, 2], [2, 2, 2, 2]])
-def test_of_few_sequences_the_last_is_held_out(groups: list[int]) -> None:
-    given = [batch(group, rows) for group, rows in enumerate(groups)]
-    chosen = sequences(trial_batches(given))
-    assert [group == TRIAL for group, _ in chosen] == [False] * (sum(groups) - 1) + [True]
-    assert sorted(row for _, row in chosen) == sorted(row for _, row in sequences(given))
 
 
 def divergence(dense: Any, sliced: Any, ids: Tensor, mask: Tensor | None) -> float:
@@ -143,6 +54,7 @@ def test_the_loss_is_that_of_the_model_that_would_be_saved(
 ) -> None:
     """Slicing with the tokens that were fitted on, to the same plan, gives a model that loses as much elsewhere."""
     monkeypatch.setattr(RidgeChoice, "choose", lambda *_: 0.1)
+    monkeypatch.setattr(holdout, "HELD_OUT_SHARE", 100)  # trials fit no gain before the head, either
     folder = dense_folder(case)
     dense, model = DenseModel(open_source(str(folder))), load(folder)
     ids, held_out = tiny.random_ids(12, 24, seed=1), tiny.random_ids(5, 24, seed=2)
@@ -150,7 +62,7 @@ def test_the_loss_is_that_of_the_model_that_would_be_saved(
     if padded:
         mask[::3, :9], held_mask[0, :9], held_mask[3, 4:] = 0, 0, 0
     fit = [Batch(ids[i : i + 3], mask[i : i + 3] if padded else None, i % 4) for i in range(0, 12, 3)]
-    trial = [Batch(held_out[i : i + 1], held_mask[i : i + 1] if padded else None, TRIAL) for i in range(5)]
+    trial = [Batch(held_out[i : i + 1], held_mask[i : i + 1] if padded else None, HELD_OUT_GROUP) for i in range(5)]
     plans = plans_of(dense, [(24, 56), (tiny.WIDTH, 32), (20, 40)])
     losses = tried(dense, plans, fit, [*fit[:2], *trial[:3], *fit[2:], *trial[3:]])
     file = tmp_path / "fit.safetensors"
@@ -169,7 +81,7 @@ def test_nothing_is_lost_where_nothing_is_cut(case: str, dense_folder: Folders) 
     dense = DenseModel(open_source(str(dense_folder(case))))
     plans = plans_of(dense, [(24, 56), (tiny.WIDTH, 56), (tiny.WIDTH, 48)])
     batches = trial_batches([Batch(tiny.random_ids(3, 24, seed), group=seed) for seed in range(4)])
-    losses = tried(dense, plans, [b for b in batches if b.group != TRIAL], batches)
+    losses = tried(dense, plans, [b for b in batches if b.group != HELD_OUT_GROUP], batches)
     assert abs(losses[1]) < 1e-6
     assert min(losses[0], losses[2]) > 1e-4
 

@@ -9,8 +9,8 @@ import torch
 
 from eigenslice.algebra.covariance import gram_matrix
 from eigenslice.dense import DenseModel
+from eigenslice.holdout import FIT_TOKENS, TRIAL_TOKENS
 from eigenslice.stream import Batch, Stream
-from eigenslice.trials import FIT_TOKENS, TRIAL_TOKENS
 
 PROBE_TOKENS = 512
 """Tokens that a block is timed on."""

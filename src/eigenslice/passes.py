@@ -7,10 +7,20 @@ from typing import Any
 import torch
 
 from eigenslice.algebra.basis import Spectrum, principal_components
-from eigenslice.assembly import block_names, global_basis, site_basis, slice_embeddings, slice_head, stock_block
+from eigenslice.assembly import (
+    GlobalBasis,
+    block_names,
+    global_basis,
+    site_basis,
+    slice_embeddings,
+    slice_head,
+    stock_block,
+)
 from eigenslice.checkpoint.writer import ShardWriter
 from eigenslice.data import Tokens
 from eigenslice.dense import DenseModel, NamedTensors, Tensors
+from eigenslice.head import GainFit, fit_gain, sliced_head
+from eigenslice.holdout import hold_out
 from eigenslice.manifest import site_summary
 from eigenslice.measuring import Measurement
 from eigenslice.offload import Offload
@@ -19,7 +29,7 @@ from eigenslice.progress import Progress
 from eigenslice.ranks import Ranks
 from eigenslice.refitting import SlicedTwin
 from eigenslice.resume import RunState
-from eigenslice.stream import STREAMS, Batch, Stream, share_batches
+from eigenslice.stream import HELD_OUT_GROUP, STREAMS, Batch, Stream, share_batches
 from eigenslice.transform import SiteBasis, identity_basis, slice_block
 
 STAGE = "slicing"
@@ -55,6 +65,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Fit:
+    """What fitting found beside the blocks' weights.
+
+    Attributes:
+        reading: What an untied head reads, (D, width).
+        errors: Those that are left behind each block.
+        gain: What the head's input is multiplied by; None where too few sequences were there to hold some out.
+    """
+
+    reading: torch.Tensor | None
+    errors: list[dict[str, Any]]
+    gain: GainFit | None
+
+
+@dataclass(frozen=True)
 class Slicing:
     """The last pass of a run.
 
@@ -85,28 +110,35 @@ class Slicing:
             self.write(block_names(dense, index, stock_block(dense, plan, index, tensors), plan.site_widths[0]))
 
         self.write(slice_embeddings(dense, plan, basis.site, dtype))
-        reading, errors = None, []
+        found_by_fit: dict[str, Any] = {"refit_errors": []}
+        reading, tied_gain = None, basis.tied_gain
         if refitted:
-            reading, errors = self._fit(basis.site, kept, lambda index, tensors: write_block(index, tensors.items()))
+            fit = self._fit(basis, kept, lambda index, tensors: write_block(index, tensors.items()))
+            reading, found_by_fit["refit_errors"] = fit.reading, fit.errors
+            if fit.gain:
+                found_by_fit["head_gain"] = fit.gain.describe()
+                if tied_gain is not None:
+                    tied_gain = tied_gain * fit.gain.gain
+                else:
+                    reading = (basis.site.reading if reading is None else reading) * fit.gain.gain
         else:
             for index in range(dense.blocks):
                 run.progress(STAGE, index, dense.blocks)
                 bases = [basis.site] * (len(sites) + 1)
                 write_block(index, slice_block(sites, dense.block(index), bases, False, kept[index]))
-        self.write(slice_head(dense, plan, basis.site, basis.tied_gain, dtype, reading))
+        self.write(slice_head(dense, plan, basis.site, tied_gain, dtype, reading))
         run.progress(STAGE, dense.blocks, dense.blocks)
-        return {"spectra": [site_summary("all sites", spectrum, basis.site.width)], "refit_errors": errors}
+        return {"spectra": [site_summary("all sites", spectrum, basis.site.width)]} | found_by_fit
 
-    def _fit(
-        self, basis: SiteBasis, kept: list[torch.Tensor | None], write: Callable[[int, Tensors], None]
-    ) -> tuple[torch.Tensor | None, list[dict[str, Any]]]:
-        """Fit all blocks beside the dense stream; what an untied head reads, and the errors that are left."""
+    def _fit(self, basis: GlobalBasis, kept: list[torch.Tensor | None], write: Callable[[int, Tensors], None]) -> Fit:
+        """Fit all blocks beside the dense stream, and then the head's gain."""
         run, state = self.run, self.run.state
-        stream, groups = run.stream(), {batch.group for batch in run.tokens.batches}
+        stream, batches = run.stream(), hold_out(run.tokens.batches)
+        groups = {batch.group for batch in batches} - {HELD_OUT_GROUP}
         twin = SlicedTwin(
             run.dense,
             self.plan,
-            basis,
+            basis.site,
             kept,
             run.dtype,
             write,
@@ -120,7 +152,7 @@ class Slicing:
             errors = list(position.content["errors"])
             self.writer.checksums.update(position.content["written"])
         report = run.report(STAGE)
-        for site in stream.walk(run.batches, position=position, hold=True):
+        for site in stream.walk(share_batches(batches, run.ranks), position=position, hold=True):
             report(site.block)
             if not site.resumed:
                 twin.arrive(site)
@@ -130,7 +162,8 @@ class Slicing:
                     content = {"fits": twin.content(), "errors": errors, "written": self.writer.checksums}
                     state.save(STAGE, site.block, streams, {}, content)
             twin.leave(site)
-        return twin.reading, errors
+        head = sliced_head(run.dense, self.plan, basis, twin.reading)
+        return Fit(twin.reading, errors, fit_gain(run.dense, site, twin, head, run.ranks))
 
     def per_block(self) -> dict[str, Any]:
         """A basis for each site, found on the network sliced so far (SliceGPT, section 3.3 and algorithm 1).

@@ -21,7 +21,7 @@ from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import Position
-from eigenslice.stream import RANDOM_GROUP, Activations, BlockRunner, Site, captured_inputs
+from eigenslice.stream import HELD_OUT_GROUP, RANDOM_GROUP, Activations, BlockRunner, Site, captured_inputs
 from eigenslice.transform import SiteBasis, keep_neurons, turn_end
 
 
@@ -104,17 +104,20 @@ class SlicedTwin:
 
         Returns:
             `error`, the squared difference as a share of the dense stream's energy, what was cut included, and
-            `energy_kept`, the share of that energy in the basis: means over tokens, random ones left out.
+            `energy_kept`, the share of that energy in the basis: means over held-out tokens, or over those that layers
+            are fitted on (random ones left out) if none are held out.
         """
-        sums = torch.zeros(3, dtype=torch.float64, device=self._basis.matrix.device)
+        sums = torch.zeros(2, 3, dtype=torch.float64, device=self._basis.matrix.device)  # fitted on, held out
         for number, a in enumerate(site.activations):
             if a.group != RANDOM_GROUP:
                 dense, kept = a.rows(a.hidden), a.rows(self._basis.embed(a.hidden)) / self._basis.scale
                 wrong = (kept - a.rows(self.streams[number]) / self._basis.scale).square().sum(-1)
                 size = dense.square().sum(-1) + dense.shape[-1] * site.eps
                 share = kept.square().sum(-1) / size
-                sums += torch.stack([(wrong / size + 1 - share).sum(), share.sum(), share.new_tensor(len(share))])
-        wrong, share, count = self._ranks.sum(sums).tolist()
+                found = torch.stack([(wrong / size + 1 - share).sum(), share.sum(), share.new_tensor(len(share))])
+                sums[int(a.group == HELD_OUT_GROUP)] += found
+        fitted, held_out = self._ranks.sum(sums).tolist()
+        wrong, share, count = held_out if held_out[-1] else fitted
         return {"error": wrong / count, "energy_kept": share / count}
 
     def leave(self, site: Site) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from eigenslice.algebra.basis import Spectrum, principal_components
+from eigenslice.allocation import STAGE as ALLOCATING
+from eigenslice.allocation import TOKENS, block_losses
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
 from eigenslice.checkpoint.output import check_output, work_folder
 from eigenslice.checkpoint.source import open_source
@@ -17,6 +19,7 @@ from eigenslice.dense import DenseModel, NamedTensors
 from eigenslice.device import resolve_device
 from eigenslice.estimate import activation_bytes
 from eigenslice.forms import custom_config, stock_config
+from eigenslice.holdout import trial_batches
 from eigenslice.manifest import NAME, finished_manifest, manifest, run_identity
 from eigenslice.measuring import Measurement, measure
 from eigenslice.offload import Offload, choose_place
@@ -29,7 +32,8 @@ from eigenslice.ranks import Ranks, join_ranks
 from eigenslice.report.card import CARD, write_card
 from eigenslice.resume import RunState
 from eigenslice.stored import StoredForm
-from eigenslice.trials import trial_batches, try_plans
+from eigenslice.stream import Batch
+from eigenslice.trials import try_plans
 
 TOGETHER = 3
 """Plans that are tried beside one pass of the dense model."""
@@ -86,7 +90,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
         run = Run(dense, tokens, compute, offload, ranks, RunState(work.state, ranks), progress)
         neurons = any(plan.neurons != dense.all_neurons for plan in plans)
         found = _measure(run, neurons) if options.basis == "global" else None
-        plan, trials = _choose(run, plans, found)
+        plan, trials = _choose(run, plans, found, options.multiple if options.keep is not None else None)
         stored = StoredForm(dense, plan)
         writer = ShardWriter(work.result, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
         ranks.on_first(writer.begin)
@@ -144,13 +148,25 @@ def _measure(run: Run, neurons: bool) -> tuple[Measurement, Spectrum]:
 
 
 def _choose(
-    run: Run, plans: list[Plan], found: tuple[Measurement, Spectrum] | None
+    run: Run, plans: list[Plan], found: tuple[Measurement, Spectrum] | None, step: int | None
 ) -> tuple[Plan, list[dict[str, Any]]]:
-    """The plan that loses least on held-out tokens, and what was lost with each one that was tried."""
-    if len(plans) == 1 or found is None:
+    """The plan that loses least on held-out tokens, and what was lost with each one that was tried.
+
+    Args:
+        run: The run.
+        plans: Those that may be tried.
+        found: What the first pass found, with a global basis.
+        step: What numbers of neurons are multiples of, if they may differ from block to block where the class allows
+            it; None leaves the plans as they are.
+    """
+    if found is None:
         return plans[0], []
     measurement, spectrum = found
     batches = trial_batches(run.tokens.batches)
+    if step:
+        plans = _allocate(run, plans, measurement, batches, step)
+    if len(plans) == 1:
+        return plans[0], []
     report, losses = run.report("planning", sum(batch.tokens for batch in batches)), []
     while len(losses) < len(plans):
         some = plans[len(losses) : len(losses) + TOGETHER]
@@ -162,3 +178,24 @@ def _choose(
             break  # those that cut more of the width lose more
     best = min(range(len(losses)), key=losses.__getitem__)
     return plans[best], [plan.describe() | {"kl": loss} for plan, loss in zip(plans, losses, strict=False)]
+
+
+def _allocate(run: Run, plans: list[Plan], measurement: Measurement, batches: list[Batch], step: int) -> list[Plan]:
+    """The plans, those in the custom class with the numbers of neurons by which the blocks lose least together.
+
+    The first of them is tried with equal numbers, too.
+    """
+    dense = run.dense
+    fewer = [plan.neurons[0] for plan in plans if plan.stock is None and plan.neurons[0] < dense.neurons]
+    if not fewer:
+        return plans
+    measured, report = min(fewer), run.report(ALLOCATING, TOKENS * dense.blocks // 2)
+    losses = block_losses(dense, measurement, measured, batches, run.stream(), report, run.state, run.ranks)
+    result = []
+    for plan in plans:
+        if plan.stock is None and plan.neurons[0] < dense.neurons:
+            uneven = replace(plan, neurons=losses.allocate(plan.neurons[0], step))
+            result += [uneven] if result else [uneven, plan]
+        else:
+            result.append(plan)
+    return result

@@ -28,6 +28,8 @@ STREAMS = "dense"
 """Name of the dense model's streams in a saved state."""
 RANDOM_GROUP = -2
 """Group of sequences of random tokens: layers are fitted on them, too, but no basis or ridge is chosen by them."""
+HELD_OUT_GROUP = -1
+"""Group of sequences that run along while layers are fitted on the others: there, errors are those on unseen text."""
 
 
 @dataclass(frozen=True)

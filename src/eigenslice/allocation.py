@@ -1,0 +1,203 @@
+"""Different numbers of MLP neurons in different blocks, for results in the custom class.
+
+Stock configs have one number for all. But blocks aren't alike: where half of one block's neurons are hardly missed, a
+tenth of another's may be. How much is measured, block by block: neurons are cut and the writer is refitted on some
+sequences, and the loss of the whole model is measured on others.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.algebra.refit import DEFAULT_RIDGE
+from eigenslice.dense import DenseModel
+from eigenslice.head import dense_head, divergences
+from eigenslice.measuring import Measurement
+from eigenslice.offload import OffloadedTensors
+from eigenslice.ranks import ALONE, Ranks
+from eigenslice.resume import RunState
+from eigenslice.stream import HELD_OUT_GROUP, Batch, Site, Stream, captured_inputs, share_batches
+
+STAGE = "allocating"
+TOKENS = 2_048
+"""Tokens that losses are measured on."""
+FEWEST = 0.25
+"""Share of its neurons that every block keeps: losses are extrapolated from one number of neurons."""
+
+
+@dataclass(frozen=True)
+class BlockLosses:
+    """What cutting one block's MLP costs.
+
+    Attributes:
+        kl: For each block, KL(dense || dense with only this block cut), in nats per token, (blocks,), float64.
+        measured: Neurons that the block keeps there.
+        error: For each block, the error that is left in what the MLP writes when only so many of the most important
+            neurons are kept, from none to all, (blocks, neurons + 1), float64.
+    """
+
+    kl: Tensor
+    measured: int
+    error: Tensor
+
+    def allocate(self, mean: int, step: int) -> tuple[int, ...]:
+        """How many neurons each block keeps so that together they lose least.
+
+        A block's loss is taken to be proportional to the error in what its MLP writes, and the blocks' losses to add
+        up. For a price per neuron, each block then chooses for itself; the price is what the budget asks for.
+
+        Args:
+            mean: Neurons that a block may keep on average.
+            step: What numbers of neurons are multiples of, where not all are kept.
+        """
+        blocks, neurons = len(self.kl), self.error.shape[1] - 1
+        least = max(step, -(-int(FEWEST * neurons) // step) * step)
+        counts = torch.tensor([*range(least, neurons, step), neurons], device=self.error.device)
+        scale = self.kl / self.error[:, self.measured].clamp_min(torch.finfo(torch.float64).tiny)
+        losses = scale[:, None] * self.error[:, counts]
+        budget = max(mean, least) * blocks
+        low, high = 0.0, float(losses.max()) + 1.0  # no price: all are kept; the highest: the fewest
+        for _ in range(100):
+            price = (low + high) / 2
+            chosen = (losses + price * counts).argmin(1)
+            if int(counts[chosen].sum()) > budget:
+                low = price
+            else:
+                high = price
+        chosen = (losses + high * counts).argmin(1)
+        while True:  # a step of all blocks that the price treats alike may leave some of the budget over
+            room = budget - int(counts[chosen].sum())
+            more = (chosen + 1).clamp_max(len(counts) - 1)
+            gain = (losses.gather(1, chosen[:, None]) - losses.gather(1, more[:, None]))[:, 0]
+            grows = (counts[more] - counts[chosen] <= room) & (more > chosen)
+            if not bool(grows.any()):
+                return tuple(counts[chosen].tolist())
+            chosen[gain.where(grows, gain.new_tensor(-torch.inf)).argmax()] += 1
+
+
+def block_losses(
+    dense: DenseModel,
+    measurement: Measurement,
+    neurons: int,
+    batches: list[Batch],
+    stream: Stream,
+    progress: Callable[[int], None] = lambda block: None,
+    state: RunState | None = None,
+    ranks: Ranks = ALONE,
+) -> BlockLosses:
+    """What cutting each block's MLP alone costs.
+
+    One pass: behind each block's MLP one more stream parts from the dense one, and all run on to the head.
+
+    Args:
+        dense: The model.
+        measurement: Says which neurons are important.
+        neurons: How many the block keeps.
+        batches: From `holdout.trial_batches`; of all ranks.
+        stream: The dense model's.
+        progress: Called with the number of each block.
+        state: Where to keep the result. An interrupted measurement begins again.
+        ranks: Who share the sequences.
+    """
+    finished = state.result(STAGE) if state else None
+    if finished:
+        tensors, _ = finished
+        return BlockLosses(tensors["kl"].to(dense.device), neurons, tensors["error"].to(dense.device))
+    mlp, sites = dense.table.mlp, dense.table.sites(dense.config)
+    errors: list[Tensor] = []
+    streams: list[OffloadedTensors] = []
+    for site in stream.walk(share_batches(_held_out_first(batches), ranks)):
+        progress(site.block)
+        if site.layer is None:
+            break
+        for parted in streams:
+            _run(site, parted)
+        if mlp in sites[site.index]:
+            error, weight = _cut(dense, site, measurement.importance[site.block], neurons, ranks)
+            errors.append(error)
+            streams.append(stream.offload.tensors())
+            for a in site.activations:
+                if a.group == HELD_OUT_GROUP:
+                    streams[-1].append(a.hidden)
+            with _replaced(dense, site, weight):
+                _run(site, streams[-1])
+    heads = [dense_head(dense)] * len(streams)
+    kl = torch.tensor(divergences(dense, site, streams, heads, ranks), dtype=torch.float64, device=dense.device)
+    losses = BlockLosses(kl, neurons, torch.stack(errors))
+    if state:
+        state.finish(STAGE, {"kl": losses.kl, "error": losses.error}, {})
+    return losses
+
+
+def _held_out_first(batches: list[Batch]) -> list[Batch]:
+    """The held-out sequences, shortened to about `TOKENS` together (not those with padding), and then the others."""
+    held_out = [batch for batch in batches if batch.group == HELD_OUT_GROUP]
+    share = min(1.0, TOKENS / sum(batch.tokens for batch in held_out))
+    shortened = []
+    for batch in held_out:
+        whole = batch.input_ids.shape[1]
+        length = whole if batch.attention_mask is not None else max(1, int(share * whole))
+        shortened.append(Batch(batch.input_ids[:, :length], batch.attention_mask, batch.group))
+    return [*shortened, *(batch for batch in batches if batch.group != HELD_OUT_GROUP)]
+
+
+def _run(site: Site, streams: OffloadedTensors) -> None:
+    """Let held-out streams, which are the first ones, pass a site's sublayers."""
+    for number, a in enumerate(site.activations[: len(streams)]):
+        hidden = streams[number]
+        normalized = site.layer.normalize(site.index, hidden)
+        streams[number] = hidden + site.layer.update(site.index, normalized, **a.kwargs[site.block])
+
+
+def _cut(dense: DenseModel, site: Site, importance: Tensor, neurons: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Cut a block's neurons and refit its MLP's writer, by ridge regression on the tokens that aren't held out.
+
+    In the order of importance, with G + r I = L L^T (G the Gram matrix of what the writer W reads), the squared error
+    that is left with k neurons is the sum of |(W L)_j|^2 over j >= k: one factorization gives it for all k.
+
+    Returns:
+        The errors with 0 to all neurons, (neurons + 1,), and the writer's weight for as many as are asked for,
+        (D, neurons), zero where they are cut; both float64.
+    """
+    mlp = dense.table.mlp
+    gram = torch.zeros(dense.neurons, dense.neurons, dtype=torch.float64, device=dense.device)
+    for a in site.activations:
+        if a.group != HELD_OUT_GROUP:
+            hidden = a.hidden
+            with captured_inputs(site.layer, mlp.writers[:1]) as inputs:
+                site.layer.update(site.index, site.layer.normalize(site.index, hidden), **a.kwargs[site.block])
+            weight = torch.rsqrt(a.rows(hidden).square().mean(-1, keepdim=True) + site.eps)
+            gram += gram_matrix(a.rows(inputs[mlp.writers[0]]) * weight)
+    order = importance.argsort(descending=True)
+    gram = ranks.sum(gram)[order][:, order]
+    gram.diagonal().add_(DEFAULT_RIDGE * gram.diagonal().mean().clamp_min(1e-30))
+    factor = torch.linalg.cholesky(gram)
+    writer = _writer(dense, site)[:, order].double()
+    error = (writer @ factor).square().sum(0).flip(0).cumsum(0).flip(0)
+    missing = gram[:neurons, neurons:] @ writer[:, neurons:].T
+    fitted = writer[:, :neurons] + torch.cholesky_solve(missing, factor[:neurons, :neurons]).T
+    cut = torch.zeros_like(writer).index_copy(1, order[:neurons], fitted)
+    return torch.cat([error, error.new_zeros(1)]), ranks.decide(cut)
+
+
+def _writer(dense: DenseModel, site: Site) -> Tensor:
+    """Weight of the MLP's writer in a site's block, (D, neurons)."""
+    name = dense.table.mlp.weight(dense.table.mlp.writers[0])
+    return dense.table.turned({name: site.layer.get_parameter(name)})[name]
+
+
+@contextmanager
+def _replaced(dense: DenseModel, site: Site, weight: Tensor) -> Iterator[None]:
+    """Let the MLP's writer in a site's block have another weight, (D, neurons)."""
+    name = dense.table.mlp.weight(dense.table.mlp.writers[0])
+    parameter = site.layer.get_parameter(name)
+    before = parameter.data
+    parameter.data = dense.table.turned({name: weight.to(before.dtype)})[name].contiguous()
+    try:
+        yield
+    finally:
+        parameter.data = before

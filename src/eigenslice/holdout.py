@@ -1,0 +1,69 @@
+"""Which calibration sequences nothing is fitted on: plans and the head's gain are judged there."""
+
+from itertools import zip_longest
+
+from eigenslice.stream import HELD_OUT_GROUP, RANDOM_GROUP, Batch
+
+FIT_TOKENS = 8_192
+"""Tokens that a trial is fitted on: enough to tell plans apart, not enough to make the best of one."""
+TRIAL_TOKENS = 4_096
+"""Tokens that it is measured on."""
+HELD_OUT_TOKENS = 8_192
+"""Tokens that the last pass holds out, ..."""
+HELD_OUT_SHARE = 8
+"""... but no more than one sequence of so many."""
+
+
+def hold_out(batches: list[Batch]) -> list[Batch]:
+    """All sequences, a few of them in the group that nothing is fitted on.
+
+    These are the last ones of each group, in turns. Of fewer than `HELD_OUT_SHARE` sequences, none is held out.
+    """
+    places: dict[int, list[tuple[int, int]]] = {}
+    for number, batch in enumerate(batches):
+        if batch.group != RANDOM_GROUP:
+            places.setdefault(batch.group, []).extend((number, row) for row in range(len(batch.input_ids)))
+    most, tokens, held = sum(map(len, places.values())) // HELD_OUT_SHARE, 0, set[tuple[int, int]]()
+    for place in (p for turn in zip_longest(*map(reversed, places.values())) for p in turn if p is not None):
+        if len(held) < most and tokens < HELD_OUT_TOKENS:
+            held.add(place)
+            tokens += _rows(batches[place[0]], [place[1]]).tokens
+    result = []
+    for number, batch in enumerate(batches):
+        rows = {
+            kind: [row for row in range(len(batch.input_ids)) if ((number, row) in held) == kind]
+            for kind in (False, True)
+        }
+        result += [_rows(batch, rows[False])] if rows[False] else []
+        result += [_rows(batch, rows[True], HELD_OUT_GROUP)] if rows[True] else []
+    return result
+
+
+def trial_batches(batches: list[Batch]) -> list[Batch]:
+    """A few sequences to fit on and a few others to measure on, in equal shares of all groups.
+
+    Sequences are taken in turns from the groups; every third one is held out. With a single sequence, that one
+    serves for both.
+    """
+    queues: dict[int, list[Batch]] = {}
+    for one in (_rows(batch, [row]) for batch in batches for row in range(len(batch.input_ids))):
+        if one.tokens:  # not all of it is padding
+            queues.setdefault(one.group, []).append(one)
+    chosen: list[Batch] = []
+    room = {False: FIT_TOKENS, True: TRIAL_TOKENS}
+    for turn in range(max(map(len, queues.values()))):
+        for group, queue in queues.items():
+            held = turn % 3 == 2 and group != RANDOM_GROUP
+            if turn < len(queue) and room[held] > 0:
+                room[held] -= queue[turn].tokens
+                chosen.append(_rows(queue[turn], [0], HELD_OUT_GROUP if held else group))
+    if all(batch.group != HELD_OUT_GROUP for batch in chosen):
+        fitted = chosen[:-1] if len(chosen) > 1 else chosen
+        return [*fitted, _rows(chosen[-1], [0], HELD_OUT_GROUP)]
+    return chosen
+
+
+def _rows(batch: Batch, rows: list[int], group: int | None = None) -> Batch:
+    """Some sequences of a batch, in another group if one is given."""
+    mask = None if batch.attention_mask is None else batch.attention_mask[rows]
+    return Batch(batch.input_ids[rows], mask, batch.group if group is None else group)
