@@ -17,7 +17,11 @@ from eigenslice.evaluate import load_model
 from eigenslice.options import DtypeName
 from eigenslice.stream import Batch
 
-SLICED: dict[str, dict[str, Any]] = {"ours": {}, "paper-per-block": {"basis": "per-block", "refit": False}}
+SLICED: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "ours-custom": {"form": "custom"},
+    "paper-per-block": {"basis": "per-block", "refit": False},
+}
 BASELINES: dict[str, Baseline] = {"drop-blocks": drop_blocks, "width-pruning": prune_width}
 RECORD = "quality.json"
 

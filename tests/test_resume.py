@@ -29,10 +29,18 @@ RUNS: dict[str, dict[str, Any]] = {
     "plain": {"width": 24, "refit": False},
     "fitted": {"width": 24, "neurons": 48},
     "planned": {"keep": 0.75},
+    "uneven": {"keep": 0.75, "form": "custom"},
     "per-block": {"width": 24, "basis": "per-block"},
     "offloaded": {"keep": 0.75, "offload": "disk", "shard_gib": 2e-5},
 }
-CASES = {"plain": "gpt_neox", "fitted": "opt", "planned": "llama-tied", "per-block": "opt", "offloaded": "llama-tied"}
+CASES = {
+    "plain": "gpt_neox",
+    "fitted": "opt",
+    "planned": "llama-tied",
+    "uneven": "llama",
+    "per-block": "opt",
+    "offloaded": "llama-tied",
+}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
