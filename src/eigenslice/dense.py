@@ -35,6 +35,7 @@ class DenseModel:
         shapes: Shape of every stored parameter by transformers' name; a tied head isn't stored.
         device: Where folding is computed (in float64).
         neurons: Number of neurons in each MLP; 0 if the table doesn't say that they can be cut.
+        heads: Number of key/value heads in each block; 0 if the table doesn't say that they can be cut.
         in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
         sinusoids: Tables of positions that no checkpoint holds, (positions, D).
     """
@@ -55,6 +56,7 @@ class DenseModel:
         self.eps = self.table.epsilon(self.config)
         self.layer_norm = self.table.norm == "layer"
         self.neurons = self._count_neurons()
+        self.heads = self._count_heads()
         self.sinusoids = self._fixed_positions(model)
         self.in_float32 = frozenset(model._keep_in_fp32_modules_strict or ())
 
@@ -92,6 +94,11 @@ class DenseModel:
             return 0
         writer = f"{self.table.layers}.0.{mlp.weight(mlp.writers[0])}"
         return mlp.turn(mlp.writers[0], self.shapes[writer])[1]
+
+    def _count_heads(self) -> int:
+        if not self.table.attention.heads:
+            return 0
+        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
 
     def _fixed_positions(self, model: Any) -> Tensors:
         """The positions that transformers computes, by the name that they have where they are stored."""

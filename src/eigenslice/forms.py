@@ -62,7 +62,7 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
     }
 
 
-def _dense_config(dense: DenseModel) -> dict[str, Any]:
+def _inner_config(dense: DenseModel) -> dict[str, Any]:
     """The dense config without what belongs to its folder and its old weights, and what every config has anyway."""
     common = PreTrainedConfig().to_dict()
     return {
@@ -76,10 +76,11 @@ def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedCo
     """Config of the custom class."""
     values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
     return SlicedConfig(
-        text_config=_dense_config(dense) | {"tie_word_embeddings": plan.tied},
+        text_config=_inner_config(dense) | {"tie_word_embeddings": plan.tied},
         architecture=architecture(dense),
         site_widths=list(plan.site_widths),
         neurons=list(plan.neurons) if plan.neurons != (dense.neurons,) * dense.blocks else None,
+        key_value_heads=plan.heads,
         shortcuts=plan.shortcuts,
         norm_eps=dense.eps,
         reader_bias=dense.reader_bias,
@@ -121,7 +122,10 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
     """
     form = plan.stock
     assert form is not None
-    values = _dense_config(dense) | {"head_dim": _head_dim(dense.config)}
+    values = _inner_config(dense) | {"head_dim": _head_dim(dense.config)}
+    if plan.heads is not None:  # and as many query heads for each as before
+        queries = dense.config.num_attention_heads // dense.heads * plan.heads
+        values |= {"num_attention_heads": queries, "num_key_value_heads": plan.heads}
     if form.model_type != dense.table.model_type:
         fields = AutoConfig.for_model(form.model_type).to_dict()
         values = {key: value for key, value in values.items() if key in fields}
@@ -186,6 +190,7 @@ def choose_form(
     tied: bool,
     choice: FormChoice,
     neurons: int | tuple[int, ...] | None = None,
+    heads: int | None = None,
 ) -> Plan:
     """Complete a plan: the first stock form that fits, else the custom class.
 
@@ -196,13 +201,14 @@ def choose_form(
         tied: Whether embedding and head are to stay one matrix.
         choice: What the user asked for.
         neurons: MLP neurons, one number or one for each block; None keeps all.
+        heads: Key/value heads of every block; None keeps all.
 
     Raises:
         OptionsError: a stock result was asked for and none fits.
     """
     site_widths = widths(dense, basis, width)
     counts = neurons if isinstance(neurons, tuple) else (neurons or dense.neurons,) * dense.blocks
-    custom = Plan(basis, site_widths, tied, None, counts)
+    custom = Plan(basis, site_widths, tied, None, counts, None if heads == dense.heads else heads)
     if choice == "custom":
         return custom
     reasons: list[str] = []

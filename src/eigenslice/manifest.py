@@ -91,6 +91,7 @@ def manifest(
         "plan": plan.describe(),
         "dense_width": dense.width,
         "dense_neurons": dense.neurons,
+        "dense_heads": dense.heads,
         "site_widths": list(plan.site_widths),
         "tied": plan.tied,
         "dtype": str(dtype).removeprefix("torch."),

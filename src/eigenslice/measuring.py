@@ -1,4 +1,4 @@
-"""One pass of the dense model over the calibration tokens: what bases and neurons are chosen by."""
+"""One pass of the dense model over the calibration tokens: what bases, neurons and heads are chosen by."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,10 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.algebra.elimination import rank_groups
+from eigenslice.algebra.refit import DEFAULT_RIDGE
+from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel
+from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import RunState
-from eigenslice.stream import STREAMS, Activations, Batch, Stream
+from eigenslice.stream import STREAMS, Activations, Batch, Site, Stream
+from eigenslice.transform import Kept
 
 STAGE = "measuring"
 
@@ -25,20 +31,26 @@ class Measurement:
     Attributes:
         moment: Second moment of the normalized stream, summed over sites, (D, D), float64.
         importance: For each block, the energy that each MLP neuron adds to the stream, as a share of the stream's,
-            summed over tokens, (neurons,). Empty where neurons can't be cut.
+            summed over tokens, (neurons,). Empty where neurons aren't to be cut.
+        heads: For each block, its key/value heads, those first that are missed most, (heads,). Empty where heads aren't
+            to be cut.
     """
 
     moment: Tensor
     importance: list[Tensor]
+    heads: list[Tensor]
 
-    def kept(self, neurons: tuple[int, ...]) -> list[Tensor | None]:
-        """The most important neurons of each block, ascending; None where all are kept."""
-        if not self.importance:
-            return [None] * len(neurons)
-        return [
-            None if count == len(energy) else energy.topk(count).indices.sort().values
-            for count, energy in zip(neurons, self.importance, strict=True)
-        ]
+    def kept(self, plan: Plan) -> list[Kept]:
+        """The most important neurons and heads of each block, as many as a plan keeps."""
+        result = []
+        for block, count in enumerate(plan.neurons):
+            neurons, heads = None, None
+            if self.importance and count < len(self.importance[block]):
+                neurons = self.importance[block].topk(count).indices.sort().values
+            if self.heads and plan.heads is not None:
+                heads = self.heads[block][: plan.heads].sort().values
+            result.append(Kept(neurons, heads, len(self.heads[block]) if self.heads else 0))
+        return result
 
 
 def measure(
@@ -47,13 +59,15 @@ def measure(
     batches: list[Batch],
     progress: Callable[[int], None] = lambda block: None,
     neurons: bool = True,
+    heads: bool = True,
     state: RunState | None = None,
     ranks: Ranks = ALONE,
 ) -> Measurement:
     """Run the dense model once.
 
     A neuron's importance is sum over tokens of a_i^2 / mean(x^2), times |W_i|^2: the energy that it adds to the
-    stream x, which the next norm divides by the stream's.
+    stream x, which the next norm divides by the stream's. Heads are eliminated one after the other, each time the one
+    that the others, their writer refitted, can best make up for.
 
     Args:
         dense: The model.
@@ -61,37 +75,58 @@ def measure(
         batches: This rank's calibration sequences.
         progress: Called with the number of each block.
         neurons: Whether neurons may be cut; their energies are measured then.
+        heads: Whether heads may be cut.
         state: Where to save what is found, and to go on from; None saves nothing.
         ranks: Whose sums are added up.
     """
     finished = state.result(STAGE) if state else None
     if finished:
-        tensors, _ = finished
-        return Measurement(tensors["moment"].to(dense.device), list(tensors["importance"].to(dense.device)))
-    moment = torch.zeros(dense.width, dense.width, dtype=torch.float64, device=dense.device)
-    count = dense.neurons if neurons else 0
-    energies = torch.zeros(dense.blocks if count else 0, count, dtype=torch.float64, device=dense.device)
+        found = {name: tensor.to(dense.device) for name, tensor in finished[0].items()}
+        return Measurement(found["moment"], list(found["importance"]), list(found["heads"]))
+    attention, mlp = dense.table.attention, dense.table.mlp
+    count, groups = dense.neurons if neurons else 0, dense.heads if heads else 0
+    observed = [s for s, n in ((attention, groups), (mlp, count)) if n]
+    options = {"dtype": torch.float64, "device": dense.device}
+    moment = torch.zeros(dense.width, dense.width, **options)
+    energies = torch.zeros(dense.blocks if count else 0, count, **options)
     columns = torch.ones_like(energies)  # squared norms of the MLP writers' columns
+    order = torch.zeros(dense.blocks if groups else 0, groups, dtype=torch.int64, device=dense.device)
+    gram = torch.zeros(0, 0, **options)  # of what the attention's writer reads
+    reading = torch.zeros(0, 0, **options)  # its weight
 
-    def observe(block: int, a: Activations, inputs: Tensor) -> None:
+    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Tensor) -> None:
+        nonlocal gram
         size = a.rows(a.hidden).square().mean(-1, keepdim=True) + dense.eps
-        energies[block] += (a.rows(inputs).square() / size).sum(0).to(torch.float64)
+        if sublayer is mlp:
+            energies[block] += (a.rows(inputs).square() / size).sum(0).to(torch.float64)
+        else:
+            gram = gram + gram_matrix(a.rows(inputs) * size.rsqrt())
 
     position = state.position(STAGE) if state else None
     if position:
-        moment, energies, columns = (position.tensors[n].to(dense.device) for n in ("moment", "energies", "columns"))
-    for site in stream.walk(batches, observe if count else None, position):
+        saved = [position.tensors[n].to(dense.device) for n in ("moment", "energies", "columns", "heads")]
+        moment, energies, columns, order = saved
+    for site in stream.walk(batches, observe, observed, position):
         progress(site.block)
+        if groups and site.index == 0 and site.block and not site.resumed:
+            order[site.block - 1] = ranks.decide(rank_groups(ranks.sum(gram), reading, groups, DEFAULT_RIDGE))
         if state and site.index == 0 and site.block and not site.resumed:
-            sums = {"moment": moment, "energies": energies, "columns": columns}
+            sums = {"moment": moment, "energies": energies, "columns": columns, "heads": order}
             state.save(STAGE, site.block, {STREAMS: site.streams}, sums, {})
         if count and site.layer is not None and site.index == 0:
-            name = dense.table.mlp.weight(dense.table.mlp.writers[0])
-            weight = dense.table.turned({name: site.layer.get_parameter(name)})[name]
-            columns[site.block] = weight.to(torch.float64).square().sum(0)
+            columns[site.block] = _writer(dense, mlp, site).square().sum(0)
+        if groups and site.layer is not None and site.index == 0:
+            reading = _writer(dense, attention, site)
+            gram = torch.zeros(reading.shape[1], reading.shape[1], **options)
         moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
     importance = ranks.sum(energies) * columns
     ranks.sum(moment)
     if state:
-        state.finish(STAGE, {"moment": moment, "importance": importance}, {})
-    return Measurement(moment, list(importance))
+        state.finish(STAGE, {"moment": moment, "importance": importance, "heads": order}, {})
+    return Measurement(moment, list(importance), list(order))
+
+
+def _writer(dense: DenseModel, sublayer: Sublayer, site: Site) -> Tensor:
+    """Weight of a sublayer's writer in a site's block, (D, n), float64."""
+    name = sublayer.weight(sublayer.writers[0])
+    return dense.table.turned({name: site.layer.get_parameter(name)})[name].to(torch.float64)

@@ -30,7 +30,7 @@ from eigenslice.ranks import Ranks
 from eigenslice.refitting import SlicedTwin
 from eigenslice.resume import RunState
 from eigenslice.stream import HELD_OUT_GROUP, STREAMS, Batch, Stream, share_batches
-from eigenslice.transform import SiteBasis, identity_basis, slice_block
+from eigenslice.transform import Kept, SiteBasis, identity_basis, slice_block
 
 STAGE = "slicing"
 SLICED_STREAMS = "sliced"
@@ -103,7 +103,7 @@ class Slicing:
         """
         run, plan, (measurement, spectrum) = self.run, self.plan, found
         dense, dtype = run.dense, self.writer.dtype
-        basis, kept = global_basis(dense, plan, spectrum), measurement.kept(plan.neurons)
+        basis, kept = global_basis(dense, plan, spectrum), measurement.kept(plan)
         sites = dense.table.sites(dense.config)
 
         def write_block(index: int, tensors: NamedTensors) -> None:
@@ -130,7 +130,7 @@ class Slicing:
         run.progress(STAGE, dense.blocks, dense.blocks)
         return {"spectra": [site_summary("all sites", spectrum, basis.site.width)]} | found_by_fit
 
-    def _fit(self, basis: GlobalBasis, kept: list[torch.Tensor | None], write: Callable[[int, Tensors], None]) -> Fit:
+    def _fit(self, basis: GlobalBasis, kept: list[Kept], write: Callable[[int, Tensors], None]) -> Fit:
         """Fit all blocks beside the dense stream, and then the head's gain."""
         run, state = self.run, self.run.state
         stream, batches = run.stream(), hold_out(run.tokens.batches)

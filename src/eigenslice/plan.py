@@ -23,6 +23,7 @@ class Plan:
         tied: Whether embedding and head stay one matrix.
         stock: The config class that holds it, None for the custom class.
         neurons: Number of MLP neurons in each block. Stock configs hold one number for all.
+        heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
     """
 
     basis: BasisKind
@@ -30,6 +31,7 @@ class Plan:
     tied: bool
     stock: StockForm | None
     neurons: tuple[int, ...]
+    heads: int | None = None
 
     @property
     def shortcuts(self) -> bool:
@@ -38,7 +40,8 @@ class Plan:
 
     def cuts(self, dense: DenseModel) -> bool:
         """Whether anything is smaller than in the dense model."""
-        return min(self.site_widths) < dense.width or min(self.neurons) < dense.neurons
+        fewer = self.heads is not None and self.heads < dense.heads
+        return fewer or min(self.site_widths) < dense.width or min(self.neurons) < dense.neurons
 
     def describe(self) -> dict[str, Any]:
         """The plan in numbers, as the manifest and recipe files hold it."""
@@ -48,7 +51,7 @@ class Plan:
             "width": width,
             "neurons": neurons[0] if len(neurons) == 1 else list(self.neurons),
             "tied": self.tied,
-        }
+        } | ({} if self.heads is None else {"key_value_heads": self.heads})
 
 
 def widths(dense: DenseModel, basis: BasisKind, width: int) -> tuple[int, ...]:
@@ -111,8 +114,11 @@ def _block_layout(
                     *experts, outputs, inputs = sublayer.turn(name, dense.shapes[weight])
                 else:
                     continue  # this layer is of another kind
+                heads = plan.heads if sublayer.heads else None
                 if name in sublayer.readers:
                     inputs = width
+                    if heads is not None:
+                        outputs = outputs // dense.heads * heads
                     if sublayer.neurons:
                         outputs = neurons * (2 if name in sublayer.gated else 1)
                     biased = dense.keeps_bias(bias, stock or (dense.carries_shifts and bool(sublayer.stacked)))
@@ -120,6 +126,8 @@ def _block_layout(
                     outputs = following
                     if sublayer.neurons:
                         inputs = neurons
+                    if heads is not None:
+                        inputs = inputs // dense.heads * heads
                     zero = plan.stock is not None and name in plan.stock.zero_biases
                     biased = zero or bias in dense.shapes
                 result[weight] = (role, sublayer.turn(name, (*experts, outputs, inputs)))

@@ -1,5 +1,6 @@
 """From what the user asked for to plans that may be tried."""
 
+import itertools
 import math
 from typing import Any
 
@@ -16,27 +17,34 @@ ROUND = 8
 """Widths from --slicing and --keep are multiples of this: what matrix kernels like."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How much of the cut the hidden width may bear; MLP neurons bear the rest. The first ones are tried first."""
+HEADS = (1.0, 0.75, 0.5)
+"""Shares of the key/value heads that plans may keep."""
 FEWEST_NEURONS = 0.25
 """Share of the neurons under which no plan goes while it could cut the width instead."""
 
 
-def make_plans(dense: DenseModel, options: SliceOptions) -> list[Plan]:
+def make_plans(dense: DenseModel, options: SliceOptions) -> list[list[Plan]]:
     """The plans that are what the user asked for; with --keep several, to be tried.
+
+    Returns:
+        For each number of heads, those first that cut neurons rather than the width.
 
     Raises:
         OptionsError: a width that the model doesn't have, a size that no width reaches, or a recipe that isn't one.
     """
     tied = dense.can_stay_tied and options.basis == "global" and not options.untie
-    plans = _make_plans(dense, options, tied)
-    if options.portable:
-        for plan in plans:
-            _check_portable(dense, plan)
-    return plans
+    families = _make_plans(dense, options, tied)
+    for plan in itertools.chain(*families) if options.portable else ():
+        _check_portable(dense, plan)
+    return families
 
 
-def _step(dense: DenseModel, options: SliceOptions) -> int:
-    """What chosen widths are multiples of: with portable, of the number of heads, too."""
-    return math.lcm(options.multiple, dense.config.num_attention_heads) if options.portable else options.multiple
+def _step(dense: DenseModel, options: SliceOptions, heads: int | None = None) -> int:
+    """What chosen widths are multiples of: with portable, of the number of query heads, too."""
+    if not options.portable:
+        return options.multiple
+    queries = dense.config.num_attention_heads
+    return math.lcm(options.multiple, queries if heads is None else queries // dense.heads * heads)
 
 
 def _check_portable(dense: DenseModel, plan: Plan) -> None:
@@ -51,11 +59,11 @@ def _check_portable(dense: DenseModel, plan: Plan) -> None:
     )
 
 
-def _make_plans(dense: DenseModel, options: SliceOptions, tied: bool) -> list[Plan]:
+def _make_plans(dense: DenseModel, options: SliceOptions, tied: bool) -> list[list[Plan]]:
     if options.keep is not None:
         return _plans_for_size(dense, options, tied)
     if options.recipe is not None:
-        return [_plan_of_recipe(dense, options)]
+        return [[_plan_of_recipe(dense, options)]]
     if options.width is not None:
         width, found = options.width, f"--width {options.width}"
     else:
@@ -65,7 +73,7 @@ def _make_plans(dense: DenseModel, options: SliceOptions, tied: bool) -> list[Pl
     _check_width(dense, width, found)
     neurons = dense.neurons if options.neurons is None else options.neurons
     _check_neurons(dense, options.basis, neurons, f"--neurons {neurons}")
-    return [choose_form(dense, options.basis, width, tied, options.form, neurons)]
+    return [[choose_form(dense, options.basis, width, tied, options.form, neurons)]]
 
 
 def rounded(width: float, step: int = ROUND) -> int:
@@ -99,11 +107,20 @@ def _check_neurons(dense: DenseModel, basis: BasisKind, neurons: int, found: str
         )
 
 
+def _check_heads(dense: DenseModel, basis: BasisKind, heads: int) -> None:
+    if heads != dense.heads and not (basis == "global" and 1 <= heads <= dense.heads):
+        raise OptionsError(
+            f"the recipe keeps {heads} key/value heads in each block; the model has {dense.heads} that can be cut",
+            allowed=f"1 to {dense.heads}" if dense.heads and basis == "global" else "all of them",
+            next_step="leave key_value_heads out to keep all of them",
+        )
+
+
 def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
     """A plan from a file: an eigenslice.json, or YAML with the same fields as its `plan`."""
-    fields: dict[str, Any] = {"width": int, "neurons": (int, list), "tied": bool, "basis": str}
+    fields: dict[str, Any] = {"width": int, "neurons": (int, list), "key_value_heads": int, "tied": bool, "basis": str}
     allowed = "an eigenslice.json, or YAML (or JSON) with width, and optionally neurons (one number or one for "
-    allowed += "each block), tied and basis"
+    allowed += "each block), key_value_heads, tied and basis"
     try:
         assert options.recipe is not None
         content = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
@@ -135,41 +152,52 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
     _check_width(dense, recipe["width"], f"the recipe's width is {recipe['width']}")
     for count in counts:
         _check_neurons(dense, options.basis, count, f"the recipe keeps {count} neurons")
+    heads = recipe.get("key_value_heads", dense.heads)
+    _check_heads(dense, options.basis, heads)
     tied = dense.can_stay_tied and basis == "global" and not options.untie and recipe.get("tied", True)
-    return choose_form(dense, basis, recipe["width"], tied, options.form, counts)
+    return choose_form(dense, basis, recipe["width"], tied, options.form, counts, heads)
 
 
-def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> list[Plan]:
-    """Plans that store at most `keep` of the dense model's parameters, from cutting neurons only to width only."""
+def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> list[list[Plan]]:
+    """Plans that store at most `keep` of the dense model's parameters."""
     assert options.keep is not None
     budget = int(options.keep * dense.parameters)
-    narrow = _widest(dense, options, tied, budget)
-    plans: list[Plan] = []
-    if options.mlp and options.basis == "global" and dense.neurons:
-        step = _step(dense, options)
-        least = narrow.site_widths[0] if narrow else step
-        for share in SHARES:
-            width = dense.width - share * (dense.width - least)
-            width = dense.width if share == 0 else min(dense.width, rounded(width + step / 2, step))
-            plan = _most_neurons(dense, options, tied, budget, width)
-            if plan is not None and plan not in plans:
-                plans.append(plan)
-    if narrow and narrow not in plans:
-        plans.append(narrow)
-    if not plans:
+    cuts_heads = options.heads and options.fits and options.basis == "global" and dense.heads
+    numbers = [math.ceil(share * dense.heads) for share in HEADS] if cuts_heads else [None]
+    families = [_family(dense, options, tied, budget, heads) for heads in dict.fromkeys(numbers)]
+    families = [family for family in families if family]
+    if not families:
         smallest = stored_parameters(dense, choose_form(dense, options.basis, 1, tied, options.form))
         raise OptionsError(
             f"--keep {options.keep} is {budget} parameters; the narrowest model tried stores {smallest}",
             allowed="a size that some width reaches",
             next_step="raise --keep" + ("" if tied or not dense.tied else " or drop --untie"),
         )
-    full = next((plan for plan in plans if not plan.cuts(dense)), None)
-    return [full] if full else plans
+    full = next((plan for family in families for plan in family if not plan.cuts(dense)), None)
+    return [[full]] if full else families
 
 
-def _widest(dense: DenseModel, options: SliceOptions, tied: bool, budget: int) -> Plan | None:
+def _family(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, heads: int | None) -> list[Plan]:
+    """Plans with so many key/value heads, from those that cut neurons only to those that cut the width only."""
+    narrow = _widest(dense, options, tied, budget, heads)
+    plans: list[Plan] = []
+    if options.mlp and options.basis == "global" and dense.neurons:
+        step = _step(dense, options, heads)
+        least = narrow.site_widths[0] if narrow else step
+        for share in SHARES:
+            width = dense.width - share * (dense.width - least)
+            width = dense.width if share == 0 else min(dense.width, rounded(width + step / 2, step))
+            plan = _most_neurons(dense, options, tied, budget, width, heads)
+            if plan is not None and plan not in plans:
+                plans.append(plan)
+    if narrow and narrow not in plans:
+        plans.append(narrow)
+    return plans
+
+
+def _widest(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, heads: int | None) -> Plan | None:
     """The widest plan with all neurons that stores at most `budget` parameters."""
-    step = _step(dense, options)
+    step = _step(dense, options, heads)
     if step == ROUND and dense.width < 2 * ROUND:
         step = 1
     candidates = [dense.width, *range((dense.width - 1) // step * step, 0, -step)]
@@ -177,7 +205,7 @@ def _widest(dense: DenseModel, options: SliceOptions, tied: bool, budget: int) -
     best = None
     while low <= high:  # stored parameters grow with the width, so that halving finds the widest that fits
         middle = (low + high) // 2
-        plan = choose_form(dense, options.basis, candidates[middle], tied, options.form)
+        plan = choose_form(dense, options.basis, candidates[middle], tied, options.form, heads=heads)
         if stored_parameters(dense, plan) <= budget:
             best, high = plan, middle - 1
         else:
@@ -185,17 +213,19 @@ def _widest(dense: DenseModel, options: SliceOptions, tied: bool, budget: int) -
     return best
 
 
-def _most_neurons(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, width: int) -> Plan | None:
+def _most_neurons(
+    dense: DenseModel, options: SliceOptions, tied: bool, budget: int, width: int, heads: int | None
+) -> Plan | None:
     """The plan of a width with the most neurons, in multiples, that stores at most `budget` parameters."""
     step = options.multiple
     sizes = [
-        stored_parameters(dense, choose_form(dense, options.basis, width, tied, options.form, count))
+        stored_parameters(dense, choose_form(dense, options.basis, width, tied, options.form, count, heads))
         for count in (dense.neurons, step)
     ]
     if sizes[0] <= budget:
-        return choose_form(dense, options.basis, width, tied, options.form)
+        return choose_form(dense, options.basis, width, tied, options.form, heads=heads)
     each = (sizes[0] - sizes[1]) / (dense.neurons - step) if dense.neurons > step else 0
     count = rounded((budget - sizes[1]) / each + step, step) if each else 0
     if count < max(step, FEWEST_NEURONS * dense.neurons):
         return None
-    return choose_form(dense, options.basis, width, tied, options.form, count)
+    return choose_form(dense, options.basis, width, tied, options.form, count, heads)

@@ -22,7 +22,7 @@ from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import Position
 from eigenslice.stream import HELD_OUT_GROUP, RANDOM_GROUP, Activations, BlockRunner, Site, captured_inputs
-from eigenslice.transform import SiteBasis, keep_neurons, turn_end
+from eigenslice.transform import Kept, SiteBasis, keep_units, turn_end
 
 
 class SlicedTwin:
@@ -40,7 +40,7 @@ class SlicedTwin:
         dense: DenseModel,
         plan: Plan,
         basis: SiteBasis,
-        kept: list[Tensor | None],
+        kept: list[Kept],
         dtype: torch.dtype,
         write: Callable[[int, Tensors], None],
         *,
@@ -55,7 +55,7 @@ class SlicedTwin:
             dense: The dense model.
             plan: Widths.
             basis: That of all sites.
-            kept: MLP neurons to keep in each block; None keeps all.
+            kept: Neurons and heads to keep in each block.
             dtype: Of the forward pass.
             write: Takes the number of a block and its weights when they are done.
             groups: Those of the sequences, of all ranks, that layers are fitted on; others run along.
@@ -170,10 +170,9 @@ class SlicedTwin:
         """Give a site's sublayers weights, and keep what their writers read."""
         layer = self._runner.layers[site.block]
         for sublayer in self._sites[site.index]:
-            kept = self._kept[site.block] if sublayer.neurons else None
             weights = {
                 name: turn_end(sublayer, name, weight, reading, self._basis)
-                for name, weight in keep_neurons(sublayer, folded, kept)
+                for name, weight in keep_units(sublayer, folded, self._kept[site.block])
             }
             weights |= {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}
             self._runner.assign(layer, self._dense.as_modules(weights.items(), self._basis.width))

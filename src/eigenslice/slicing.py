@@ -71,7 +71,8 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
         ranks.on_first(lambda: check_output(options.output, options.resume))
     source = open_source(options.model, options.trust_remote_code)
     dense = DenseModel(source, device)
-    plans = make_plans(dense, options)
+    families = make_plans(dense, options)
+    plans = [plan for family in families for plan in family]
     _ = source.tokenizer_config  # a broken one is refused now, not when the work is done
     wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work
     tokens = _tokens(options, dense)
@@ -88,9 +89,8 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
         place = choose_place(options.offload, activation_bytes(dense, tokens.count, compute) // ranks.size, device)
         offload = Offload(place, device, work.offload / str(ranks.rank))
         run = Run(dense, tokens, compute, offload, ranks, RunState(work.state, ranks), progress)
-        neurons = any(plan.neurons != dense.all_neurons for plan in plans)
-        found = _measure(run, neurons) if options.basis == "global" else None
-        plan, trials = _choose(run, plans, found, options.multiple if options.keep is not None else None)
+        found = _measure(run, plans) if options.basis == "global" else None
+        plan, trials = _choose(run, families, found, options.multiple if options.keep is not None else None)
         stored = StoredForm(dense, plan)
         writer = ShardWriter(work.result, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
         ranks.on_first(writer.begin)
@@ -138,64 +138,85 @@ def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Pat
         write_json(folder / "config.json", config)
 
 
-def _measure(run: Run, neurons: bool) -> tuple[Measurement, Spectrum]:
+def _measure(run: Run, plans: list[Plan]) -> tuple[Measurement, Spectrum]:
     """What all sites of the dense model share: the principal components of the normalized stream."""
-    report = run.report("measuring")
-    found = measure(run.dense, run.stream(), run.batches, report, neurons, run.state, run.ranks)
-    spectrum = principal_components(found.moment, run.dense.layer_norm)
+    report, dense = run.report("measuring"), run.dense
+    neurons = any(plan.neurons != dense.all_neurons for plan in plans)
+    heads = any(plan.heads is not None for plan in plans)
+    found = measure(dense, run.stream(), run.batches, report, neurons, heads, run.state, run.ranks)
+    spectrum = principal_components(found.moment, dense.layer_norm)
     vectors = run.ranks.decide(spectrum.vectors.contiguous())
     return found, replace(spectrum, vectors=vectors)
 
 
 def _choose(
-    run: Run, plans: list[Plan], found: tuple[Measurement, Spectrum] | None, step: int | None
+    run: Run, families: list[list[Plan]], found: tuple[Measurement, Spectrum] | None, step: int | None
 ) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan that loses least on held-out tokens, and what was lost with each one that was tried.
 
+    The number of heads is chosen by each family's first plan; then its others are tried, for as long as that pays.
+
     Args:
         run: The run.
-        plans: Those that may be tried.
+        families: The plans that may be tried, see `make_plans`.
         found: What the first pass found, with a global basis.
         step: What numbers of neurons are multiples of, if they may differ from block to block where the class allows
             it; None leaves the plans as they are.
     """
     if found is None:
-        return plans[0], []
+        return families[0][0], []
     measurement, spectrum = found
     batches = trial_batches(run.tokens.batches)
     if step:
-        plans = _allocate(run, plans, measurement, batches, step)
-    if len(plans) == 1:
-        return plans[0], []
-    report, losses = run.report("planning", sum(batch.tokens for batch in batches)), []
-    while len(losses) < len(plans):
-        some = plans[len(losses) : len(losses) + TOGETHER]
-        stage, stream = f"planning-{len(losses)}", run.stream()
-        losses += try_plans(
-            run.dense, some, spectrum, measurement, batches, stream, report, run.state, run.ranks, stage
+        families = _allocate(run, families, measurement, batches, step)
+    report = run.report("planning", sum(batch.tokens for batch in batches))
+    trials: list[tuple[Plan, float]] = []
+
+    def attempt(plans: list[Plan]) -> float:
+        """Try up to TOGETHER plans; the loss of the last one."""
+        stage = f"planning-{len(trials)}"
+        losses = try_plans(
+            run.dense, plans, spectrum, measurement, batches, run.stream(), report, run.state, run.ranks, stage
         )
-        if min(losses) < losses[-1]:
+        trials.extend(zip(plans, losses, strict=True))
+        return losses[-1]
+
+    if len(families) > 1:
+        attempt([family[0] for family in families])
+    heads = min(range(len(trials)), key=lambda n: trials[n][1]) if trials else 0
+    others = families[heads][1:] if trials else families[heads]
+    if not trials and len(others) == 1:
+        return others[0], []
+    for start in range(0, len(others), TOGETHER):
+        last = attempt(others[start : start + TOGETHER])
+        if min(loss for _, loss in trials) < last:
             break  # those that cut more of the width lose more
-    best = min(range(len(losses)), key=losses.__getitem__)
-    return plans[best], [plan.describe() | {"kl": loss} for plan, loss in zip(plans, losses, strict=False)]
+    best, _ = min(trials, key=lambda trial: trial[1])
+    return best, [plan.describe() | {"kl": loss} for plan, loss in trials]
 
 
-def _allocate(run: Run, plans: list[Plan], measurement: Measurement, batches: list[Batch], step: int) -> list[Plan]:
+def _allocate(
+    run: Run, families: list[list[Plan]], measurement: Measurement, batches: list[Batch], step: int
+) -> list[list[Plan]]:
     """The plans, those in the custom class with the numbers of neurons by which the blocks lose least together.
 
-    The first of them is tried with equal numbers, too.
+    The first of each family is there with equal numbers, too.
     """
     dense = run.dense
-    fewer = [plan.neurons[0] for plan in plans if plan.stock is None and plan.neurons[0] < dense.neurons]
+
+    def uneven(plan: Plan) -> bool:
+        return plan.stock is None and plan.neurons[0] < dense.neurons
+
+    fewer = [plan.neurons[0] for family in families for plan in family if uneven(plan)]
     if not fewer:
-        return plans
+        return families
     measured, report = min(fewer), run.report(ALLOCATING, TOKENS * dense.blocks // 2)
     losses = block_losses(dense, measurement, measured, batches, run.stream(), report, run.state, run.ranks)
     result = []
-    for plan in plans:
-        if plan.stock is None and plan.neurons[0] < dense.neurons:
-            uneven = replace(plan, neurons=losses.allocate(plan.neurons[0], step))
-            result += [uneven] if result else [uneven, plan]
-        else:
-            result.append(plan)
+    for family in families:
+        first = [plan for plan in family[:1] if uneven(plan)]
+        plans = [
+            replace(plan, neurons=losses.allocate(plan.neurons[0], step)) if uneven(plan) else plan for plan in family
+        ]
+        result.append([*plans[:1], *first, *plans[1:]])
     return result

@@ -1,6 +1,6 @@
 """Running the canonical dense model over calibration sequences, one block at a time."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from eigenslice.algebra.covariance import SecondMoment, normalize
 from eigenslice.algebra.finite import all_finite
+from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel, Tensors
 from eigenslice.device import trim_memory
 from eigenslice.errors import ActivationError
@@ -131,8 +132,8 @@ class Site:
             a.put(hidden @ projector.to(hidden.dtype))
 
 
-Observer = Callable[[int, Activations, Tensor], None]
-"""Takes the number of a block, a batch before its MLP, and what the MLP's writer reads, (B, T, neurons)."""
+Observer = Callable[[int, Sublayer, Activations, Tensor], None]
+"""Takes the number of a block, one of its sublayers, a batch before it, and what its writer reads, (B, T, n)."""
 
 
 @contextmanager
@@ -238,6 +239,7 @@ class Stream:
         self,
         batches: list[Batch],
         observe: Observer | None = None,
+        observed: Collection[Sublayer] = (),
         position: Position | None = None,
         hold: bool = False,
     ) -> Iterator[Site]:
@@ -247,7 +249,8 @@ class Stream:
 
         Args:
             batches: The sequences.
-            observe: Called for each batch with what the MLP's writer reads.
+            observe: Called for each batch with what an observed sublayer's writer reads.
+            observed: Those with one writer.
             hold: Whether a block's weights stay in memory, in float64's precision, while the stream passes it.
             position: Where to go on, with the streams saved as `STREAMS`; None begins with the embeddings.
 
@@ -275,7 +278,7 @@ class Stream:
                     yield Site(block, site, layer, held, activations, streams, width, eps, resumed)
                     if site == 0 and block + 1 < dense.blocks:  # not before: the consumer may need memory, too
                         following = reader.submit(dense.read_block, block + 1)
-                    finite = [self._pass(layer, block, site, a, observe) for a in activations]
+                    finite = [self._pass(layer, block, site, a, observe, observed) for a in activations]
                 large = sum(parameter.nbytes for parameter in layer.parameters()) > LARGE_BLOCK
                 self._runner.release(layer)
                 if large:
@@ -283,17 +286,23 @@ class Stream:
                 self._check(finite, f"block {block} (of 0 to {dense.blocks - 1}) gives")
             yield Site(dense.blocks, 0, None, None, activations, streams, width, eps, start == dense.blocks)
 
-    def _pass(self, layer: Any, block: int, site: int, a: Activations, observe: Observer | None) -> Tensor:
+    def _pass(
+        self,
+        layer: Any,
+        block: int,
+        site: int,
+        a: Activations,
+        observe: Observer | None,
+        observed: Collection[Sublayer],
+    ) -> Tensor:
         """Let one batch pass a site's sublayers; whether it is finite then, a boolean on the device."""
-        mlp = self.dense.table.mlp
-        watched = observe is not None and mlp in self._sites[site]
-        writers = mlp.writers[:1] if watched else ()
+        writers = {s.writers[0]: s for s in self._sites[site] if observe is not None and s in observed}
         hidden = a.hidden
-        with captured_inputs(layer, writers) as inputs:
+        with captured_inputs(layer, list(writers)) as inputs:
             update = layer.update(site, layer.normalize(site, hidden), **a.kwargs[block])
         if observe is not None:
-            for captured in inputs.values():
-                observe(block, a, captured)
+            for name, captured in inputs.items():
+                observe(block, writers[name], a, captured)
         hidden = hidden + update
         a.put(hidden)
         last = site == len(self._sites) - 1  # what isn't finite stays so: it is enough to look at the end of a block

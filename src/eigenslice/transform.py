@@ -57,13 +57,50 @@ def identity_basis(width: int, device: torch.device | str) -> SiteBasis:
     return SiteBasis(torch.eye(width, dtype=torch.float64, device=device))
 
 
-def keep_neurons(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a sublayer's readers and writers with only some of its neurons; None keeps all.
+@dataclass(frozen=True)
+class Kept:
+    """What is kept inside of a block's sublayers: indices, ascending; None keeps all.
+
+    Attributes:
+        neurons: Of the MLP.
+        heads: Key/value heads of the attention, each with its query heads.
+        of_heads: How many there are.
+    """
+
+    neurons: Tensor | None = None
+    heads: Tensor | None = None
+    of_heads: int = 0
+
+    def pick(self, sublayer: Sublayer, tensor: Tensor, axis: int, gated: bool = False) -> Tensor:
+        """The kept part of a sublayer's weight or bias along one axis.
+
+        Args:
+            sublayer: Whose.
+            tensor: Out x in, or (out,).
+            axis: 0 for what readers give, 1 for what writers take.
+            gated: Whether it has two rows for each neuron, those of the gate first.
+        """
+        if sublayer.neurons and self.neurons is not None:
+            if gated:
+                return tensor.unflatten(0, (2, -1))[:, self.neurons].flatten(0, 1)
+            return tensor.index_select(axis, self.neurons)
+        if sublayer.heads and self.heads is not None:
+            parts = tensor.unflatten(axis, (self.of_heads, -1))
+            return parts.index_select(axis, self.heads).flatten(axis, axis + 1)
+        return tensor
+
+
+ALL = Kept()
+"""Nothing is cut."""
+
+
+def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = ALL) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a sublayer's readers and writers with only some of its neurons or heads.
 
     Args:
-        sublayer: Whose neurons.
+        sublayer: Whose.
         folded: Canonical weights of its decoder layer; names relative to the layer.
-        kept: Indices, ascending.
+        kept: Which.
 
     Yields:
         Names and tensors.
@@ -74,12 +111,10 @@ def keep_neurons(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Tensor 
             if part not in folded:
                 continue
             tensor = folded[part]
-            if kept is not None and name in sublayer.gated:
-                tensor = tensor.unflatten(0, (2, -1))[:, kept].flatten(0, 1)
-            elif kept is not None and name in sublayer.readers:
-                tensor = tensor[kept]
-            elif kept is not None and part == weight:
-                tensor = tensor[:, kept]
+            if name in sublayer.readers:
+                tensor = kept.pick(sublayer, tensor, 0, name in sublayer.gated)
+            elif part == weight:
+                tensor = kept.pick(sublayer, tensor, 1)
             yield part, tensor
 
 
@@ -105,7 +140,7 @@ def slice_block(
     folded: Mapping[str, Tensor],
     bases: list[SiteBasis],
     shortcuts: bool,
-    kept: Tensor | None = None,
+    kept: Kept = ALL,
 ) -> Iterator[tuple[str, Tensor]]:
     """Rotate and slice one decoder layer, one tensor after the other.
 
@@ -114,7 +149,7 @@ def slice_block(
         folded: Its canonical weights; names relative to the layer.
         bases: The basis of each of its sites, then of the next layer's first one.
         shortcuts: Add the matrices on the skip connections.
-        kept: MLP neurons to keep, ascending; None keeps all.
+        kept: Neurons and heads to keep.
 
     Yields:
         Names and tensors.
@@ -122,7 +157,7 @@ def slice_block(
     done: set[str] = set()
     for index, (sublayers, basis, following) in enumerate(zip(sites, bases[:-1], bases[1:], strict=True)):
         for sublayer in sublayers:
-            for name, tensor in keep_neurons(sublayer, folded, kept if sublayer.neurons else None):
+            for name, tensor in keep_units(sublayer, folded, kept):
                 done.add(name)
                 yield name, turn_end(sublayer, name, tensor, basis.reading, following)
         if shortcuts:

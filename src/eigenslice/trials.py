@@ -53,7 +53,7 @@ def try_plans(
             dense,
             plan,
             basis.site,
-            measurement.kept(plan.neurons),
+            measurement.kept(plan),
             stream.dtype,
             lambda block, tensors: None,
             groups=groups,

@@ -38,6 +38,9 @@ class Sublayer:
     neurons: bool = False
     """Whether its neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in
     between joins two of them."""
+    heads: bool = False
+    """Whether its key/value heads can be cut, each with the query heads that share it: the rows of every reader and the
+    columns of the writer are those of the first key/value head, then of the next, and nothing joins two of them."""
     gated: tuple[str, ...] = ()
     """Readers that are gate and up projection in one: their rows are those of the gate, then those of the other."""
     transposed: tuple[str, ...] = ()
@@ -54,6 +57,11 @@ class Sublayer:
     def ends(self) -> tuple[str, ...]:
         """Readers and writers."""
         return (*self.readers, *self.writers)
+
+    @property
+    def units(self) -> str:
+        """What can be cut inside of it: neurons, heads or nothing ("")."""
+        return "neurons" if self.neurons else "heads" if self.heads else ""
 
     def weight(self, name: str) -> str:
         """Name of the weight of a reader or writer."""

@@ -25,6 +25,9 @@ def slice_(
         int | None, typer.Option(help="MLP neurons to keep in every block, with --width or --slicing [all].")
     ] = None,
     mlp: Annotated[bool, typer.Option(help="With --keep: cut MLP neurons, too.")] = True,
+    heads: Annotated[
+        bool, typer.Option(help="With --keep: cut key/value heads, each with its query heads, too.")
+    ] = True,
     basis: Annotated[
         Literal["global", "per-block"],
         typer.Option(help="One basis for all sites, or one each with shortcuts (the paper)."),
@@ -108,6 +111,7 @@ def slice_(
         recipe=recipe,
         neurons=neurons,
         mlp=mlp,
+        heads=heads,
         basis=basis,
         refit=refit,
         random_tokens=random_tokens,

@@ -35,6 +35,7 @@ class SlicedConfig(PreTrainedConfig):
         site_widths: Width of the residual stream at each site, in the order in which the stream passes them:
             one before each sublayer (parallel blocks have one site a block), the last one before the head.
         neurons: Number of MLP neurons in each block; None is the dense model's number in all of them.
+        key_value_heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
         shortcuts: Whether the skip connection of each site passes a matrix to the next site's basis.
         norm_eps: Epsilon of the norms. (The stream is stored scaled so that this is the dense model's.)
         reader_bias: Whether every reader has a bias (it holds the norm's folded shift) or only the dense ones.
@@ -54,6 +55,7 @@ class SlicedConfig(PreTrainedConfig):
     architecture: dict | None = None
     site_widths: list[int] | None = None
     neurons: list[int] | None = None
+    key_value_heads: int | None = None
     shortcuts: bool = False
     norm_eps: float = 1e-5
     reader_bias: bool = False
@@ -79,6 +81,8 @@ class SlicedConfig(PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
         if name == "hidden_size" and self.site_widths:
             return self.site_widths[-1]
+        if name in ("num_key_value_heads", "num_attention_heads") and self.key_value_heads is not None:
+            return getattr(config, name) // config.num_key_value_heads * self.key_value_heads
         if name == "head_dim" and getattr(config, "head_dim", None) is None:
             return config.hidden_size // config.num_attention_heads
         return getattr(config, name)
@@ -288,6 +292,11 @@ def _sites(architecture: dict) -> list[list[dict]]:
     return [[attention, mlp]] if architecture["parallel"] else [[attention], [mlp]]
 
 
+def _of_heads(size: int, config: Any) -> int:
+    """Rows of a reader, or columns of a writer, when some key/value heads are left."""
+    return size // config.text_config.num_key_value_heads * config.key_value_heads
+
+
 def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None) -> None:
     """Narrow one decoder layer. widths: at each of its sites, then at the next layer's first one."""
     weight = next(layer.parameters())
@@ -308,8 +317,12 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
             inner = None if sublayer["attention"] else neurons
             for name in sublayer["readers"]:
                 outputs = 2 * inner if inner and name in sublayer["gated"] else inner
+                if sublayer["attention"] and config.key_value_heads is not None:
+                    outputs = _of_heads(layer.get_submodule(name).weight.shape[0], config)
                 _resize(layer, sublayer, name, width, outputs, config.reader_bias and not sublayer["stacked"])
             for name in sublayer["writers"]:
+                if sublayer["attention"] and config.key_value_heads is not None:
+                    inner = _of_heads(layer.get_submodule(name).weight.shape[1], config)
                 _resize(layer, sublayer, name, inner, next_width)
             if sublayer["stacked"]:
                 _narrow_experts(layer.get_submodule(sublayer["modules"][0]), dense_width, width)

@@ -54,6 +54,12 @@ def _inherited(source_card: Path | None) -> dict[str, Any]:
         return {}
 
 
+def _heads(manifest: dict[str, Any]) -> list[str]:
+    """A row about key/value heads, if some were cut."""
+    kept = manifest["plan"].get("key_value_heads")
+    return [] if kept is None else [f"| key/value heads per block | {manifest['dense_heads']} | {kept} |"]
+
+
 def _text(manifest: dict[str, Any], name: str) -> str:
     sizes, plan, source = manifest["parameters"], manifest["plan"], source_name(manifest)
     lines = [
@@ -67,6 +73,7 @@ def _text(manifest: dict[str, Any], name: str) -> str:
         f"| parameters | {sizes['dense']:,} | {sizes['stored']:,} |",
         f"| hidden width | {manifest['dense_width']} | {plan['width']} |",
         f"| MLP neurons per block | {manifest.get('dense_neurons') or ''} | {neurons_text(plan['neurons'])} |",
+        *_heads(manifest),
         f"| basis | | {plan['basis']} |",
         f"| saved as | {manifest['source']['model_type']} | {manifest['model_type']} ({manifest['dtype']}) |",
         "",

@@ -1,5 +1,7 @@
 """Llama: RMSNorm, gated MLP. At widths that don't divide by the number of heads it is saved as Mistral."""
 
+from dataclasses import replace
+
 from eigenslice.arch.schema import StockForm, Sublayer, Table
 
 ATTENTION = Sublayer(
@@ -31,7 +33,7 @@ TABLE = Table(
     layers="model.layers",
     final_norm="model.norm",
     head="lm_head",
-    attention=ATTENTION,
+    attention=replace(ATTENTION, heads=True),
     mlp=MLP,
     stock=(LLAMA, MISTRAL),
 )
