@@ -18,6 +18,7 @@ def followed(sublayer: Sublayer, norm: str | None, post_norm: str, inner: tuple[
         writers=(post_norm + ".project",),
         inner=(*sublayer.writers, *inner),
         neurons=False,
+        heads=False,
     )
 
 
