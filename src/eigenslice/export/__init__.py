@@ -127,7 +127,8 @@ def _complete(output: Path) -> Iterator[Path]:
 def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
     from eigenslice.export import llama_cpp
     from eigenslice.export.check import check_tokens, compare, prompts, reference, require_agreement
-    from eigenslice.export.gguf import architecture_of, write_gguf
+    from eigenslice.export.gguf import write_gguf
+    from eigenslice.export.gguf_arch import architecture_of
     from eigenslice.export.gguf_types import round_weights, type_for
 
     folder, config = _open(options)
