@@ -148,4 +148,5 @@ def test_what_llama_cpp_does_not_run_is_refused(
     with pytest.raises(UnsupportedModelError) as caught:
         exported(folder, check=check)
     check_message(caught.value, found)
+    assert ("--form stock" in caught.value.next_step) is (case in ("qwen3", "llama"))
     assert not list(tmp_path.glob("*.gguf"))

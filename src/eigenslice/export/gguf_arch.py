@@ -96,10 +96,10 @@ def architecture_of(config: Any) -> Architecture:
             allowed=ALLOWED,
             next_step=ELSEWHERE,
         )
-    reasons = list(_variants(dense))
+    reasons, own = list(_variants(dense)), []
     if is_custom(config):
         found = _holder(config, found)
-        reasons += _custom_variants(config, kind, found)
+        own = list(_custom_variants(config, kind, found))
     width = dense.num_attention_heads * head_dim(config)
     if not found.any_width and config.hidden_size != width:
         raise UnsupportedModelError(
@@ -108,13 +108,13 @@ def architecture_of(config: Any) -> Architecture:
             next_step=f"slice to a width that divides by the {dense.num_attention_heads} heads: the result is then "
             "saved as llama",
         )
-    if reasons:
+    if reasons or own:
         raise UnsupportedModelError(
-            f"llama.cpp's {found.name!r} lacks a part of this {kind!r} model: " + "; ".join(reasons),
+            f"llama.cpp's {found.name!r} lacks a part of this {kind!r} model: " + "; ".join(reasons + own),
             allowed="full attention, SiLU, rotary angles of type "
             + ", ".join(ROPE_TYPES)
             + ("; a global basis, in qwen3 one number of MLP neurons" if is_custom(config) else ""),
-            next_step=("slice with --form stock, or " if is_custom(config) else "") + ELSEWHERE,
+            next_step=("slice with --basis global --form stock, or " if own and not reasons else "") + ELSEWHERE,
         )
     return found
 
