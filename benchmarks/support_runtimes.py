@@ -15,7 +15,7 @@ from tests.export import models
 
 from eigenslice import ExportOptions, export_model
 from eigenslice.errors import UnsupportedModelError, first_line
-from eigenslice.export.gguf import ARCHITECTURES
+from eigenslice.export.gguf_arch import ARCHITECTURES
 from eigenslice.export.openvino import OpenVino
 
 NOT_RUN, NOT_WRITTEN = "not run", "not written"

@@ -1,54 +1,25 @@
 """llama.cpp computes from the file what transformers computes from the folder."""
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from gguf import GGUFReader
 
 from eigenslice.errors import ExportError, OptionsError, OutputError, UnsupportedModelError
-from eigenslice.export import Export, export_model
 from eigenslice.export import gguf as gguf_export
 from eigenslice.export.check import TEXTS
-from eigenslice.export.gguf import architecture_of, interleave
+from eigenslice.export.gguf import interleave
+from eigenslice.export.gguf_arch import architecture_of
 from eigenslice.export.llama_cpp import LlamaCpp
-from eigenslice.options import CalibrationOptions, ExportOptions
 from tests import tiny
 from tests.conftest import Slicer, load
 from tests.export import models
+from tests.export.conftest import Exporter, Sliced
 from tests.export.models import log_probabilities
 from tests.messages import check_message
 
 pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed: pip install 'eigenslice[gguf]'")
-
-Exporter = Callable[..., Export]
-Sliced = Callable[..., Path]
-
-
-@pytest.fixture
-def sliced(run_slice: Slicer, tmp_path: Path) -> Sliced:
-    """Gives the folder of a case, sliced to a width."""
-
-    def run(case: str = "llama", width: int = 32, split: str = "gpt-2", **config: Any) -> Path:
-        dense = models.save(tmp_path / f"dense-{case}", case, split, **config)
-        calibration = tiny.calibration_file(tmp_path, rows=60)
-        data = CalibrationOptions(data=str(calibration))
-        return run_slice("llama", model=str(dense), width=width, calibration=data).output
-
-    return run
-
-
-@pytest.fixture
-def exported(tmp_path: Path) -> Exporter:
-    """Exports a folder; keywords are options."""
-
-    def run(folder: Path, type_: str = "f32", **options: Any) -> Export:
-        output = tmp_path / f"{type_}.gguf"
-        return export_model(ExportOptions(model=str(folder), output=output, to="gguf", type=type_, **options))
-
-    return run
 
 
 @pytest.mark.parametrize("case", models.CASES)

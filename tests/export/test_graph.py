@@ -15,7 +15,7 @@ from tests import tiny
 from tests.conftest import Slicer, load
 from tests.messages import check_message
 
-CASES = ["llama", "mistral-window", "qwen2-window", "qwen3", "phi", "opt", "gpt_neox"]
+CASES = ["llama", "mistral-window", "qwen2-window", "qwen3", "phi", "opt", "gpt_neox", "gemma2", "gemma3_text"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -17,7 +17,7 @@ pytest.importorskip("onnxruntime", reason="ONNX Runtime isn't installed: pip ins
 pytest.importorskip("onnxscript", reason="onnxscript isn't installed: pip install 'eigenslice[onnx]'")
 
 
-@pytest.mark.parametrize("case", ["qwen3", "opt"])
+@pytest.mark.parametrize("case", ["qwen3", "opt", "gemma2"])
 def test_sliced_models_give_the_same_logits(case: str, run_slice: Slicer, tmp_path: Path) -> None:
     """At once and token by token, for a stock and a custom result."""
     folder = run_slice(case, width=24).output

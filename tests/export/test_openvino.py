@@ -6,21 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from eigenslice.errors import EigensliceError
+from eigenslice.errors import EigensliceError, ExportError
 from eigenslice.export import export_model
 from eigenslice.export.openvino import BEAM, FILE, OpenVino
 from eigenslice.options import ExportOptions
 from tests import tiny
 from tests.conftest import Slicer, load
 from tests.export import models
+from tests.messages import check_message
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
 openvino = pytest.importorskip("openvino", reason="OpenVINO isn't installed: pip install 'eigenslice[openvino]'")
 
 
-@pytest.mark.parametrize("case", ["qwen3", "opt"])
+@pytest.mark.parametrize("case", ["qwen3", "opt", "gemma2", "gemma3_text"])
 def test_sliced_models_give_the_same_logits(case: str, run_slice: Slicer, tmp_path: Path) -> None:
-    """At once and token by token, for a stock and a custom result."""
+    """At once and token by token, for stock and custom results; 12 tokens are more than the Gemmas' windows of 6."""
     folder = run_slice(case, width=24).output
     output = tmp_path / "openvino"
     export_model(ExportOptions(model=str(folder), output=output, to="openvino", check=False))
@@ -34,8 +35,10 @@ def test_sliced_models_give_the_same_logits(case: str, run_slice: Slicer, tmp_pa
         assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_rows_go_on_from_the_beam_that_is_named(run_slice: Slicer, tmp_path: Path) -> None:
-    folder = run_slice("llama", width=24).output
+@pytest.mark.parametrize("case", ["llama", "gemma2"])
+def test_rows_go_on_from_the_beam_that_is_named(case: str, run_slice: Slicer, tmp_path: Path) -> None:
+    """Gemma 2's attention has no operation of its own in OpenVINO, because it caps scores."""
+    folder = run_slice(case, width=24).output
     output = tmp_path / "openvino"
     export_model(ExportOptions(model=str(folder), output=output, to="openvino", check=False))
     options = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -65,6 +68,44 @@ def test_the_result_is_checked(tmp_path: Path) -> None:
     assert result.agreement is not None
     assert 0 < result.agreement.mean_difference < 0.05
     assert (output / "tokenizer.json").is_file()
+
+
+def test_states_begin_with_the_dense_models_heads(tmp_path: Path) -> None:
+    """A state of no heads runs where OpenVINO puts an attention of its own in place, and gives nothing elsewhere."""
+    dense, output = tiny.save(tiny.CASES["gemma2"].build(), tmp_path / "dense"), tmp_path / "openvino"
+    export_model(ExportOptions(model=str(dense), output=output, to="openvino", check=False))
+    states = [
+        node for node in openvino.Core().read_model(output / FILE).get_ops() if node.get_type_name() == "ReadValue"
+    ]
+    assert len(states) == 2 * 3
+    for state in states:
+        assert state.get_output_partial_shape(0) == openvino.PartialShape([-1, 2, -1, 12])
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 96), (1, 2, 96)])
+def test_a_file_that_does_not_run_is_refused_and_removed(
+    shape: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Request:
+        def __init__(self, *_: object) -> None:
+            self.data = np.zeros(shape, dtype=np.float32)
+
+        def reset_state(self) -> None: ...
+
+        def infer(self, inputs: object) -> None: ...
+
+        def get_tensor(self, name: str) -> "Request":
+            return self
+
+    folder = models.save(tmp_path / "dense")
+    before = set(tmp_path.rglob("*"))
+    monkeypatch.setattr(OpenVino, "__init__", lambda self, path: vars(self).update(_request=Request(), _seen=[]))
+    with pytest.raises(ExportError) as caught:
+        export_model(ExportOptions(model=str(folder), output=tmp_path / "openvino", to="openvino"))
+    check_message(
+        caught.value, "the runtime of --to openvino doesn't run this 'llama' model", f"logits of shape {shape}"
+    )
+    assert set(tmp_path.rglob("*")) == before
 
 
 def test_unknown_types_are_refused(tmp_path: Path) -> None:

@@ -127,7 +127,8 @@ def _complete(output: Path) -> Iterator[Path]:
 def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
     from eigenslice.export import llama_cpp
     from eigenslice.export.check import check_tokens, compare, prompts, reference, require_agreement
-    from eigenslice.export.gguf import architecture_of, write_gguf
+    from eigenslice.export.gguf import write_gguf
+    from eigenslice.export.gguf_arch import architecture_of
     from eigenslice.export.gguf_types import round_weights, type_for
 
     folder, config = _open(options)
@@ -224,6 +225,17 @@ def _export_graph(
         if not options.check:
             return Export(options.output, size, matrices)
         sequences = prompts(loaded.tokenizer())
-        [agreement] = compare(runtime(target), sequences, [reference(loaded.model, sequences)])
+        expected = reference(loaded.model, sequences)
+        try:
+            [agreement] = compare(runtime(target), sequences, [expected])
+        except (EigensliceError, OSError):
+            raise
+        except Exception as error:  # runtimes raise all kinds
+            raise ExportError(
+                f"the runtime of --to {options.to} doesn't run this {loaded.model.config.model_type!r} model "
+                f"({first_line(error)})",
+                allowed="files that give logits for each token",
+                next_step="nothing was written; report this with the model's config.json, or run it with transformers",
+            ) from error
         require_agreement(agreement, TOLERANCES[name], options.to)
     return Export(options.output, size, matrices, agreement, tolerance=TOLERANCES[name])

@@ -54,6 +54,11 @@ def write_openvino(folder: Path, graph: Graph, compress: bool) -> None:
         raise RuntimeError(str(error).strip().splitlines()[-1].lstrip("- ")) from error
     for port, name in zip(model.inputs, [*INPUTS, *graph.past], strict=True):
         port.get_tensor().set_names({name})
+    for name, example in zip(graph.past, graph.arguments[-1], strict=True):
+        # The converter forgets the number of heads, which the beginning of a state has to have
+        _, heads, _, width = example.shape
+        model.input(name).get_node().set_partial_shape(openvino.PartialShape([-1, heads, -1, width]))
+    model.validate_nodes_and_infer_types()
     for port, name in zip(model.outputs, [LOGITS, *graph.present], strict=True):
         port.get_tensor().set_names({name})
     _make_stateful(openvino, model, graph)
@@ -80,7 +85,8 @@ def _make_stateful(openvino: Any, model: Any, graph: Graph) -> None:
     rows = op.gather(op.shape_of(ids), op.constant([0], dtype=np.int64), op.constant(0, dtype=np.int64))
     for node in model.get_ops():
         if node.get_type_name() == "ReadValue":
-            _, heads, _, width = (d.get_length() if d.is_static else 0 for d in node.get_output_partial_shape(0))
+            shape = node.get_output_partial_shape(0)
+            heads, width = shape[1].get_length(), shape[3].get_length()
             rest = (op.constant([size], dtype=np.int64) for size in (heads, 0, width))
             empty = op.constant(0, dtype=node.get_output_element_type(0).to_dtype())
             node.set_arguments([op.broadcast(empty, op.concat([rows, *rest], 0))])
@@ -119,7 +125,10 @@ class OpenVino:
             }
         )
         self._seen = list(ids)
-        return self._request.get_tensor(LOGITS).data[0]
+        found = self._request.get_tensor(LOGITS).data
+        if found.shape[:2] != new.shape:
+            raise RuntimeError(f"logits of shape {found.shape} for {new.shape[1]} tokens")
+        return found[0]
 
     def next_tokens(self, ids: Sequence[int], likely: int) -> dict[int, float]:
         """Log-probabilities, in nats, of the most likely tokens after these; the first one is the most likely."""
