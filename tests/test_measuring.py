@@ -10,7 +10,9 @@ from eigenslice.arch import lookup
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
 from eigenslice.measuring import HEAD_WEIGHT, Measurement, measure
+from eigenslice.plan import Plan
 from eigenslice.stream import Batch, Stream
+from eigenslice.transform import ALL
 from tests import tiny
 from tests.conftest import Folders, load
 
@@ -67,15 +69,27 @@ def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folde
     assert sorted(set(blocks)) == [0, 1, 2, 3]
 
 
+def plan(neurons: tuple[int, ...], heads: int | None = None) -> Plan:
+    return Plan("global", (2,), True, None, neurons, heads)
+
+
 def test_those_with_the_largest_energy_are_kept_in_their_order() -> None:
     energy = [torch.tensor(values, dtype=torch.float64) for values in ([5.0, 1, 4, 3, 2], [1.0, 2, 3, 4, 5])]
-    kept = Measurement(torch.eye(2), energy).kept((3, 2))
+    found = Measurement(torch.eye(2), energy, [])
+    kept = [some.neurons for some in found.kept(plan((3, 2)))]
     assert [some.tolist() for some in kept if some is not None] == [[0, 2, 3], [3, 4]]
-    kept = Measurement(torch.eye(2), energy).kept((5, 1))
+    kept = [some.neurons for some in found.kept(plan((5, 1)))]
     assert kept[0] is None  # all of them
     assert kept[1] is not None
     assert kept[1].tolist() == [4]
 
 
 def test_without_energies_all_are_kept() -> None:
-    assert Measurement(torch.eye(2), []).kept((0, 0, 0)) == [None, None, None]
+    assert Measurement(torch.eye(2), [], []).kept(plan((0, 0, 0))) == [ALL, ALL, ALL]
+
+
+def test_heads_are_kept_in_their_order() -> None:
+    ranked = [torch.tensor(order) for order in ([2, 0, 3, 1], [3, 1, 0, 2])]
+    kept = Measurement(torch.eye(2), [], ranked).kept(plan((0, 0), heads=2))
+    assert [some.heads.tolist() for some in kept if some.heads is not None] == [[0, 2], [1, 3]]
+    assert [some.of_heads for some in kept] == [4, 4]

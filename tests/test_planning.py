@@ -32,7 +32,9 @@ def plans(dense_folder: Folders) -> Planner:
     def make(case: str | Path, **options: Any) -> tuple[DenseModel, list[Plan]]:
         folder = case if isinstance(case, Path) else dense_folder(case)
         dense = DenseModel(open_source(str(folder)))
-        return dense, make_plans(dense, SliceOptions(model=str(folder), output=Path("out"), **options))
+        options = {"model": str(folder), "output": Path("out"), "heads": False} | options
+        (family,) = make_plans(dense, SliceOptions(**options))
+        return dense, family
 
     return make
 

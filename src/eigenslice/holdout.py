@@ -14,10 +14,11 @@ HELD_OUT_SHARE = 8
 """... but no more than one sequence of so many."""
 
 
-def hold_out(batches: list[Batch]) -> list[Batch]:
+def hold_out(batches: list[Batch], least: int = 1) -> list[Batch]:
     """All sequences, a few of them in the group that nothing is fitted on.
 
-    These are the last ones of each group, in turns. Of fewer than `HELD_OUT_SHARE` sequences, none is held out.
+    These are the last ones of each group, in turns. Of fewer than `HELD_OUT_SHARE` sequences, none is held out,
+    nor where that gives fewer tokens than `least`: as many numbers are fitted on them.
     """
     places: dict[int, list[tuple[int, int]]] = {}
     for number, batch in enumerate(batches):
@@ -28,6 +29,8 @@ def hold_out(batches: list[Batch]) -> list[Batch]:
         if len(held) < most and tokens < HELD_OUT_TOKENS:
             held.add(place)
             tokens += _rows(batches[place[0]], [place[1]]).tokens
+    if tokens < least:
+        return batches
     result = []
     for number, batch in enumerate(batches):
         rows = {

@@ -133,7 +133,7 @@ class Slicing:
     def _fit(self, basis: GlobalBasis, kept: list[Kept], write: Callable[[int, Tensors], None]) -> Fit:
         """Fit all blocks beside the dense stream, and then the head's gain."""
         run, state = self.run, self.run.state
-        stream, batches = run.stream(), hold_out(run.tokens.batches)
+        stream, batches = run.stream(), hold_out(run.tokens.batches, self.plan.site_widths[-1])
         groups = {batch.group for batch in batches} - {HELD_OUT_GROUP}
         twin = SlicedTwin(
             run.dense,

@@ -20,7 +20,7 @@ from tests import tiny, words
 from tests.checkpoint.files import copy_of
 from tests.conftest import load
 
-METHODS = ["ours", "paper-per-block", "drop-blocks", "width-pruning"]
+METHODS = ["ours", "ours-custom", "paper-per-block", "drop-blocks", "width-pruning"]
 
 
 def model_of(case: str) -> Any:
@@ -242,6 +242,6 @@ def test_a_test_on_the_calibration_text_is_marked(command: list[str], tmp_path: 
 def test_options_that_are_none(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quality.main([*command, "--methods=magic"])
-    assert "no method magic; there are ours, paper-per-block" in capsys.readouterr().err
+    assert "no method magic; there are ours, ours-custom, paper-per-block" in capsys.readouterr().err
     with pytest.raises(OptionsError, match="NAME=SOURCE"):
         quality.main([*command, "--test=wikitext2"])
