@@ -19,7 +19,7 @@ from eigenslice.plan import Plan, widths
 from eigenslice.refitting import SlicedTwin
 from eigenslice.slicing import SliceResult
 from eigenslice.stream import Batch, Stream
-from eigenslice.transform import SiteBasis
+from eigenslice.transform import ALL, SiteBasis
 from tests import tiny
 from tests.conftest import Folders, Slicer, load, relative
 from tests.reference_twin import Twin
@@ -146,7 +146,7 @@ def run_twin(
 
     plan = Plan("global", widths(dense, "global", basis.width), False, None, (dense.neurons,) * dense.blocks)
     groups = {batch.group for batch in batches} - set(trial)
-    twin = SlicedTwin(dense, plan, basis, [None] * dense.blocks, torch.float32, write, groups=groups)
+    twin = SlicedTwin(dense, plan, basis, [ALL] * dense.blocks, torch.float32, write, groups=groups)
     streams: list[Tensor] = []
     for site in Stream(dense, torch.float32).walk(batches, hold=True):
         twin.arrive(site)
