@@ -43,7 +43,7 @@ def read_by(module: nn.Module, model: Any, ids: Tensor) -> Tensor:
     return seen[0]
 
 
-def stream_sizes(module: nn.Module, model: Any, case: str, ids: Tensor) -> Tensor:
+def stream_sizes(module: nn.Linear, model: Any, case: str, ids: Tensor) -> Tensor:
     """Root mean square of the stream before a block's MLP (and attention, where they are parallel), (tokens, 1)."""
     index = writers(model, WRITERS[case]).index(module)
     layers = model.model.decoder.layers if case == "opt" else model.model.layers

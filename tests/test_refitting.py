@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eigenslice import holdout
 from eigenslice.algebra.refit import RidgeChoice
 from eigenslice.arch import lookup
 from eigenslice.checkpoint.source import open_source
@@ -27,6 +28,12 @@ from tests.reference_twin import Twin
 WIDTH, NEURONS, RIDGE = 20, 40, 0.03
 IDS = tiny.random_ids(2, 20, seed=5)
 FAMILIES = ["llama-biased", "qwen2-tied", "qwen3", "opt", "phi", "gpt_neox", "gpt_neox-sequential"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_held_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References fit on all sequences, and have no gain before the head."""
+    monkeypatch.setattr(holdout, "HELD_OUT_SHARE", 10_000)
 
 
 def twin_of(case: str, result: SliceResult, ridge: float | None) -> Twin:
