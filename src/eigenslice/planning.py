@@ -162,7 +162,7 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
     """Plans that store at most `keep` of the dense model's parameters."""
     assert options.keep is not None
     budget = int(options.keep * dense.parameters)
-    cuts_heads = options.heads and options.fits and options.basis == "global" and dense.heads
+    cuts_heads = options.heads and options.mlp and options.fits and options.basis == "global" and dense.heads
     numbers = [math.ceil(share * dense.heads) for share in HEADS] if cuts_heads else [None]
     families = [_family(dense, options, tied, budget, heads) for heads in dict.fromkeys(numbers)]
     families = [family for family in families if family]

@@ -24,7 +24,7 @@ def slice_(
     neurons: Annotated[
         int | None, typer.Option(help="MLP neurons to keep in every block, with --width or --slicing [all].")
     ] = None,
-    mlp: Annotated[bool, typer.Option(help="With --keep: cut MLP neurons, too.")] = True,
+    mlp: Annotated[bool, typer.Option(help="With --keep: cut MLP neurons, too; --no-mlp cuts the width only.")] = True,
     heads: Annotated[
         bool, typer.Option(help="With --keep: cut key/value heads, each with its query heads, too.")
     ] = True,
