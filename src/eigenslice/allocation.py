@@ -16,7 +16,7 @@ from eigenslice.algebra.covariance import gram_matrix
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.dense import DenseModel
 from eigenslice.head import dense_head, divergences
-from eigenslice.measuring import Measurement
+from eigenslice.measuring import Measurement, writer_weight
 from eigenslice.offload import OffloadedTensors
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import RunState
@@ -125,8 +125,10 @@ def block_losses(
                     streams[-1].append(a.hidden)
             with _replaced(dense, site, weight):
                 _run(site, streams[-1])
-    heads = [dense_head(dense)] * len(streams)
-    kl = torch.tensor(divergences(dense, site, streams, heads, ranks), dtype=torch.float64, device=dense.device)
+    head = dense_head(dense)
+    kl = torch.tensor(
+        divergences(head, site, streams, [head] * len(streams), ranks), dtype=torch.float64, device=dense.device
+    )
     losses = BlockLosses(kl, neurons, torch.stack(errors))
     if state:
         state.finish(STAGE, {"kl": losses.kl, "error": losses.error}, {})
@@ -149,8 +151,7 @@ def _run(site: Site, streams: OffloadedTensors) -> None:
     """Let held-out streams, which are the first ones, pass a site's sublayers."""
     for number, a in enumerate(site.activations[: len(streams)]):
         hidden = streams[number]
-        normalized = site.layer.normalize(site.index, hidden)
-        streams[number] = hidden + site.layer.update(site.index, normalized, **a.kwargs[site.block])
+        streams[number] = hidden + site.update(a, hidden)
 
 
 def _cut(dense: DenseModel, site: Site, importance: Tensor, neurons: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
@@ -169,25 +170,19 @@ def _cut(dense: DenseModel, site: Site, importance: Tensor, neurons: int, ranks:
         if a.group != HELD_OUT_GROUP:
             hidden = a.hidden
             with captured_inputs(site.layer, mlp.writers[:1]) as inputs:
-                site.layer.update(site.index, site.layer.normalize(site.index, hidden), **a.kwargs[site.block])
+                site.update(a, hidden)
             weight = torch.rsqrt(a.rows(hidden).square().mean(-1, keepdim=True) + site.eps)
             gram += gram_matrix(a.rows(inputs[mlp.writers[0]]) * weight)
     order = importance.argsort(descending=True)
     gram = ranks.sum(gram)[order][:, order]
     gram.diagonal().add_(DEFAULT_RIDGE * gram.diagonal().mean().clamp_min(1e-30))
     factor = torch.linalg.cholesky(gram)
-    writer = _writer(dense, site)[:, order].double()
+    writer = writer_weight(dense, mlp, site)[:, order]
     error = (writer @ factor).square().sum(0).flip(0).cumsum(0).flip(0)
     missing = gram[:neurons, neurons:] @ writer[:, neurons:].T
     fitted = writer[:, :neurons] + torch.cholesky_solve(missing, factor[:neurons, :neurons]).T
     cut = torch.zeros_like(writer).index_copy(1, order[:neurons], fitted)
     return torch.cat([error, error.new_zeros(1)]), ranks.decide(cut)
-
-
-def _writer(dense: DenseModel, site: Site) -> Tensor:
-    """Weight of the MLP's writer in a site's block, (D, neurons)."""
-    name = dense.table.mlp.weight(dense.table.mlp.writers[0])
-    return dense.table.turned({name: site.layer.get_parameter(name)})[name]
 
 
 @contextmanager

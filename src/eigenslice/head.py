@@ -96,19 +96,18 @@ def _held_out(site: Site, streams: Sequence[OffloadedTensors], at_once: int) -> 
 
 
 def divergences(
-    dense: DenseModel, site: Site, streams: Sequence[OffloadedTensors], heads: Sequence[Head], ranks: Ranks = ALONE
+    whole: Head, site: Site, streams: Sequence[OffloadedTensors], heads: Sequence[Head], ranks: Ranks = ALONE
 ) -> list[float]:
     """KL(dense || other) at the site before the head, in nats per held-out token of all ranks.
 
     Args:
-        dense: The dense model.
+        whole: The dense model's head.
         site: The one before the head.
         streams: The others', there.
         heads: The others'.
         ranks: Who share the sequences.
     """
-    whole = dense_head(dense)
-    totals = torch.zeros(len(streams) + 1, dtype=torch.float64, device=dense.device)  # and the number of tokens
+    totals = torch.zeros(len(streams) + 1, dtype=torch.float64, device=whole.weight.device)  # and the number of tokens
     for rows, others in _held_out(site, streams, whole.at_once):
         totals[-1] += len(rows)
         expected = whole.logits(rows).log_softmax(-1)

@@ -114,9 +114,9 @@ def measure(
             sums = {"moment": moment, "energies": energies, "columns": columns, "heads": order}
             state.save(STAGE, site.block, {STREAMS: site.streams}, sums, {})
         if count and site.layer is not None and site.index == 0:
-            columns[site.block] = _writer(dense, mlp, site).square().sum(0)
+            columns[site.block] = writer_weight(dense, mlp, site).square().sum(0)
         if groups and site.layer is not None and site.index == 0:
-            reading = _writer(dense, attention, site)
+            reading = writer_weight(dense, attention, site)
             gram = torch.zeros(reading.shape[1], reading.shape[1], **options)
         moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
     importance = ranks.sum(energies) * columns
@@ -126,7 +126,7 @@ def measure(
     return Measurement(moment, list(importance), list(order))
 
 
-def _writer(dense: DenseModel, sublayer: Sublayer, site: Site) -> Tensor:
+def writer_weight(dense: DenseModel, sublayer: Sublayer, site: Site) -> Tensor:
     """Weight of a sublayer's writer in a site's block, (D, n), float64."""
     name = sublayer.weight(sublayer.writers[0])
     return dense.table.turned({name: site.layer.get_parameter(name)})[name].to(torch.float64)

@@ -124,6 +124,10 @@ class Site:
             moment.add(a.rows(normalize(hidden, self.eps) if normalized else hidden))
         return moment.matrix
 
+    def update(self, a: Activations, hidden: Tensor) -> Tensor:
+        """What the sublayers here add to a stream (B, T, D) of the batch of some activations."""
+        return self.layer.update(self.index, self.layer.normalize(self.index, hidden), **a.kwargs[self.block])
+
     def project(self, basis: Tensor) -> None:
         """Keep only the part of the stream in the span of a basis (D, width), in the same coordinates."""
         projector = basis @ basis.T

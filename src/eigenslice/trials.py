@@ -6,7 +6,7 @@ from eigenslice.algebra.basis import Spectrum
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.assembly import global_basis
 from eigenslice.dense import DenseModel
-from eigenslice.head import divergences, sliced_head
+from eigenslice.head import dense_head, divergences, sliced_head
 from eigenslice.measuring import Measurement
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
@@ -80,7 +80,7 @@ def try_plans(
     heads = [
         sliced_head(dense, plan, basis, twin.reading) for plan, basis, twin in zip(plans, bases, twins, strict=True)
     ]
-    losses = divergences(dense, site, [twin.streams for twin in twins], heads, ranks)
+    losses = divergences(dense_head(dense), site, [twin.streams for twin in twins], heads, ranks)
     if state:
         state.finish(stage, {}, {"kl": losses})
     return losses

@@ -58,11 +58,6 @@ class Sublayer:
         """Readers and writers."""
         return (*self.readers, *self.writers)
 
-    @property
-    def units(self) -> str:
-        """What can be cut inside of it: neurons, heads or nothing ("")."""
-        return "neurons" if self.neurons else "heads" if self.heads else ""
-
     def weight(self, name: str) -> str:
         """Name of the weight of a reader or writer."""
         return name if name in self.stacked else name + ".weight"
