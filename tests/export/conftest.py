@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from eigenslice.export import Export, export_model
 from eigenslice.options import CalibrationOptions, ExportOptions
@@ -25,6 +26,7 @@ def sliced(run_slice: Slicer, tmp_path: Path) -> Sliced:
         width: int = 32,
         split: str = "gpt-2",
         neurons: list[int] | None = None,
+        heads: int | None = None,
         form: str = "auto",
         **config: Any,
     ) -> Path:
@@ -32,9 +34,10 @@ def sliced(run_slice: Slicer, tmp_path: Path) -> Sliced:
         calibration = tiny.calibration_file(tmp_path, rows=60)
         data = CalibrationOptions(data=str(calibration))
         size: dict[str, Any] = {"width": width}
-        if neurons:
+        if neurons or heads:
             recipe = tmp_path / "recipe.yaml"
-            recipe.write_text(f"width: {width}\nneurons: {neurons}\n")
+            plan = {"width": width, "neurons": neurons, "key_value_heads": heads}
+            recipe.write_text(yaml.safe_dump({name: value for name, value in plan.items() if value}))
             size = {"recipe": recipe}
         return run_slice("llama", model=str(dense), calibration=data, form=form, **size).output
 

@@ -64,6 +64,18 @@ def test_one_number_of_neurons_takes_the_types_own_architecture(
     require_equal(folder, result.output)
 
 
+@pytest.mark.parametrize(("neurons", "arch"), [([40, 64], "deci"), (None, "llama")])
+def test_fewer_heads_than_the_dense_model(
+    neurons: list[int] | None, arch: str, sliced: Sliced, exported: Exporter
+) -> None:
+    folder = sliced(neurons=neurons, heads=1, form="custom")
+    result = exported(folder)
+    header = fields(result.output)
+    each = header[f"{arch}.attention.head_count_kv"]
+    assert each == ([1, 1] if arch == "deci" else 1)
+    require_equal(folder, result.output)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_norms_without_a_gain_have_ones(tied: bool, sliced: Sliced, exported: Exporter) -> None:
     """With tied embeddings the last one has the class's gain. Epsilon is the class's."""

@@ -68,7 +68,7 @@ def _write_parameters(writer: GGUFWriter, config: Any, arch: Architecture, kind:
     writer.add_context_length(dense.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(dense.num_hidden_layers)
-    neurons, heads, kv_heads = neurons_of(config), dense.num_attention_heads, dense.num_key_value_heads
+    neurons, heads, kv_heads = neurons_of(config), config.num_attention_heads, config.num_key_value_heads
     writer.add_feed_forward_length(neurons if arch.counted else neurons[0])
     writer.add_head_count([heads] * len(neurons) if arch.counted else heads)
     writer.add_head_count_kv([kv_heads] * len(neurons) if arch.counted else kv_heads)
@@ -109,7 +109,7 @@ def _entries(config: Any, weights: SafetensorsWeights, arch: Architecture, kind:
         yield _Entry(ROPE_FREQUENCIES, tuple(factors.shape), format_of(kind, (1,), False), lambda: factors)
     dense = dense_config(config)
     names = get_tensor_name_map(arch.arch, dense.num_hidden_layers)
-    heads = {"q_proj": dense.num_attention_heads, "k_proj": dense.num_key_value_heads}
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     # eigenslice's class has the dense architecture's model in itself
     sources = {name.removeprefix("model.") if is_custom(config) else name: name for name in weights.names()}
     for source, stored in sources.items():

@@ -58,7 +58,10 @@ def is_custom(config: Any) -> bool:
 
 
 def dense_config(config: Any) -> Any:
-    """The config that knows heads, rotary angles and vocabulary: in eigenslice's class it is the dense model's."""
+    """The config that knows rotary angles and vocabulary: in eigenslice's class it is the dense model's.
+
+    Heads may be fewer than there: ask the model's own config for their number.
+    """
     return config.text_config if is_custom(config) else config
 
 
@@ -100,12 +103,12 @@ def architecture_of(config: Any) -> Architecture:
     if is_custom(config):
         found = _holder(config, found)
         own = list(_custom_variants(config, kind, found))
-    width = dense.num_attention_heads * head_dim(config)
+    width = config.num_attention_heads * head_dim(config)
     if not found.any_width and config.hidden_size != width:
         raise UnsupportedModelError(
             f"llama.cpp refuses {kind!r} at hidden width {config.hidden_size}, other than heads x head_dim = {width}",
             allowed=ALLOWED,
-            next_step=f"slice to a width that divides by the {dense.num_attention_heads} heads: the result is then "
+            next_step=f"slice to a width that divides by the {config.num_attention_heads} heads: the result is then "
             "saved as llama",
         )
     if reasons or own:
