@@ -62,7 +62,7 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
     }
 
 
-def _inner_config(dense: DenseModel) -> dict[str, Any]:
+def _dense_config(dense: DenseModel) -> dict[str, Any]:
     """The dense config without what belongs to its folder and its old weights, and what every config has anyway."""
     common = PreTrainedConfig().to_dict()
     return {
@@ -76,7 +76,7 @@ def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedCo
     """Config of the custom class."""
     values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
     return SlicedConfig(
-        text_config=_inner_config(dense) | {"tie_word_embeddings": plan.tied},
+        text_config=_dense_config(dense) | {"tie_word_embeddings": plan.tied},
         architecture=architecture(dense),
         site_widths=list(plan.site_widths),
         neurons=list(plan.neurons) if plan.neurons != (dense.neurons,) * dense.blocks else None,
@@ -122,7 +122,7 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
     """
     form = plan.stock
     assert form is not None
-    values = _inner_config(dense) | {"head_dim": _head_dim(dense.config)}
+    values = _dense_config(dense) | {"head_dim": _head_dim(dense.config)}
     if plan.heads is not None:  # and as many query heads for each as before
         queries = dense.config.num_attention_heads // dense.heads * plan.heads
         values |= {"num_attention_heads": queries, "num_key_value_heads": plan.heads}

@@ -1,12 +1,13 @@
 """`eigenslice bench`."""
 
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from eigenslice.cli.console import output, progress_bar
+from eigenslice.cli.options import AsJson, Device, Quiet, RunDtype, TrustCheckpoints
 
 
 def bench(
@@ -18,16 +19,11 @@ def bench(
     compile_: Annotated[bool, typer.Option("--compile", help="Use torch.compile (with a static cache).")] = False,
     static_cache: Annotated[bool, typer.Option("--static-cache", help="Use a cache of fixed length.")] = False,
     memory: Annotated[bool, typer.Option(help="Measure peak memory; on CPU this loads each model again.")] = True,
-    device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Dtype to run in [float32 on CPU, the stored one on a GPU]."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    device: Device = None,
+    dtype: RunDtype = None,
+    trust_remote_code: TrustCheckpoints = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Speed, memory and size of models side by side: medians, and the lowest and highest run."""
     from eigenslice.bench import BenchOptions

@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from eigenslice.cli.console import output, progress_bar
+from eigenslice.cli.options import AsJson, Device, Quiet, RunDtype, TrustCheckpoint
 
 
 def eval_(
@@ -37,16 +38,11 @@ def eval_(
     chat: Annotated[bool, typer.Option("--chat", help="Ask tasks in the models' chat templates.")] = False,
     samples: Annotated[int, typer.Option(help="Windows of each text, from its start.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Dtype to run in [float32 on CPU, the stored one on a GPU]."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run its own code.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    device: Device = None,
+    dtype: RunDtype = None,
+    trust_remote_code: TrustCheckpoint = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Perplexity over all predicted tokens of a text, or scores of tasks; models are compared with the first."""
     if tasks is not None:

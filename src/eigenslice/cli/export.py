@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from eigenslice.cli.console import output, progress_bar
+from eigenslice.cli.options import AsJson, Quiet, TrustCheckpoint
 
 
 def export(
@@ -29,11 +30,9 @@ def export(
     tokenizer_pre: Annotated[
         str | None, typer.Option(help="llama.cpp's word for how the tokenizer splits text, where it isn't found.")
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run its own code.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    trust_remote_code: TrustCheckpoint = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a model for another runtime, and check there that it computes what transformers computes."""
     from eigenslice.export import export_model

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from eigenslice.cli.console import errors, output, progress_bar
+from eigenslice.cli.options import Quiet, TrustCheckpoints
 
 
 def finetune(
@@ -68,15 +69,13 @@ def finetune(
         list[str] | None, typer.Option(help="tensorboard (into OUTPUT.logs), trackio; may be repeated.")
     ] = None,
     shard_size: Annotated[float | None, typer.Option(help="Size of an output file in GiB [5].")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")
-    ] = False,
+    trust_remote_code: TrustCheckpoints = False,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the result to this repository of the hub, OWNER/NAME.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make that repository private.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train a sliced model for a while, so that it recovers; the result is stored as before."""
     from eigenslice.finetune import finetune as run

@@ -7,17 +7,16 @@ import typer
 from rich.table import Table
 
 from eigenslice.cli.console import output, progress_bar
+from eigenslice.cli.options import AsJson, TrustTokenizer
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
-    ] = False,
+    trust_remote_code: TrustTokenizer = False,
     samples: Annotated[int, typer.Option(help="Calibration sequences of the estimate.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
     device: Annotated[str | None, typer.Option(help="torch device of the estimate [a GPU if there is one].")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Whether a model can be sliced, its parameters by role, and what each slicing would store."""
     from eigenslice.inspection import inspect_model

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from eigenslice.cli.console import output, progress_bar
+from eigenslice.cli.options import Quiet, TrustCheckpoints
 
 
 def report(
@@ -22,10 +23,8 @@ def report(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt for --generate; may be repeated.")] = None,
     new: Annotated[int, typer.Option(help="Tokens to write after each.")] = 60,
     device: Annotated[str | None, typer.Option(help="torch device for --generate [a GPU if there is one].")] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    trust_remote_code: TrustCheckpoints = False,
+    quiet: Quiet = False,
 ) -> None:
     """One HTML page about a result, which needs no network: sizes, spectra, quality, speed, samples."""
     from eigenslice.report import ReportOptions

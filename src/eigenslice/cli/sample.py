@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from eigenslice.cli.console import output, progress_bar
+from eigenslice.cli.options import AsJson, Device, Quiet, RunDtype, TrustCheckpoint
 
 
 def sample(
@@ -17,16 +18,11 @@ def sample(
     batch: Annotated[int, typer.Option(help="Texts at once.")] = 32,
     temperature: Annotated[float, typer.Option(help="1 draws tokens as the model predicts them.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of beginnings and drawing.")] = 0,
-    device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
-    dtype: Annotated[
-        Literal["float32", "float16", "bfloat16"] | None,
-        typer.Option(help="Dtype to run in [float32 on CPU, the stored one on a GPU]."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the checkpoint run its own code.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    device: Device = None,
+    dtype: RunDtype = None,
+    trust_remote_code: TrustCheckpoint = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Let a model write text by itself, to calibrate with: of all the kinds that it was trained on."""
     from eigenslice.sampling import SampleOptions, sample_text

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from eigenslice.cli.console import errors, output, progress_bar
+from eigenslice.cli.options import Device, Quiet, TrustTokenizer
 
 
 def slice_(
@@ -74,7 +75,7 @@ def slice_(
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option(help="Dtype of the forward pass [float32 on CPU, the source's on a GPU]."),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")] = None,
+    device: Device = None,
     offload: Annotated[
         Literal["auto", "none", "disk"],
         typer.Option(help="Where calibration activations live: none is on the device, auto where they fit."),
@@ -83,9 +84,7 @@ def slice_(
         bool, typer.Option("--resume", help="Go on with an interrupted run of the same command.")
     ] = False,
     shard_size: Annotated[float, typer.Option(help="Size of an output file in GiB.")] = 5.0,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
-    ] = False,
+    trust_remote_code: TrustTokenizer = False,
     log_dir: Annotated[Path | None, typer.Option(help="Log speed and memory there for TensorBoard, too.")] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the result to this repository of the hub, OWNER/NAME.")
@@ -94,7 +93,7 @@ def slice_(
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the manifest, and lines of progress, as JSON.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Slice a model into a new folder, of exactly one size: --keep, --slicing, --width or --recipe."""
     from eigenslice.checkpoint.output import partial_path
