@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from accelerate import init_empty_weights
+import torch
 from transformers import AutoModelForCausalLM
 
 from eigenslice.errors import CheckpointError
@@ -16,7 +16,7 @@ def empty_model(config: Any) -> Any:
         CheckpointError: transformers can't build it.
     """
     try:
-        with init_empty_weights(include_buffers=False):
+        with torch.device("meta"):  # transformers then skips the random initial weights, which nobody reads
             return AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except Exception as error:  # whatever a model's constructor raises on a config that it doesn't expect
         raise CheckpointError(

@@ -5,7 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-STRIPS = 4
+STRIPS = 6
 STRIP = 64  # columns; narrower ones are not worth it
 
 
