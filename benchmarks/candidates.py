@@ -20,6 +20,8 @@ from eigenslice.stream import Batch
 SLICED: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-custom": {"form": "custom"},
+    "ours-given": {"own_text": 0.0},  # nothing but the given text and random tokens
+    "ours-custom-given": {"form": "custom", "own_text": 0.0},
     "paper-per-block": {"basis": "per-block", "refit": False},
 }
 BASELINES: dict[str, Baseline] = {"drop-blocks": drop_blocks, "width-pruning": prune_width}

@@ -15,7 +15,7 @@ from torch import Tensor
 OffloadChoice = Literal["auto", "none", "disk"]
 Place = Literal["device", "host", "disk"]
 FREE_SHARE = 0.5
-"""Share of the memory that is free now which activations may take."""
+"""Share of the memory that is free now which activations, or a model that writes text, may take."""
 KEY = "x"
 
 
@@ -25,6 +25,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from error
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on a device, or on the host for the CPU."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def choose_place(choice: OffloadChoice, needed: int, device: torch.device) -> Place:
@@ -37,9 +42,9 @@ def choose_place(choice: OffloadChoice, needed: int, device: torch.device) -> Pl
     """
     if choice != "auto":
         return "device" if choice == "none" else "disk"
-    if device.type == "cuda" and needed < FREE_SHARE * torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and needed < FREE_SHARE * free_bytes(device):
         return "device"
-    if needed < FREE_SHARE * psutil.virtual_memory().available:
+    if needed < FREE_SHARE * free_bytes(torch.device("cpu")):
         return "device" if device.type == "cpu" else "host"
     return "disk"
 

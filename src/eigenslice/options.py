@@ -78,8 +78,10 @@ class SliceOptions(BaseModel):
         basis: One basis for all sites, or one for each with shortcuts (the paper).
         refit: Fit the sliced weights to the dense model's activations, in closed form; None is yes with a global
             basis. Per-block is the paper's algorithm, which has none.
-        random_tokens: Sequences of random tokens to fit on beside calibration texts, as a share of those, so that every
-            part of the vocabulary is seen. Token ids are used as they are.
+        own_text: Sequences of text that the model writes itself, to calibrate on beside texts, as a share of those; the
+            model is loaded as a whole for it. Token ids are used as they are.
+        random_tokens: Sequences of random tokens to fit on beside texts, as such a share, so that every part of the
+            vocabulary is seen; None is 0.25 where there is no text of the model's own, else 0.
         untie: Store embedding and head separately even if the dense model ties them.
         multiple: Widths and neurons that slicing and keep choose are multiples of this. Matrix kernels like 8;
             llama.cpp's Q8_0 wants 32 and its K-quants 256.
@@ -111,7 +113,8 @@ class SliceOptions(BaseModel):
     basis: Literal["global", "per-block"] = "global"
     refit: bool | None = None
     untie: bool = False
-    random_tokens: float = 0.25
+    own_text: float = 0.25
+    random_tokens: float | None = None
     multiple: int = 8
     portable: bool = False
     form: Literal["auto", "stock", "custom"] = "auto"
@@ -167,12 +170,13 @@ class SliceOptions(BaseModel):
                 allowed="--refit with --basis global; per-block is the paper's algorithm, which has none",
                 next_step="drop one of them",
             )
-        if not 0 <= self.random_tokens <= 4:
-            raise OptionsError(
-                f"--random-tokens {self.random_tokens}",
-                allowed="0 (none) to 4 (four times as many sequences as of text)",
-                next_step="the default is 0.25",
-            )
+        for name, share in (("own-text", self.own_text), ("random-tokens", self.random_tokens)):
+            if share is not None and not 0 <= share <= 4:
+                raise OptionsError(
+                    f"--{name} {share}",
+                    allowed="0 (none) to 4 (four times as many sequences as of text)",
+                    next_step="leave it out for the default",
+                )
         if not 0 < self.shard_gib < math.inf:
             raise OptionsError(
                 f"--shard-size {self.shard_gib}", allowed="more than 0 (GiB)", next_step="the default is 5"

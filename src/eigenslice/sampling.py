@@ -5,19 +5,33 @@ temperature 1 from random beginnings is a sample of what it learnt (arXiv 2410.1
 """
 
 import json
+import math
+import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
+from torch import Tensor
 from transformers import GenerationConfig, set_seed
 
 from eigenslice.checkpoint.output import check_output, write_whole
-from eigenslice.data.tokens import ordinary_tokens
+from eigenslice.data.tokens import BATCH_TOKENS, EigensliceWarning, Tokens, longest_sequence, ordinary_tokens
+from eigenslice.dense import DenseModel
+from eigenslice.device import trim_memory
 from eigenslice.errors import OptionsError
-from eigenslice.evaluate import load_model
-from eigenslice.options import DtypeName
+from eigenslice.evaluate import LoadedModel, load_model
+from eigenslice.offload import FREE_SHARE, free_bytes
+from eigenslice.options import DtypeName, SliceOptions
 from eigenslice.progress import Progress, no_progress
+from eigenslice.ranks import Ranks
+from eigenslice.resume import RunState
+from eigenslice.stream import Batch
+
+STAGE = "sampling"
+OWN_LENGTH = 128
+"""Tokens of a text beside calibration texts: many short ones show more kinds, and cost less, than a few long ones."""
+OWN_BATCH = 64
+"""Of them at once."""
 
 
 class SampleOptions(BaseModel):
@@ -87,45 +101,124 @@ def sample_text(options: SampleOptions, progress: Progress = no_progress) -> lis
     """
     check_output(options.output)
     loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
-    model, tokenizer = loaded.model, loaded.tokenizer()
-    config = model.config.get_text_config()
-    longest = getattr(config, "max_position_embeddings", None)
-    start = list(tokenizer("")["input_ids"])
-    length = len(start) + options.seqlen
-    if longest and length > longest:
+    tokenizer = loaded.tokenizer()
+    start = len(tokenizer("")["input_ids"])
+    longest = longest_sequence(loaded.model.config.get_text_config())
+    if longest and start + options.seqlen > longest:
         raise OptionsError(
             f"--seqlen {options.seqlen}",
-            allowed=f"at most {longest - len(start)} tokens: {options.model} takes {longest}",
+            allowed=f"at most {longest - start} tokens: {options.model} takes {longest}",
             next_step="lower it; more --samples make up for it",
         )
-    first = _first_tokens(tokenizer, config.vocab_size, options)
+    ids = draw(loaded, options.samples, options.seqlen, options.batch, options.temperature, options.seed, progress)
+    texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+    write_whole(options.output, json.dumps(texts, ensure_ascii=False, indent=0))
+    return texts
+
+
+def draw(
+    loaded: LoadedModel,
+    samples: int,
+    length: int,
+    batch: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Tensor:
+    """Token by token, as a model predicts them.
+
+    Args:
+        loaded: The model and its tokenizer.
+        samples: Number of texts.
+        length: Tokens of each, the random first one among them.
+        batch: Texts at once.
+        temperature: What logits are divided by.
+        seed: Of the first tokens and of the drawing.
+        progress: Called after each batch.
+
+    Returns:
+        Token ids, (samples, s + length), on the CPU: s is the number of tokens that the tokenizer puts before any text.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer()
+    start = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)
+    ordinary = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(seed)
+    first = ordinary[torch.randint(len(ordinary), (samples, 1), generator=generator)]
+    prompts = torch.cat([start.expand(samples, -1), first], dim=1)
     # A config of its own: those of checkpoints cut the tail off and stop where a text ends
     sampling = GenerationConfig(
-        max_length=length,
+        max_length=len(start) + length,
         do_sample=True,
-        temperature=options.temperature,
+        temperature=temperature,
         top_k=0,
         top_p=1.0,
         pad_token_id=0,
     )
     model.generation_config = sampling
-    set_seed(options.seed)
-    texts: list[str] = []
-    for begin in range(0, options.samples, options.batch):
-        progress("sampling", begin, options.samples)
-        beginnings = first[begin : begin + options.batch, None]
-        prompt = torch.cat([torch.tensor([start] * len(beginnings), dtype=torch.long), beginnings], dim=1)
+    set_seed(seed)
+    drawn: list[Tensor] = []
+    for prompt in prompts.split(batch):
+        progress(STAGE, sum(map(len, drawn)), samples)
         prompt = prompt.to(model.device)
         with torch.no_grad():
             ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
-        texts += tokenizer.batch_decode(ids[:, len(start) :], skip_special_tokens=True)
-    progress("sampling", options.samples, options.samples)
-    write_whole(options.output, json.dumps(texts, ensure_ascii=False, indent=0))
-    return texts
+        drawn.append(ids.cpu())
+    progress(STAGE, samples, samples)
+    return torch.cat(drawn)
 
 
-def _first_tokens(tokenizer: Any, vocabulary: int, options: SampleOptions) -> torch.Tensor:
-    """One random token for each text, (samples,); no special ones."""
-    ordinary = ordinary_tokens(tokenizer, vocabulary)
-    generator = torch.Generator().manual_seed(options.seed)
-    return ordinary[torch.randint(len(ordinary), (options.samples,), generator=generator)]
+def add_own_text(
+    tokens: Tokens, dense: DenseModel, options: SliceOptions, state: RunState, ranks: Ranks, progress: Progress
+) -> Tokens:
+    """Add sequences of text that the dense model writes itself; measured in benchmarks/EXPERIMENTS.md.
+
+    For that, the model is loaded as a whole, once; where it doesn't fit into the memory that is free, nothing is added
+    and a warning says so.
+
+    Args:
+        tokens: Calibration tokens of texts.
+        dense: The model.
+        options: How many sequences, as a share of those of the texts, and where and how the model runs.
+        state: Where to keep the text, so that an interrupted run goes on with the same.
+        ranks: The first one writes for all.
+        progress: Called as the text grows.
+    """
+    count = math.ceil(options.own_text * tokens.description["sequences"])
+    if not count:
+        return tokens
+    saved = state.result(STAGE)
+    if saved is None:
+        written = ranks.on_first(lambda: _write_own(tokens, dense, options, count, progress).tolist())
+        ids = torch.tensor(written, dtype=torch.long)
+        state.finish(STAGE, {"ids": ids}, {})
+    else:
+        ids = saved[0]["ids"]
+    if not len(ids):
+        return tokens
+    rows = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
+    group = 1 + max(batch.group for batch in tokens.batches)
+    batches = [*tokens.batches, *(Batch(part, group=group) for part in rows)]
+    return Tokens(batches, tokens.description | {"own_sequences": len(ids)})
+
+
+def _write_own(tokens: Tokens, dense: DenseModel, options: SliceOptions, count: int, progress: Progress) -> Tensor:
+    """So many sequences of about the texts' length, each of several short ones, (count, T); none if memory is short."""
+    dtype = torch.float32 if dense.device.type == "cpu" else dense.dtype
+    dtype = getattr(torch, options.compute_dtype) if options.compute_dtype else dtype
+    needed, free = dense.parameters * dtype.itemsize, free_bytes(dense.device)
+    if needed > FREE_SHARE * free:
+        warnings.warn(
+            f"no text of the model's own (--own-text {options.own_text}): the whole model takes {needed / 1e9:.1f} GB, "
+            f"more than half of the {free / 1e9:.1f} GB that are free.",
+            EigensliceWarning,
+            stacklevel=2,
+        )
+        return torch.empty(0, 0, dtype=torch.long)
+    loaded = load_model(options.model, str(dense.device), options.compute_dtype, options.trust_remote_code)
+    start, seqlen = len(loaded.tokenizer()("")["input_ids"]), int(tokens.description["seqlen"])
+    length = max(2, min(OWN_LENGTH, seqlen) - start)
+    together = max(1, seqlen // (start + length))
+    ids = draw(loaded, count * together, length, OWN_BATCH, 1.0, options.calibration.seed, progress)
+    del loaded
+    trim_memory()
+    return ids.reshape(count, -1)

@@ -31,12 +31,15 @@ from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks, join_ranks
 from eigenslice.report.card import CARD, write_card
 from eigenslice.resume import RunState
+from eigenslice.sampling import add_own_text
 from eigenslice.stored import StoredForm
 from eigenslice.stream import Batch
 from eigenslice.trials import try_plans
 
 TOGETHER = 3
 """Plans that are tried beside one pass of the dense model."""
+RANDOM_SHARE = 0.25
+"""Random sequences, as a share of those of texts, where the model writes no text; with its own, they gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     plans = [plan for family in families for plan in family]
     _ = source.tokenizer_config  # a broken one is refused now, not when the work is done
     wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work
-    tokens = _tokens(options, dense)
+    given = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
     wait_for_hashes()
-    identity = run_identity(options, dense, tokens)
+    identity = run_identity(options, dense, given)
     if finished:  # it was interrupted after the last step
         return SliceResult(options.output, finished_manifest(options.output, identity))
     dtype = getattr(torch, options.dtype) if options.dtype else dense.dtype
@@ -86,9 +89,11 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     item = torch.empty((), dtype=dtype).element_size()
     ranks.on_first(lambda: check_space(options.output, max(stored_parameters(dense, p) for p in plans) * item))
     with work_folder(options.output, identity, options.resume, ranks) as work:
+        state = RunState(work.state, ranks)
+        tokens = _more_tokens(given, options, dense, state, ranks, progress)
         place = choose_place(options.offload, activation_bytes(dense, tokens.count, compute) // ranks.size, device)
         offload = Offload(place, device, work.offload / str(ranks.rank))
-        run = Run(dense, tokens, compute, offload, ranks, RunState(work.state, ranks), progress)
+        run = Run(dense, tokens, compute, offload, ranks, state, progress)
         found = _measure(run, plans) if options.basis == "global" else None
         plan, trials = _choose(run, families, found, options.multiple if options.keep is not None else None)
         stored = StoredForm(dense, plan)
@@ -120,14 +125,17 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     return SliceResult(options.output, content)
 
 
-def _tokens(options: SliceOptions, dense: DenseModel) -> Tokens:
-    """Calibration sequences, and random ones beside texts if anything will be fitted."""
-    source = dense.source
-    tokens = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
-    if options.fits and "seed" in tokens.description:  # texts, not token ids
-        vocabulary, seed = dense.config.vocab_size, options.calibration.seed
-        return random_sequences(tokens, source.tokenizer, vocabulary, options.random_tokens, seed)
-    return tokens
+def _more_tokens(
+    given: Tokens, options: SliceOptions, dense: DenseModel, state: RunState, ranks: Ranks, progress: Progress
+) -> Tokens:
+    """Calibration texts, and beside them text of the model's own or random tokens, if anything will be fitted."""
+    if not options.fits or "seed" not in given.description:  # token ids are used as they are
+        return given
+    tokens = add_own_text(given, dense, options, state, ranks, progress)
+    share = options.random_tokens
+    if share is None:
+        share = RANDOM_SHARE if tokens is given else 0.0
+    return random_sequences(tokens, dense.source.tokenizer, dense.config.vocab_size, share, options.calibration.seed)
 
 
 def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Path) -> None:

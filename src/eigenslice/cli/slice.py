@@ -64,9 +64,14 @@ def slice_(
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences, of all texts together.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
-    random_tokens: Annotated[
-        float, typer.Option(help="Sequences of random tokens to fit on, too, as a share of those of text.")
+    own_text: Annotated[
+        float,
+        typer.Option(help="Sequences of text that the model writes itself, as a share of those of the texts."),
     ] = 0.25,
+    random_tokens: Annotated[
+        float | None,
+        typer.Option(help="Sequences of random tokens to fit on, as such a share [0.25 without text of its own]."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None, typer.Option(help="Stored dtype [as the source].")
@@ -113,6 +118,7 @@ def slice_(
         heads=heads,
         basis=basis,
         refit=refit,
+        own_text=own_text,
         random_tokens=random_tokens,
         untie=untie,
         form=form,

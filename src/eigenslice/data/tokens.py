@@ -88,6 +88,11 @@ def calibration_tokens(
     return tokens
 
 
+def longest_sequence(config: Any) -> int | None:
+    """Tokens that a model of this config takes at most, if it says so."""
+    return getattr(config, "max_position_embeddings", None)
+
+
 def ordinary_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
     """Ids of all tokens that the tokenizer and the embedding have, (n,); special ones are left out."""
     special = set(tokenizer.all_special_ids)
@@ -144,7 +149,7 @@ def _tokens(
     if ids:
         return _token_ids(ids, chosen[0].field or DEFAULT_TENSOR, config)
     length = options.seqlen
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_sequence(config)
     if longest and length > longest:
         warnings.warn(
             f"--seqlen {length} is more than the model's {longest} positions; using {longest}.",
@@ -292,7 +297,7 @@ def _why_no_ids(ids: Tensor, mask: Tensor | None, config: Any) -> str | None:
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= config.vocab_size:
         return f"has ids from {low} to {high}"
-    longest = getattr(config, "max_position_embeddings", None)
+    longest = longest_sequence(config)
     if longest and ids.shape[1] > longest:
         return f"has sequences of {ids.shape[1]} tokens; the model takes {longest}"
     if mask is not None and (mask.shape != ids.shape or not mask.any()):
