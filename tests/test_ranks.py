@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from eigenslice.ranks import Ranks
 from eigenslice.stream import Batch, share_batches
-from tests import tiny
+from tests import tiny, words
+from tests.checkpoint.files import copy_of
 from tests.conftest import Folders, load, relative
 
 KINDS = {
@@ -48,13 +49,26 @@ def uneven(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ranks_give_what_one_process_gives(kind: str, dense_folder: Folders, uneven: Path, tmp_path: Path) -> None:
     case, size = KINDS[kind]
-    arguments = ["slice", dense_folder(case), "--calibration", uneven, *size]
+    check_ranks(["slice", dense_folder(case), "--calibration", uneven, *size], tmp_path)
+
+
+def test_own_text_is_the_first_rank_s(dense_folder: Folders, tmp_path: Path) -> None:
+    model = copy_of(dense_folder("llama"), tmp_path / "dense")
+    words.tokenizer().save_pretrained(model)
+    text = tmp_path / "words.txt"
+    text.write_text(words.text(tiny.random_ids(1, 400)[0].tolist()))
+    data = ["--calibration", text, "--samples", "9", "--seqlen", "30"]
+    check_ranks(["slice", model, *data, "--width", "24", "--neurons", "48"], tmp_path, (2,))
+
+
+def check_ranks(arguments: list[object], tmp_path: Path, sizes: tuple[int, ...] = (2, 4)) -> None:
+    """So many ranks give the logits that one process gives."""
     alone = finish([sys.executable, "-m", "eigenslice", *map(str, arguments), "-o", str(tmp_path / "1")])
     assert alone.returncode == 0, alone.stderr
     ids = tiny.random_ids(3, 20)
     with torch.no_grad():
         expected = load(tmp_path / "1")(ids).logits
-    for ranks in (2, 4):
+    for ranks in sizes:
         shared = finish(torchrun(ranks, *arguments, "-o", tmp_path / str(ranks)))
         assert shared.returncode == 0, shared.stderr
         with torch.no_grad():

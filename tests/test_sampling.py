@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from eigenslice import sampling, slicing
+from eigenslice.data.tokens import EigensliceWarning
 from eigenslice.errors import OptionsError, OutputError
-from eigenslice.options import CalibrationOptions
-from eigenslice.sampling import SampleOptions, sample_text
-from tests import words
+from eigenslice.evaluate import load_model
+from eigenslice.measuring import measure
+from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.sampling import SampleOptions, draw, sample_text
+from eigenslice.slicing import slice_model
+from eigenslice.stream import RANDOM_GROUP, Batch
+from tests import tiny, words
 from tests.checkpoint.files import copy_of
 from tests.conftest import Folders, Slicer, load
 from tests.messages import check_message
@@ -76,6 +83,91 @@ def test_the_file_is_calibration_text(model: Path, run_slice: Slicer, tmp_path: 
     data = CalibrationOptions(data=str(file), samples=20, seqlen=16)
     result = run_slice("llama", model=str(model), width=24, calibration=data)
     assert result.manifest["calibration"]["sequences"] == 20
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """400 words."""
+    file = tmp_path / "words.txt"
+    file.write_text(words.text(tiny.random_ids(1, 400)[0].tolist()))
+    return file
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """The sequences that the dense model is measured on."""
+    batches: list[Batch] = []
+
+    def spy(dense: Any, stream: Any, given: list[Batch], *rest: Any) -> Any:
+        batches.extend(given)
+        return measure(dense, stream, given, *rest)
+
+    monkeypatch.setattr(slicing, "measure", spy)
+    return batches
+
+
+def test_slicing_calibrates_on_own_text_too(model: Path, text: Path, run_slice: Slicer, seen: list[Batch]) -> None:
+    data = CalibrationOptions(data=str(text), samples=12, seqlen=30, seed=3)
+    result = run_slice("llama", model=str(model), width=24, calibration=data)
+    assert result.manifest["calibration"]["sequences"] == 12
+    assert result.manifest["calibration"]["own_sequences"] == 3
+    assert "random_sequences" not in result.manifest["calibration"]
+    own = max(batch.group for batch in seen)
+    assert {batch.group for batch in seen if batch.group != own} == {0, 1, 2, 3}  # quarters of the only text
+    drawn = torch.cat([batch.input_ids for batch in seen if batch.group == own])
+    assert torch.equal(drawn, draw(load_model(str(model), "cpu"), 3, 30, 64, seed=3))
+
+
+def test_a_long_sequence_holds_several_own_texts(
+    model: Path, text: Path, run_slice: Slicer, seen: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "OWN_LENGTH", 8)
+    data = CalibrationOptions(data=str(text), samples=10, seqlen=40)
+    run_slice("llama", model=str(model), width=24, calibration=data, own_text=0.2, random_tokens=0.3)
+    groups = sorted({batch.group for batch in seen})
+    assert groups == [RANDOM_GROUP, 0, 1, 2, 3, 4]
+    assert [tuple(batch.input_ids.shape) for batch in seen if batch.group == 4] == [(2, 40)]
+    drawn = draw(load_model(str(model), "cpu"), 10, 8, 64)
+    assert torch.equal(torch.cat([batch.input_ids for batch in seen if batch.group == 4]), drawn.view(2, 40))
+
+
+def test_without_room_for_the_model_random_tokens_take_its_place(
+    model: Path, text: Path, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "free_bytes", lambda device: 100_000)
+    data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
+    with pytest.warns(EigensliceWarning, match="no text of the model's own"):
+        result = run_slice("llama", model=str(model), width=24, calibration=data)
+    assert "own_sequences" not in result.manifest["calibration"]
+    assert result.manifest["calibration"]["random_sequences"] == 3
+
+
+@pytest.mark.parametrize("options", [{"own_text": 0.0}, {"refit": False}], ids=["not wanted", "nothing is fitted"])
+def test_no_own_text(model: Path, text: Path, run_slice: Slicer, options: dict[str, Any]) -> None:
+    data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
+    result = run_slice("llama", model=str(model), width=24, calibration=data, **options)
+    assert "own_sequences" not in result.manifest["calibration"]
+
+
+def test_an_interrupted_run_goes_on_with_the_same_own_text(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
+    options = SliceOptions(model=str(model), output=tmp_path / "whole", width=24, calibration=data)
+    slice_model(options)
+
+    def stop(stage: str, done: int, total: int, tokens: int = 0) -> None:
+        if stage == "measuring":
+            raise KeyboardInterrupt
+
+    stopped = options.model_copy(update={"output": tmp_path / "stopped"})
+    with pytest.raises(KeyboardInterrupt):
+        slice_model(stopped, stop)
+    monkeypatch.delattr(sampling, "draw")  # it isn't written again
+    slice_model(stopped.model_copy(update={"resume": True}))
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_output_that_exists_is_kept(model: Path, tmp_path: Path) -> None:
