@@ -131,15 +131,27 @@ def test_a_long_sequence_holds_several_own_texts(
     assert torch.equal(torch.cat([batch.input_ids for batch in seen if batch.group == 4]), drawn.view(2, 40))
 
 
+@pytest.mark.parametrize("short", ["slicing takes less", "little is free"])
 def test_without_room_for_the_model_random_tokens_take_its_place(
-    model: Path, text: Path, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
+    short: str, model: Path, text: Path, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "free_bytes", lambda device: 100_000)
+    if short == "slicing takes less":
+        monkeypatch.setattr(sampling, "LITTLE_MEMORY", 1000)
+        monkeypatch.setattr(sampling, "activation_bytes", lambda dense, tokens, dtype: 1000)
+    else:
+        monkeypatch.setattr(sampling, "free_bytes", lambda device: 100_000)
     data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
     with pytest.warns(EigensliceWarning, match="no text of the model's own"):
         result = run_slice("llama", model=str(model), width=24, calibration=data)
     assert "own_sequences" not in result.manifest["calibration"]
     assert result.manifest["calibration"]["random_sequences"] == 3
+    if short == "slicing takes less":
+        asked = run_slice("llama", model=str(model), width=24, calibration=data, own_text=0.25)
+        assert asked.manifest["calibration"]["own_sequences"] == 3
+    else:
+        with pytest.raises(OptionsError) as caught:
+            run_slice("llama", model=str(model), width=24, calibration=data, own_text=0.25)
+        check_message(caught.value, "--own-text 0.25")
 
 
 @pytest.mark.parametrize("options", [{"own_text": 0.0}, {"refit": False}], ids=["not wanted", "nothing is fitted"])

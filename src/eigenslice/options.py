@@ -79,7 +79,8 @@ class SliceOptions(BaseModel):
         refit: Fit the sliced weights to the dense model's activations, in closed form; None is yes with a global
             basis. Per-block is the paper's algorithm, which has none.
         own_text: Sequences of text that the model writes itself, to calibrate on beside texts, as a share of those; the
-            model is loaded as a whole for it. Token ids are used as they are.
+            model is loaded as a whole for it. None is 0.25, unless that takes more memory than slicing. Token ids are
+            used as they are.
         random_tokens: Sequences of random tokens to fit on beside texts, as such a share, so that every part of the
             vocabulary is seen; None is 0.25 where there is no text of the model's own, else 0.
         untie: Store embedding and head separately even if the dense model ties them.
@@ -113,7 +114,7 @@ class SliceOptions(BaseModel):
     basis: Literal["global", "per-block"] = "global"
     refit: bool | None = None
     untie: bool = False
-    own_text: float = 0.25
+    own_text: float | None = None
     random_tokens: float | None = None
     multiple: int = 8
     portable: bool = False

@@ -19,6 +19,7 @@ from eigenslice.data.tokens import BATCH_TOKENS, EigensliceWarning, Tokens, long
 from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory
 from eigenslice.errors import OptionsError
+from eigenslice.estimate import activation_bytes
 from eigenslice.evaluate import LoadedModel, load_model
 from eigenslice.offload import FREE_SHARE, free_bytes
 from eigenslice.options import DtypeName, SliceOptions
@@ -32,6 +33,10 @@ OWN_LENGTH = 128
 """Tokens of a text beside calibration texts: many short ones show more kinds, and cost less, than a few long ones."""
 OWN_BATCH = 64
 """Of them at once."""
+DEFAULT_SHARE = 0.25
+"""Sequences of the model's own text, as a share of those of texts."""
+LITTLE_MEMORY = 1024**3
+"""Bytes that a model may take in any case."""
 
 
 class SampleOptions(BaseModel):
@@ -172,8 +177,7 @@ def add_own_text(
 ) -> Tokens:
     """Add sequences of text that the dense model writes itself; measured in benchmarks/EXPERIMENTS.md.
 
-    For that, the model is loaded as a whole, once; where it doesn't fit into the memory that is free, nothing is added
-    and a warning says so.
+    For that, the model is loaded as a whole, once.
 
     Args:
         tokens: Calibration tokens of texts.
@@ -182,8 +186,13 @@ def add_own_text(
         state: Where to keep the text, so that an interrupted run goes on with the same.
         ranks: The first one writes for all.
         progress: Called as the text grows.
+
+    Raises:
+        OptionsError: text was asked for, and there is no room for the model.
     """
-    count = math.ceil(options.own_text * tokens.description["sequences"])
+    count = math.ceil(
+        (DEFAULT_SHARE if options.own_text is None else options.own_text) * tokens.description["sequences"]
+    )
     if not count:
         return tokens
     saved = state.result(STAGE)
@@ -202,17 +211,8 @@ def add_own_text(
 
 
 def _write_own(tokens: Tokens, dense: DenseModel, options: SliceOptions, count: int, progress: Progress) -> Tensor:
-    """So many sequences of about the texts' length, each of several short ones, (count, T); none if memory is short."""
-    dtype = torch.float32 if dense.device.type == "cpu" else dense.dtype
-    dtype = getattr(torch, options.compute_dtype) if options.compute_dtype else dtype
-    needed, free = dense.parameters * dtype.itemsize, free_bytes(dense.device)
-    if needed > FREE_SHARE * free:
-        warnings.warn(
-            f"no text of the model's own (--own-text {options.own_text}): the whole model takes {needed / 1e9:.1f} GB, "
-            f"more than half of the {free / 1e9:.1f} GB that are free.",
-            EigensliceWarning,
-            stacklevel=2,
-        )
+    """So many sequences of about the texts' length, each of several short ones, (count, T); none without room."""
+    if not _has_room(tokens, dense, options):
         return torch.empty(0, 0, dtype=torch.long)
     loaded = load_model(options.model, str(dense.device), options.compute_dtype, options.trust_remote_code)
     start, seqlen = len(loaded.tokenizer()("")["input_ids"]), int(tokens.description["seqlen"])
@@ -222,3 +222,31 @@ def _write_own(tokens: Tokens, dense: DenseModel, options: SliceOptions, count: 
     del loaded
     trim_memory()
     return ids.reshape(count, -1)
+
+
+def _has_room(tokens: Tokens, dense: DenseModel, options: SliceOptions) -> bool:
+    """Whether to load the model as a whole: asked to, or where that takes no more than the activations will.
+
+    Models larger than that are sliced because they don't fit.
+    """
+    dtype = torch.float32 if dense.device.type == "cpu" else dense.dtype
+    dtype = getattr(torch, options.compute_dtype) if options.compute_dtype else dtype
+    needed, free = dense.parameters * dtype.itemsize, free_bytes(dense.device)
+    size = f"as a whole, the model takes {needed / 1e9:.1f} GB"
+    if options.own_text is None:
+        room = min(max(LITTLE_MEMORY, activation_bytes(dense, tokens.count, dtype)), FREE_SHARE * free)
+        if needed > room:
+            warnings.warn(
+                f"no text of the model's own to calibrate on: {size}, more than slicing it. "
+                f"--own-text {DEFAULT_SHARE} lets it write, --own-text 0 does without and says nothing.",
+                EigensliceWarning,
+                stacklevel=2,
+            )
+        return needed <= room
+    if needed > free:
+        raise OptionsError(
+            f"--own-text {options.own_text}: {size}, and {free / 1e9:.1f} GB are free",
+            allowed="a model that fits into memory",
+            next_step="pass --own-text 0; text that it wrote elsewhere (eigenslice sample) can be one --calibration",
+        )
+    return True

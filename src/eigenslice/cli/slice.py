@@ -65,9 +65,12 @@ def slice_(
     samples: Annotated[int, typer.Option(help="Calibration sequences, of all texts together.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
     own_text: Annotated[
-        float,
-        typer.Option(help="Sequences of text that the model writes itself, as a share of those of the texts."),
-    ] = 0.25,
+        float | None,
+        typer.Option(
+            help="Sequences of text that the model writes itself, as a share of those of the texts [0.25, if the whole "
+            "model takes less memory than slicing]."
+        ),
+    ] = None,
     random_tokens: Annotated[
         float | None,
         typer.Option(help="Sequences of random tokens to fit on, as such a share [0.25 without text of its own]."),
