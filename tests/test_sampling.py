@@ -136,8 +136,7 @@ def test_without_room_for_the_model_random_tokens_take_its_place(
     short: str, model: Path, text: Path, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if short == "slicing takes less":
-        monkeypatch.setattr(sampling, "LITTLE_MEMORY", 1000)
-        monkeypatch.setattr(sampling, "activation_bytes", lambda dense, tokens, dtype: 1000)
+        monkeypatch.setattr(sampling, "room_for_model", lambda dense, tokens, dtype: 1000)
     else:
         monkeypatch.setattr(sampling, "free_bytes", lambda device: 100_000)
     data = CalibrationOptions(data=str(text), samples=12, seqlen=30)

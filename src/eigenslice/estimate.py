@@ -15,12 +15,23 @@ from eigenslice.stream import Batch, Stream
 PROBE_TOKENS = 512
 """Tokens that a block is timed on."""
 TRIED_TOKENS = FIT_TOKENS + TRIAL_TOKENS
+LITTLE_MEMORY = 1024**3
+"""Bytes that a model may take as a whole in any case."""
+BESIDE = 0.25
+"""Tokens of the model's own text, or random ones, as a share of the calibration tokens, where layers are fitted."""
+WRITING = 3.5
+"""Time of a token that the model writes, over that of one it reads: measured on SmolLM2-135M, on 2 CPU cores."""
 
 
 def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the activations that live at once: two streams, and what the widest writers read."""
     item = torch.empty((), dtype=dtype).element_size()
     return tokens * (2 * dense.width + max(dense.width, dense.neurons)) * item
+
+
+def room_for_model(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes that the model as a whole may take, without being asked to, to write text: no more than slicing takes."""
+    return max(LITTLE_MEMORY, activation_bytes(dense, tokens, dtype))
 
 
 @dataclass(frozen=True)
@@ -30,10 +41,10 @@ class Estimate:
     Attributes:
         tokens: Calibration tokens.
         seconds: With a global basis and no refit: one pass of the dense model, its covariances, and writing.
-        refitted_seconds: With a plan tried and layers refitted (`--keep`).
+        refitted_seconds: With text that the model writes, a plan tried and layers refitted (`--keep`).
         bytes: Peak memory without refit: this process, a block being run while the next one is read, the embeddings
             or the activations. On a GPU, part of it is the device's.
-        refitted_bytes: With refit: one Gram matrix in float64 and its factor, too.
+        refitted_bytes: With refit: one Gram matrix in float64 and its factor, too; or the whole model, to write text.
     """
 
     tokens: int
@@ -75,10 +86,12 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         fold = _seconds(fold_block, dense.device)
     share = dense.blocks * tokens / ids.numel()
     write = dense.blocks * fold * 3  # folded to be run; folded again to be sliced, and written
-    seconds = share * (block + sites * narrow) + write
-    # A trial of three plans on some of the tokens, and a pass of two streams with their products and solutions
-    fit = share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
-    trial = 2 * fit * min(1.0, TRIED_TOKENS / tokens)
+    measuring = share * (block + sites * narrow)
+    # The model's own text; a trial of three plans on some of the tokens, and a pass of two streams with their products
+    # and solutions
+    text = BESIDE * (measuring + share * WRITING * block)
+    fit = (1 + BESIDE) * share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
+    trial = 2 * fit * min(1.0, TRIED_TOKENS / ((1 + BESIDE) * tokens))
     weights = sum(torch.Size(shape).numel() for name, shape in dense.shapes.items() if _in_block(dense, name))
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(dense, tokens, dtype)
@@ -86,9 +99,12 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     running = 2 * weights * max(4, item) + 6 * dense.width**2 * 8
     plain = rss + activations // 2 + max(running, torch.Size(vocabulary).numel() * item)
     gram = max(dense.width, dense.neurons) ** 2 * 8
-    return Estimate(
-        tokens, seconds, seconds + trial + fit, plain, plain + activations // 2 + weights * 8 + 5 * gram // 2
-    )
+    refitted = plain + activations // 2 + weights * 8 + 5 * gram // 2
+    whole = dense.parameters * item
+    if whole <= room_for_model(dense, tokens, dtype):
+        refitted = max(refitted, rss + whole)
+    plain_seconds = measuring + write
+    return Estimate(tokens, plain_seconds, plain_seconds + text + trial + fit, plain, refitted)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -19,7 +19,7 @@ from eigenslice.data.tokens import BATCH_TOKENS, EigensliceWarning, Tokens, long
 from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory
 from eigenslice.errors import OptionsError
-from eigenslice.estimate import activation_bytes
+from eigenslice.estimate import room_for_model
 from eigenslice.evaluate import LoadedModel, load_model
 from eigenslice.offload import FREE_SHARE, free_bytes
 from eigenslice.options import DtypeName, SliceOptions
@@ -35,8 +35,6 @@ OWN_BATCH = 64
 """Of them at once."""
 DEFAULT_SHARE = 0.25
 """Sequences of the model's own text, as a share of those of texts."""
-LITTLE_MEMORY = 1024**3
-"""Bytes that a model may take in any case."""
 
 
 class SampleOptions(BaseModel):
@@ -234,7 +232,7 @@ def _has_room(tokens: Tokens, dense: DenseModel, options: SliceOptions) -> bool:
     needed, free = dense.parameters * dtype.itemsize, free_bytes(dense.device)
     size = f"as a whole, the model takes {needed / 1e9:.1f} GB"
     if options.own_text is None:
-        room = min(max(LITTLE_MEMORY, activation_bytes(dense, tokens.count, dtype)), FREE_SHARE * free)
+        room = min(room_for_model(dense, tokens.count, dtype), FREE_SHARE * free)
         if needed > room:
             warnings.warn(
                 f"no text of the model's own to calibrate on: {size}, more than slicing it. "
