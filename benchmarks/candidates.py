@@ -109,8 +109,13 @@ def plan_text(manifest: dict[str, Any]) -> str:
     """What a sliced model looks like: the numbers of its plan, or its widths."""
     plan, widths = manifest.get("plan"), sorted(set(manifest["site_widths"][:-1]))  # the head's may be the dense one
     if isinstance(plan, dict):
-        return ", ".join(f"{name} {value}" for name, value in plan.items() if isinstance(value, int | float | str))
+        return ", ".join(f"{name} {_number(value)}" for name, value in plan.items())
     return str(plan) if plan else "width " + " to ".join(map(str, dict.fromkeys((widths[0], widths[-1]))))
+
+
+def _number(value: Any) -> str:
+    """A plan's entry; one that differs from block to block by its range and mean."""
+    return f"{min(value)} to {max(value)} ({sum(value) / len(value):.0f})" if isinstance(value, list) else str(value)
 
 
 def recorded(folder: Path) -> dict[str, Any]:

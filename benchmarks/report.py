@@ -42,7 +42,17 @@ def heading(result: dict[str, Any]) -> str:
         f"Calibrated on {calibration['sequences']} sequences of {calibration.get('seqlen', '?')} tokens: {named}.\n\n"
         f"Tested on {tests}.\n\n"
         "Ratio: perplexity over the dense model's. KL: KL(dense ‖ sliced), nats per token. Top-1: share of tokens "
-        "whose most likely prediction is the dense model's. Mean: geometric, over the texts.\n"
+        "whose most likely prediction is the dense model's. Mean: geometric, over the texts.\n" + _note(result)
+    )
+
+
+def _note(result: dict[str, Any]) -> str:
+    """What eigenslice calibrates on beside the given text."""
+    if not any(row["method"] in ("ours", "ours-custom") for row in result["rows"]):
+        return ""
+    return (
+        "\nours, ours-custom: the defaults, with a quarter as many sequences that the model wrote itself; -given: "
+        "the given text and random tokens only (--own-text 0).\n"
     )
 
 
