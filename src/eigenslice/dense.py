@@ -104,8 +104,9 @@ class DenseModel:
         """The positions that transformers computes, by the name that they have where they are stored."""
         if not self.table.sinusoids:
             return {}
-        name = self.table.sinusoids + ".weights"
-        return {name: model.get_submodule(self.table.sinusoids).weights.to(self.device, torch.float64)}
+        positions = model.get_submodule(self.table.sinusoids)  # without memory, as all of this model
+        weights = positions.get_embedding(*positions.weights.shape, positions.padding_idx)
+        return {self.table.sinusoids + ".weights": weights.to(self.device, torch.float64)}
 
     @property
     def can_stay_tied(self) -> bool:
