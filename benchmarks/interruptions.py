@@ -112,7 +112,8 @@ def main() -> None:
                 wrong = [resumed.stderr] if resumed.returncode else differences(work / "whole", output)
                 rows.append({"seconds": round(after, 3), "interrupted": hit, "different": wrong})
                 print(rows[-1], flush=True)
-                shutil.rmtree(output, ignore_errors=True)
+                for left in (output, output.with_name(f"{output.name}.partial")):
+                    shutil.rmtree(left, ignore_errors=True)
         finally:
             if arguments.disk:
                 subprocess.run(["umount", str(disk)], check=True)

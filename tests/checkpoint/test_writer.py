@@ -162,7 +162,7 @@ def test_a_disk_without_room_is_refused(tmp_path: Path) -> None:
     check_space(tmp_path / "not" / "there", 1000)
     with pytest.raises(IncompleteError) as caught:
         check_space(tmp_path / "not" / "there", 1 << 60)
-    check_message(caught.value, str(tmp_path), "GiB free")
+    check_message(caught.value, str(tmp_path), "MiB free")
 
 
 def test_what_was_announced_and_never_came_is_named(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from eigenslice.checkpoint.weights import INDEX, SAFETENSORS_DTYPES, SINGLE
 from eigenslice.errors import IncompleteError, OutputError
 
 GIB = 1024**3
+MIB = 1024**2
 CHUNK = 1 << 24  # bytes read at once when files are verified
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -215,7 +216,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise IncompleteError(
-            f"the result takes {needed / GIB:.2f} GiB, and {folder} has {free / GIB:.2f} GiB free",
+            f"the result takes {needed / MIB:,.1f} MiB, and {folder} has {free / MIB:,.1f} MiB free",
             allowed="a disk with room for the result",
             next_step="free space (and add --resume if the run has begun), or choose another --output",
         )
