@@ -54,6 +54,34 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 20}),
 }
+"""Cases that eigenslice's class is exported from, too."""
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.0, 4.0],
+    "partial_rotary_factor": 0.5,
+}
+HEADS = {"head_dim": 12}
+PHI3: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3": ("phi3", HEADS | {"sliding_window": 64}),  # as long as a text can be
+    "phi3-tied": ("phi3", HEADS | {"tie_word_embeddings": True}),
+    "phi3-rope-partial": ("phi3", HEADS | {"rope_parameters": tiny.ROPE | {"partial_rotary_factor": 0.5}}),
+    # llama.cpp goes by the context that it is given, 256 here, transformers by the tokens of a text
+    "phi3-rope-short": (
+        "phi3",
+        HEADS
+        | {
+            "max_position_embeddings": 1024,
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": 512},
+        },
+    ),
+    "phi3-rope-long": ("phi3", HEADS | {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 16}}),
+}
+"""Cases of Phi-3. transformers' Phi3Config has longrope at hidden width = heads x head_dim only, so that sliced models
+with it are saved as eigenslice's class."""
+STOCK: dict[str, tuple[str, dict[str, Any]]] = PHI3
+"""Cases of further types, which are exported in stock form only."""
 
 
 def tokenizer(split: str = "gpt-2", bos: bool = False) -> Any:
@@ -85,7 +113,7 @@ def tokenizer(split: str = "gpt-2", bos: bool = False) -> Any:
 
 def save(folder: Path, case: str = "llama", split: str = "gpt-2", **config: Any) -> Path:
     """Save a dense model of a case with its tokenizer."""
-    model_type, extra = CASES[case]
+    model_type, extra = (CASES | STOCK)[case]
     model = tiny.tiny_model(model_type, CONFIG | extra | config)
     tokenizer(split).save_pretrained(folder)
     return tiny.save(model, folder)

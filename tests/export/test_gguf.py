@@ -7,10 +7,10 @@ import torch
 from gguf import GGUFReader
 
 from eigenslice.errors import ExportError, OptionsError, OutputError, UnsupportedModelError
-from eigenslice.export import gguf as gguf_export
+from eigenslice.export import gguf_tensors
 from eigenslice.export.check import TEXTS
-from eigenslice.export.gguf import interleave
 from eigenslice.export.gguf_arch import architecture_of
+from eigenslice.export.gguf_rope import interleave
 from eigenslice.export.llama_cpp import LlamaCpp
 from tests import tiny
 from tests.conftest import Slicer, load
@@ -22,7 +22,7 @@ from tests.messages import check_message
 pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed: pip install 'eigenslice[gguf]'")
 
 
-@pytest.mark.parametrize("case", models.CASES)
+@pytest.mark.parametrize("case", models.CASES | models.STOCK)
 def test_sliced_models_give_the_same_probabilities(case: str, sliced: Sliced, exported: Exporter) -> None:
     """All tokens at all positions; heads x head_dim is never the hidden width."""
     folder = sliced(case)
@@ -79,7 +79,7 @@ def test_a_wrong_file_is_refused_and_removed(
     """Rows of query and key in transformers' order: a file that llama.cpp loads without complaint."""
     folder = sliced()
     before = set(tmp_path.rglob("*"))
-    monkeypatch.setattr(gguf_export, "interleave", lambda rows, heads: rows)
+    monkeypatch.setattr(gguf_tensors, "interleave", lambda rows, heads, turned: rows)
     with pytest.raises(ExportError) as caught:
         exported(folder)
     check_message(caught.value, "llama.cpp disagrees with transformers")
