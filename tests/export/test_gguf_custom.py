@@ -35,7 +35,10 @@ def require_equal(folder: Path, gguf: Path) -> None:
     assert (log_probabilities(gguf, ids[0].tolist()) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("case", [*(case for case in models.CASES if case != "qwen3"), *models.PHI3])
+@pytest.mark.parametrize(
+    "case",
+    [*(case for case in models.CASES if case != "qwen3"), *models.PHI3, "seed_oss", "ernie4_5-biased"],
+)
 def test_a_number_of_neurons_for_each_block(case: str, sliced: Sliced, exported: Exporter) -> None:
     """Counts that no block of numbers divides; heads x head_dim isn't the hidden width."""
     folder = sliced(case, neurons=[37, 64])
@@ -51,7 +54,14 @@ def test_a_number_of_neurons_for_each_block(case: str, sliced: Sliced, exported:
 
 @pytest.mark.parametrize(
     ("case", "arch"),
-    [("llama", "llama"), ("mistral", "llama"), ("qwen2", "llama"), ("qwen3", "qwen3"), ("phi3", "llama")],
+    [
+        ("llama", "llama"),
+        ("mistral", "llama"),
+        ("qwen2", "llama"),
+        ("qwen3", "qwen3"),
+        ("phi3", "llama"),
+        ("seed_oss", "llama"),
+    ],
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_number_of_neurons_takes_the_types_own_architecture(

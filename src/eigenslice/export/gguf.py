@@ -4,8 +4,8 @@ Why not llama.cpp's `convert_hf_to_gguf.py`: it is a script of a source tree, in
 changes with it. The work is small on top of the `gguf` package, which llama.cpp publishes: it has the names of all
 tensors and keys, and the writer. What is left is llama.cpp's architecture (`gguf_arch.py`, `gguf_table.py`), a handful
 of numbers (below), what it wants of tensors (`gguf_tensors.py`, `gguf_rope.py`), the tokenizer (`gguf_tokenizer.py`)
-and the number formats (`gguf_types.py`). Each file is then run by llama.cpp itself and compared with transformers (`check.py`), so that an
-error here can't go unnoticed.
+and the number formats (`gguf_types.py`). Each file is then run by llama.cpp itself and compared with transformers
+(`check.py`), so that an error here can't go unnoticed.
 
 Tensors are read, converted and written one at a time.
 """

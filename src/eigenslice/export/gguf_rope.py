@@ -1,8 +1,8 @@
 """Rotary angles in a GGUF: factors of the frequencies, and the order of rows in queries and keys.
 
-llama.cpp turns pair i of a head by position x theta^(-2i / head_dim), over a factor if there are any. So types of angles
-that it doesn't know become factors: the ratio of this and what transformers computes. A pair that transformers doesn't
-turn gets a factor so large that the angle is zero.
+llama.cpp turns pair i of a head by position x theta^(-2i / head_dim), over a factor if there are any. So types of
+angles that it doesn't know become factors: the ratio of this and what transformers computes. A pair that transformers
+doesn't turn gets a factor so large that the angle is zero.
 """
 
 from typing import Any
@@ -47,13 +47,18 @@ def _factors(config: Any, length: int | None = None) -> Tensor:
     return factors
 
 
-def rope_factors(config: Any) -> dict[str, Tensor]:
-    """Tensors with what llama.cpp divides the rotary frequencies by; none if all by the same number."""
+def rope_factors(config: Any, whole: bool) -> dict[str, Tensor]:
+    """Tensors with what llama.cpp divides the rotary frequencies by; none if all by the same number.
+
+    Args:
+        config: The model's.
+        whole: Whether llama.cpp turns whole heads, so that it is the factors which leave a part as it is.
+    """
     kind = rope_type(config)
     if kind == "longrope":
         length = dense_config(config).rope_parameters["original_max_position_embeddings"]
         return {SHORT: _factors(config), LONG: _factors(config, length + 1)}
-    if kind == "llama3" or turned_dim(config) != head_dim(config):
+    if kind == "llama3" or (whole and turned_dim(config) != head_dim(config)):
         return {FREQUENCIES: _factors(config)}
     return {}
 

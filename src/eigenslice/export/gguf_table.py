@@ -72,6 +72,15 @@ LLAMA = Architecture(
 OWN = replace(LLAMA, custom=True)
 """Llama with results of eigenslice's class."""
 
+EXPERTS = {
+    "add_expert_count": "num_experts",
+    "add_expert_used_count": "num_experts_per_tok",
+    "add_expert_feed_forward_length": "moe_intermediate_size",
+}
+DENSE_BLOCKS = Refusal(
+    when=lambda c: bool(c.mlp_only_layers) or c.decoder_sparse_step != 1, reason="blocks without experts"
+)
+
 ARCHITECTURES = {
     "llama": OWN,
     "mistral": OWN,
@@ -83,5 +92,80 @@ ARCHITECTURES = {
         rope_types=(*DIVIDED, "longrope"),
         partly_turned=True,
         fused={"qkv_proj": INPUTS, "gate_up_proj": GATED},
+    ),
+    "gemma": Architecture(
+        MODEL_ARCH.GEMMA,
+        interleaved=False,
+        activations=(*TANH_GELU, "gelu"),  # an old name in Gemma's configs, which means the former
+        gain_offset=1.0,
+        refusals=(Refusal(when=lambda c: not c.tie_word_embeddings, reason="a head that isn't the embedding"),),
+    ),
+    "qwen3_moe": Architecture(
+        MODEL_ARCH.QWEN3MOE,
+        interleaved=False,
+        keys=EXPERTS,
+        refusals=(
+            DENSE_BLOCKS,
+            Refusal(when=lambda c: not c.norm_topk_prob, reason="weights of experts whose sum isn't one"),
+        ),
+    ),
+    "mixtral": replace(
+        LLAMA, keys={"add_expert_count": "num_local_experts", "add_expert_used_count": "num_experts_per_tok"}
+    ),
+    "qwen2_moe": Architecture(
+        MODEL_ARCH.QWEN2MOE,
+        interleaved=False,
+        any_width=False,
+        keys=EXPERTS | {"add_expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        refusals=(
+            DENSE_BLOCKS,
+            Refusal(when=lambda c: c.norm_topk_prob, reason="weights of experts whose sum is one"),
+            Refusal(when=lambda c: c.tie_word_embeddings, reason="a head that is the embedding"),
+        ),
+    ),
+    "starcoder2": Architecture(
+        MODEL_ARCH.STARCODER2,
+        interleaved=False,
+        any_width=False,
+        biases=(*INPUTS, "o_proj", "c_fc", "c_proj"),
+        activations=TANH_GELU,
+        epsilon="norm_epsilon",
+        layer_norm=True,
+        refusals=(Refusal(when=lambda c: not c.use_bias, reason="linear layers without a bias"),),
+    ),
+    "granite": Architecture(
+        MODEL_ARCH.GRANITE,
+        interleaved=True,
+        rope_types=DIVIDED,
+        biases=LLAMA.biases,
+        keys={
+            "add_embedding_scale": "embedding_multiplier",
+            "add_attention_scale": "attention_multiplier",
+            "add_residual_scale": "residual_multiplier",
+            "add_logit_scale": "logits_scaling",
+        },
+    ),
+    "smollm3": Architecture(
+        MODEL_ARCH.SMOLLM3,
+        interleaved=True,
+        refusals=(
+            Refusal(
+                when=lambda c: list(c.no_rope_layers) != [int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)],
+                reason="rotary angles in other layers than three of each four",
+            ),
+        ),
+    ),
+    "arcee": Architecture(MODEL_ARCH.ARCEE, interleaved=True, rope_types=DIVIDED, activations=("relu2",)),
+    "seed_oss": OWN,
+    "ernie4_5": replace(OWN, interleaved=False),  # transformers has this type's rows in llama.cpp's order
+    "phi": Architecture(
+        MODEL_ARCH.PHI2,
+        interleaved=False,
+        any_width=False,
+        partly_turned=True,
+        biases=(*INPUTS, "dense", "fc1", "fc2", "lm_head"),
+        activations=TANH_GELU,
+        epsilon="layer_norm_eps",
+        layer_norm=True,
     ),
 }

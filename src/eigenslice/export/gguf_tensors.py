@@ -43,6 +43,11 @@ class Source:
         """The last part of the module's name."""
         return self.name.split(".")[-2]
 
+    @property
+    def is_bias(self) -> bool:
+        """Whether it is the bias of a linear layer."""
+        return self.name.endswith(".bias") and not self.module.endswith("norm")
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -60,13 +65,12 @@ def entries(config: Any, weights: SafetensorsWeights, arch: Architecture, kind: 
     Raises:
         UnsupportedModelError: the architecture has no place for one.
     """
-    for name, factors in rope_factors(config).items():
+    for name, factors in rope_factors(config, arch.interleaved).items():
         yield Entry(name, tuple(factors.shape), GGMLQuantizationType.F32, lambda factors=factors: factors)
     names = get_tensor_name_map(arch.arch, dense_config(config).num_hidden_layers)
     for source in (*_sources(config, weights, arch), *_gainless(config, weights)):
         name = names.get_name(source.name, try_suffixes=(".weight", ".bias"))
-        biased = source.name.endswith("_proj.bias") and source.module not in arch.biases
-        if name is None or biased:
+        if name is None or (source.is_bias and source.module not in arch.biases):
             raise UnsupportedModelError(
                 f"llama.cpp's {arch.name!r} has no place for the tensor {source.name}",
                 allowed=ALLOWED,
