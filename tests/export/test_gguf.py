@@ -59,6 +59,21 @@ def test_k_quants_of_experts(sliced: Sliced, exported: Exporter) -> None:
     assert exported(folder, "q4_k").formats == {"q6_k": 2, "q4_k": 2 * 6, "f16": 2, "f32": 2}
 
 
+@pytest.mark.parametrize(
+    ("case", "size", "config"),
+    [
+        ("qwen2_moe", {"width": 24, "heads": 1}, {"head_dim": 12}),
+        ("starcoder2", {"width": 32, "neurons": [40, 40]}, {"hidden_size": 32}),
+        ("phi", {"width": 32, "neurons": [40, 40]}, {"hidden_size": 32}),
+    ],
+)
+def test_what_runs_at_one_width_only_can_be_cut_elsewhere(
+    case: str, size: dict[str, Any], config: dict[str, Any], sliced: Sliced, exported: Exporter
+) -> None:
+    """Heads that fit the width, or neurons."""
+    exported(sliced(case, **size, **config))
+
+
 def test_a_tied_head_is_stored_once(sliced: Sliced, exported: Exporter) -> None:
     tied = exported(sliced("llama-tied"))
     assert "output.weight" not in {tensor.name for tensor in GGUFReader(tied.output).tensors}

@@ -56,7 +56,7 @@ def architecture_of(config: Any) -> Architecture:
             next_step=f"slice to a width that divides by the {config.num_attention_heads} heads: the result is then "
             "saved as llama"
             if kind == "qwen2"
-            else f"cut only MLP neurons, which keeps the width, or {ELSEWHERE}",
+            else f"cut heads along with the width where the type allows it, or only MLP neurons, or {ELSEWHERE}",
         )
     if reasons or own:
         raise UnsupportedModelError(
