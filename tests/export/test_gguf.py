@@ -55,7 +55,7 @@ def test_types_of_stacked_and_fused_matrices(
 
 
 def test_k_quants_of_experts(sliced: Sliced, exported: Exporter) -> None:
-    folder = sliced("mixtral", width=256, hidden_size=288, intermediate_size=256)
+    folder = sliced("mixtral", width=256, hidden_size=288, intermediate_size=256, num_local_experts=2)
     assert exported(folder, "q4_k").formats == {"q6_k": 2, "q4_k": 2 * 6, "f16": 2, "f32": 2}
 
 
