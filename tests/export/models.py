@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eigenslice.export.llama_cpp import LlamaCpp
 from tests import tiny
+from tests.conftest import load
 
 SPLITS = {  # as in the tokenizer.json of Llama 3, Qwen2 and Mistral Nemo
     "llama-bpe": (
@@ -54,6 +55,62 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 20}),
 }
+"""Cases that eigenslice's class is exported from, too."""
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.0, 2.0, 4.0],
+    "partial_rotary_factor": 0.5,
+}
+HEADS = {"head_dim": 12}
+PHI3: dict[str, tuple[str, dict[str, Any]]] = {
+    "phi3": ("phi3", HEADS | {"sliding_window": 64}),  # as long as a text can be
+    "phi3-tied": ("phi3", HEADS | {"tie_word_embeddings": True}),
+    "phi3-rope-partial": ("phi3", HEADS | {"rope_parameters": tiny.ROPE | {"partial_rotary_factor": 0.5}}),
+    # llama.cpp goes by the context that it is given, 256 here, transformers by the tokens of a text
+    "phi3-rope-short": (
+        "phi3",
+        HEADS
+        | {
+            "max_position_embeddings": 1024,
+            "rope_parameters": LONGROPE | {"original_max_position_embeddings": 512},
+        },
+    ),
+    "phi3-rope-long": ("phi3", HEADS | {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 16}}),
+}
+"""Cases of Phi-3. transformers' Phi3Config has longrope at hidden width = heads x head_dim only, so that sliced models
+with it are saved as eigenslice's class."""
+EXPERTS = tiny.EXPERTS | HEADS
+SQUARE = {"head_dim": 8}  # heads x head_dim is the width of the sliced model
+BIASES = {"attention_bias": True, "mlp_bias": True}
+EXPERTS = tiny.EXPERTS | HEADS | {"norm_topk_prob": True}
+SQUARE = {"head_dim": 8}
+"""For what llama.cpp runs at one width only: heads x head_dim is the width of the sliced model."""
+QWEN2_MOE = tiny.EXPERTS | SQUARE | {"shared_expert_intermediate_size": 40}
+STOCK: dict[str, tuple[str, dict[str, Any]]] = PHI3 | {
+    "gemma": ("gemma", HEADS | {"tie_word_embeddings": True}),
+    "qwen3_moe": ("qwen3_moe", EXPERTS),
+    "qwen3_moe-tied": ("qwen3_moe", EXPERTS | {"tie_word_embeddings": True}),
+    "mixtral": ("mixtral", HEADS | {"num_local_experts": 12}),  # in files 10 comes before 2
+    "mixtral-rope-llama3": ("mixtral", HEADS | {"num_local_experts": 4, "rope_parameters": LLAMA3}),
+    "qwen2_moe": ("qwen2_moe", QWEN2_MOE),
+    "starcoder2": ("starcoder2", SQUARE),
+    "granite": ("granite", HEADS | tiny.GRANITE),
+    "granite-tied": ("granite", HEADS | tiny.GRANITE | {"tie_word_embeddings": True}),
+    "granite-biased": ("granite", HEADS | tiny.GRANITE | BIASES),
+    "granite-rope-llama3": ("granite", HEADS | tiny.GRANITE | {"rope_parameters": LLAMA3}),
+    "smollm3": ("smollm3", HEADS | {"num_hidden_layers": 5}),
+    "smollm3-tied": ("smollm3", HEADS | {"num_hidden_layers": 5, "tie_word_embeddings": True}),
+    "arcee": ("arcee", HEADS),
+    "arcee-rope-llama3": ("arcee", HEADS | {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "seed_oss": ("seed_oss", HEADS),
+    "seed_oss-biased": ("seed_oss", HEADS | {"attention_out_bias": True, "mlp_bias": True}),
+    "ernie4_5": ("ernie4_5", HEADS),
+    "ernie4_5-biased": ("ernie4_5", HEADS | {"tie_word_embeddings": True, "use_bias": True}),
+    "phi": ("phi", SQUARE),
+}
+"""Cases of further types, which are exported in stock form only."""
 
 
 def tokenizer(split: str = "gpt-2", bos: bool = False) -> Any:
@@ -85,10 +142,30 @@ def tokenizer(split: str = "gpt-2", bos: bool = False) -> Any:
 
 def save(folder: Path, case: str = "llama", split: str = "gpt-2", **config: Any) -> Path:
     """Save a dense model of a case with its tokenizer."""
-    model_type, extra = CASES[case]
+    model_type, extra = (CASES | STOCK)[case]
     model = tiny.tiny_model(model_type, CONFIG | extra | config)
     tokenizer(split).save_pretrained(folder)
     return tiny.save(model, folder)
+
+
+class GgmlGelu(torch.nn.Module):
+    """GELU as ggml computes it on a CPU: from a table of float16, outside of [-10, 10] as 0 or x."""
+
+    def forward(self, values: torch.Tensor) -> torch.Tensor:
+        looked_up = torch.nn.functional.gelu(values.half().float(), approximate="tanh").half().float()
+        return torch.where(values.abs() < 10, looked_up, values.relu())
+
+
+def expected_log_probabilities(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """What transformers predicts after each prefix, (tokens, vocabulary), with ggml's GELU where there is one."""
+    model = load(folder)
+    if getattr(model.config, "hidden_act", "").startswith("gelu"):
+        for module in model.modules():
+            for name in ("act_fn", "activation_fn"):
+                if hasattr(module, name):
+                    setattr(module, name, GgmlGelu())
+    with torch.no_grad():
+        return model(ids).logits[0].log_softmax(-1)
 
 
 def log_probabilities(path: Path, ids: list[int]) -> torch.Tensor:

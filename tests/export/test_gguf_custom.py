@@ -8,7 +8,7 @@ import torch
 from gguf import GGUFReader
 
 from eigenslice.errors import ExportError, OptionsError, UnsupportedModelError
-from eigenslice.export import gguf as gguf_export
+from eigenslice.export import gguf_tensors
 from eigenslice.export.llama_cpp import LlamaCpp
 from tests import tiny
 from tests.conftest import Slicer, load
@@ -35,7 +35,10 @@ def require_equal(folder: Path, gguf: Path) -> None:
     assert (log_probabilities(gguf, ids[0].tolist()) - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
-@pytest.mark.parametrize("case", [case for case in models.CASES if case != "qwen3"])
+@pytest.mark.parametrize(
+    "case",
+    [*(case for case in models.CASES if case != "qwen3"), *models.PHI3, "seed_oss", "ernie4_5-biased"],
+)
 def test_a_number_of_neurons_for_each_block(case: str, sliced: Sliced, exported: Exporter) -> None:
     """Counts that no block of numbers divides; heads x head_dim isn't the hidden width."""
     folder = sliced(case, neurons=[37, 64])
@@ -50,7 +53,15 @@ def test_a_number_of_neurons_for_each_block(case: str, sliced: Sliced, exported:
 
 
 @pytest.mark.parametrize(
-    ("case", "arch"), [("llama", "llama"), ("mistral", "llama"), ("qwen2", "llama"), ("qwen3", "qwen3")]
+    ("case", "arch"),
+    [
+        ("llama", "llama"),
+        ("mistral", "llama"),
+        ("qwen2", "llama"),
+        ("qwen3", "qwen3"),
+        ("phi3", "llama"),
+        ("seed_oss", "llama"),
+    ],
 )
 @pytest.mark.parametrize("tied", [False, True])
 def test_one_number_of_neurons_takes_the_types_own_architecture(
@@ -123,7 +134,7 @@ def test_a_wrong_file_is_refused_and_removed(
 ) -> None:
     folder = sliced(neurons=[40, 64])
     before = set(tmp_path.rglob("*"))
-    monkeypatch.setattr(gguf_export, "interleave", lambda rows, heads: rows)
+    monkeypatch.setattr(gguf_tensors, "interleave", lambda rows, heads, turned: rows)
     with pytest.raises(ExportError) as caught:
         exported(folder)
     check_message(caught.value, "llama.cpp disagrees with transformers")

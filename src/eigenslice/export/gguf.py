@@ -1,60 +1,30 @@
 """Writing a result as a GGUF file for llama.cpp and what is built on it (Ollama, LM Studio and others).
 
 Why not llama.cpp's `convert_hf_to_gguf.py`: it is a script of a source tree, in no package that pip installs, and
-changes with it. For Llama-like models the work is small on top of the `gguf` package, which llama.cpp publishes: it has
-the names of all tensors and keys, and the writer. What is left is below: a handful of numbers, the order of rows in
-query and key, llama.cpp's architecture (`gguf_arch.py`), the tokenizer (`gguf_tokenizer.py`) and the number formats
-(`gguf_types.py`). Each file is then run by llama.cpp itself and compared with transformers (`check.py`), so that an
-error here can't go unnoticed.
+changes with it. The work is small on top of the `gguf` package, which llama.cpp publishes: it has the names of all
+tensors and keys, and the writer. What is left is llama.cpp's architecture (`gguf_arch.py`, `gguf_table.py`), a handful
+of numbers (below), what it wants of tensors (`gguf_tensors.py`, `gguf_rope.py`), the tokenizer (`gguf_tokenizer.py`)
+and the number formats (`gguf_types.py`). Each file is then run by llama.cpp itself and compared with transformers
+(`check.py`), so that an error here can't go unnoticed.
 
 Tensors are read, converted and written one at a time.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFWriter, RopeScalingType, get_tensor_name_map
-from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from gguf import GGUFWriter, RopeScalingType
 
 from eigenslice.checkpoint.weights import SafetensorsWeights
-from eigenslice.errors import UnsupportedModelError
-from eigenslice.export.gguf_arch import (
-    ALLOWED,
-    Architecture,
-    architecture_of,
-    dense_config,
-    epsilon_of,
-    head_dim,
-    is_custom,
-    neurons_of,
-)
+from eigenslice.export.gguf_arch import architecture_of
+from eigenslice.export.gguf_config import dense_config, head_dim, is_custom, neurons_of
+from eigenslice.export.gguf_rope import rope_type, turned_dim
+from eigenslice.export.gguf_table import Architecture
+from eigenslice.export.gguf_tensors import entries
 from eigenslice.export.gguf_tokenizer import write_tokenizer
-from eigenslice.export.gguf_types import GgufType, encode, format_of, is_embedding, stored_dtype, stored_shape
-
-ROPE_FREQUENCIES = "rope_freqs.weight"
-
-
-def interleave(rows: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection (or its bias) in the order of interleaved angles, (heads * head_dim, ...)."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-
-def rope_factors(config: Any) -> Tensor | None:
-    """What llama.cpp divides the rotary frequencies by, (head_dim / 2,); None if all by the same number.
-
-    The ratio of theta^(-2i / head_dim) and what transformers computes.
-    """
-    dense = dense_config(config)
-    if dense.rope_parameters.get("rope_type", "default") != "llama3":
-        return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](dense, torch.device("cpu"))
-    dim = head_dim(config)
-    plain = dense.rope_parameters["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    return plain / scaled.double()
+from eigenslice.export.gguf_types import GgufType, encode, stored_dtype, stored_shape
 
 
 def _write_parameters(writer: GGUFWriter, config: Any, arch: Architecture, kind: GgufType, name: str) -> None:
@@ -75,67 +45,20 @@ def _write_parameters(writer: GGUFWriter, config: Any, arch: Architecture, kind:
     dim = head_dim(config)
     writer.add_key_length(dim)  # llama.cpp takes hidden / heads otherwise
     writer.add_value_length(dim)
-    writer.add_rope_dimension_count(dim)
-    writer.add_layer_norm_rms_eps(epsilon_of(config))
+    epsilon = config.norm_eps if is_custom(config) else getattr(config, arch.epsilon)
+    (writer.add_layer_norm_eps if arch.layer_norm else writer.add_layer_norm_rms_eps)(epsilon)
+    for method, field in arch.keys.items():
+        getattr(writer, method)(getattr(dense, field))
+    # Interleaved heads are turned as a whole, by factors that leave a part as it is
+    writer.add_rope_dimension_count(dim if arch.interleaved else turned_dim(config))
     rope = dense.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope.get("rope_type") == "linear":
+    if rope_type(config) == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """A tensor to write: its name in the GGUF, its shape, its format, and what gives it."""
-
-    name: str
-    shape: tuple[int, ...]
-    format: Any
-    load: Callable[[], Tensor]
-
-
-def _gainless(config: Any, names: set[str]) -> Iterator[str]:
-    """Norms of eigenslice's class that have no gain, by the names that stock models have for them."""
-    layers = range(dense_config(config).num_hidden_layers)
-    blocks = [
-        f"model.layers.{i}.{norm}.weight" for i in layers for norm in ("input_layernorm", "post_attention_layernorm")
-    ]
-    return (name for name in (*blocks, "model.norm.weight") if name not in names)
-
-
-def _entries(config: Any, weights: SafetensorsWeights, arch: Architecture, kind: GgufType) -> Iterator[_Entry]:
-    factors = rope_factors(config)
-    if factors is not None:
-        yield _Entry(ROPE_FREQUENCIES, tuple(factors.shape), format_of(kind, (1,), False), lambda: factors)
-    dense = dense_config(config)
-    names = get_tensor_name_map(arch.arch, dense.num_hidden_layers)
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    # eigenslice's class has the dense architecture's model in itself
-    sources = {name.removeprefix("model.") if is_custom(config) else name: name for name in weights.names()}
-    for source, stored in sources.items():
-        if source.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and source == "lm_head.weight"):
-            continue
-        name = names.get_name(source, try_suffixes=(".weight", ".bias"))
-        if name is None:
-            raise UnsupportedModelError(
-                f"llama.cpp's {arch.name!r} has no place for the tensor {stored}",
-                allowed=ALLOWED,
-                next_step="check what the folder holds",
-            )
-        shape = weights.shape(stored)
-        module = source.split(".")[-2]
-
-        def load(stored: str = stored, turned: int | None = heads.get(module) if arch.interleaved else None) -> Tensor:
-            tensor = weights.load(stored).float()
-            return interleave(tensor, turned) if turned else tensor
-
-        yield _Entry(name, shape, format_of(kind, shape, is_embedding(source)), load)
-    if is_custom(config):
-        width = config.hidden_size
-        for source in _gainless(config, set(sources)):
-            name = names.get_name(source, try_suffixes=(".weight",))
-            assert name is not None
-            yield _Entry(name, (width,), format_of(kind, (width,), False), lambda: torch.ones(width))
+    elif rope_type(config) == "longrope":
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
 def write_gguf(
@@ -168,7 +91,7 @@ def write_gguf(
     """
     arch = architecture_of(config)
     weights = SafetensorsWeights(folder)
-    entries = list(_entries(config, weights, arch, kind))
+    tensors = list(entries(config, weights, arch, kind))
     writer = GGUFWriter(path, arch.name)
     _write_parameters(writer, config, arch, kind, name)
     eos = dense_config(config).eos_token_id
@@ -177,7 +100,7 @@ def write_gguf(
     ]
     write_tokenizer(writer, tokenizer, dense_config(config).vocab_size, list(dict.fromkeys(ends)), pre)
     counts: dict[str, int] = {}
-    for entry in entries:
+    for entry in tensors:
         shape, dtype = stored_shape(entry.shape, entry.format), stored_dtype(entry.format)
         size = int(torch.Size(shape).numel()) * dtype().itemsize
         writer.add_tensor_info(entry.name, shape, dtype, size, raw_dtype=entry.format)
@@ -187,10 +110,10 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     try:
-        for number, entry in enumerate(entries):
-            progress("writing", number, len(entries))
+        for number, entry in enumerate(tensors):
+            progress("writing", number, len(tensors))
             writer.write_tensor_data(encode(entry.load().contiguous().numpy(), entry.format))
-        progress("writing", len(entries), len(entries))
+        progress("writing", len(tensors), len(tensors))
     finally:
         writer.close()
     return counts

@@ -93,15 +93,24 @@ def type_for(name: str, width: int) -> GgufType:
     return TYPES[name]
 
 
-def is_embedding(name: str) -> bool:
-    """Whether a tensor of this name is the token embedding or the head."""
-    return name.split(".")[-2] in ("embed_tokens", "lm_head")
+OUTER = ("embed_tokens", "lm_head")
+ROUTERS = ("gate", "shared_expert_gate")
 
 
-def format_of(kind: GgufType, shape: tuple[int, ...], embedding: bool) -> GGMLQuantizationType:
-    """Format of a tensor: float32 for vectors, else the type's own or, where rows aren't whole blocks, a larger one."""
-    if len(shape) == 1:
+def format_of(kind: GgufType, shape: tuple[int, ...], name: str) -> GGMLQuantizationType:
+    """Format of a tensor: the type's own or, where rows aren't whole blocks, a larger one.
+
+    Float32 for vectors, and for what chooses experts (as llama.cpp's own llama-quantize does).
+
+    Args:
+        kind: What the user asked for.
+        shape: Of the tensor.
+        name: transformers' name of it.
+    """
+    module = name.split(".")[-2]
+    if len(shape) == 1 or module in ROUTERS:
         return Q.F32
+    embedding = module in OUTER
     for candidate in (kind.embedding if embedding else kind.matrices, kind.fallback):
         if shape[-1] % GGML_QUANT_SIZES[candidate][0] == 0:
             return candidate
@@ -122,12 +131,13 @@ def stored_dtype(format_: GGMLQuantizationType) -> Any:
 
 
 def encode(values: NDArray[np.float32], format_: GGMLQuantizationType) -> NDArray[Any]:
-    """Numbers (rows, columns), or a vector, in a format; shape and dtype are `stored_shape` and `stored_dtype`."""
+    """Numbers (..., columns) in a format; shape and dtype are `stored_shape` and `stored_dtype`."""
     if GGML_QUANT_SIZES[format_][0] < K_BLOCK:
         return quants.quantize(values, format_)
-    rows, columns = values.shape
+    columns = values.shape[-1]
+    rows = values.size // columns
     values = np.ascontiguousarray(values)
-    packed = np.zeros(stored_shape((rows, columns), format_), dtype=np.uint8)
+    packed = np.zeros(stored_shape(values.shape, format_), dtype=np.uint8)
     written = _ggml_quantizer()(int(format_), values.ctypes.data, packed.ctypes.data, 0, rows, columns, None)
     if written != packed.nbytes:
         raise RuntimeError(f"ggml wrote {written} bytes, {packed.nbytes} were expected")
@@ -138,7 +148,7 @@ def round_weights(model: Any, kind: GgufType) -> None:
     """Give a model of transformers the numbers that a GGUF of this type holds, in place."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            format_ = format_of(kind, tuple(parameter.shape), is_embedding(name))
+            format_ = format_of(kind, tuple(parameter.shape), name)
             if format_ != Q.F32:
                 packed = encode(parameter.float().cpu().numpy(), format_)
                 parameter.copy_(torch.from_numpy(quants.dequantize(packed, format_)))

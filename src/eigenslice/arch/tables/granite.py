@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from eigenslice.arch.schema import NOT_LLAMA_CPP, StockForm
+from eigenslice.arch.schema import StockForm
 from eigenslice.arch.tables import llama
 
 TABLE = replace(
@@ -10,6 +10,6 @@ TABLE = replace(
     model_type="granite",
     residual_scale="residual_multiplier",
     logit_scale=lambda c: 1 / c.logits_scaling,
-    stock=(StockForm(model_type="granite", warning=NOT_LLAMA_CPP, overrides={"residual_multiplier": 1.0}),),
+    stock=(StockForm(model_type="granite", overrides={"residual_multiplier": 1.0}),),
 )
 TABLES = (TABLE,)

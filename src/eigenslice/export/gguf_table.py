@@ -1,0 +1,171 @@
+"""llama.cpp's architectures, as data: which one holds a model_type of transformers, and what of it has a place there.
+
+The facts are from llama.cpp's loaders (src/models): which tensors an architecture reads, what it multiplies by, which
+activation it computes. Each row is run by llama.cpp in the tests.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
+
+from eigenslice.arch.schema import Refusal
+
+SCALED = ("default", "linear")
+"""Rotary angles that are a number in the header."""
+DIVIDED = (*SCALED, "llama3")
+"""Rotary angles for which an architecture reads a factor for each frequency, too."""
+INPUTS = ("q_proj", "k_proj", "v_proj")
+GATED = ("gate_proj", "up_proj")
+TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
+"""What llama.cpp computes as GELU."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp holds a model_type.
+
+    Attributes:
+        arch: Its architecture there.
+        interleaved: Whether rows of queries and keys are put in the order in which the two numbers that a rotary angle
+            turns lie side by side (transformers has them half a head apart).
+        any_width: Whether it runs hidden widths other than heads x head_dim.
+        counted: Whether heads and neurons are given for each block.
+        custom: Whether it holds results of eigenslice's class, too.
+        rope_types: Types of rotary angles that it computes.
+        partly_turned: Whether the type turns a part of each head, and it does, too.
+        biases: Linear layers of a block whose bias it reads, if there is one.
+        activations: transformers' names of what it computes in the MLP.
+        epsilon: Field of the config with the norms' epsilon.
+        layer_norm: Whether its norms are LayerNorms.
+        gain_offset: What is added to the norms' weight to make their gain.
+        fused: Linear layers that are stored in one: what they are called where they are not, in the order of rows.
+        keys: Further numbers in the header: the writer's method, and the field of the config.
+        refusals: Variants of the type that it has no place for.
+    """
+
+    arch: MODEL_ARCH
+    interleaved: bool
+    any_width: bool = True
+    counted: bool = False
+    custom: bool = False
+    rope_types: tuple[str, ...] = SCALED
+    partly_turned: bool = False
+    biases: tuple[str, ...] = INPUTS
+    activations: tuple[str, ...] = ("silu",)
+    epsilon: str = "rms_norm_eps"
+    layer_norm: bool = False
+    gain_offset: float = 0.0
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    refusals: tuple[Refusal, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """llama.cpp's name for it."""
+        return MODEL_ARCH_NAMES[self.arch]
+
+
+LLAMA = Architecture(
+    MODEL_ARCH.LLAMA, interleaved=True, rope_types=DIVIDED, biases=(*INPUTS, "o_proj", *GATED, "down_proj")
+)
+OWN = replace(LLAMA, custom=True)
+"""Llama with results of eigenslice's class."""
+
+EXPERTS = {
+    "add_expert_count": "num_experts",
+    "add_expert_used_count": "num_experts_per_tok",
+    "add_expert_feed_forward_length": "moe_intermediate_size",
+}
+DENSE_BLOCKS = Refusal(
+    when=lambda c: bool(c.mlp_only_layers) or c.decoder_sparse_step != 1, reason="blocks without experts"
+)
+
+ARCHITECTURES = {
+    "llama": OWN,
+    "mistral": OWN,
+    "qwen2": Architecture(MODEL_ARCH.QWEN2, interleaved=False, any_width=False, custom=True),
+    "qwen3": Architecture(MODEL_ARCH.QWEN3, interleaved=False, custom=True),
+    # llama.cpp's own phi3 expects o_proj to be square; unfused it is Llama
+    "phi3": replace(
+        OWN,
+        rope_types=(*DIVIDED, "longrope"),
+        partly_turned=True,
+        fused={"qkv_proj": INPUTS, "gate_up_proj": GATED},
+    ),
+    "gemma": Architecture(
+        MODEL_ARCH.GEMMA,
+        interleaved=False,
+        activations=(*TANH_GELU, "gelu"),  # an old name in Gemma's configs, which means the former
+        gain_offset=1.0,
+        refusals=(Refusal(when=lambda c: not c.tie_word_embeddings, reason="a head that isn't the embedding"),),
+    ),
+    "qwen3_moe": Architecture(
+        MODEL_ARCH.QWEN3MOE,
+        interleaved=False,
+        keys=EXPERTS,
+        refusals=(
+            DENSE_BLOCKS,
+            Refusal(when=lambda c: not c.norm_topk_prob, reason="weights of experts whose sum isn't one"),
+        ),
+    ),
+    "mixtral": replace(
+        LLAMA, keys={"add_expert_count": "num_local_experts", "add_expert_used_count": "num_experts_per_tok"}
+    ),
+    "qwen2_moe": Architecture(
+        MODEL_ARCH.QWEN2MOE,
+        interleaved=False,
+        any_width=False,
+        keys=EXPERTS | {"add_expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        refusals=(
+            DENSE_BLOCKS,
+            Refusal(when=lambda c: c.norm_topk_prob, reason="weights of experts whose sum is one"),
+            Refusal(when=lambda c: c.tie_word_embeddings, reason="a head that is the embedding"),
+        ),
+    ),
+    "starcoder2": Architecture(
+        MODEL_ARCH.STARCODER2,
+        interleaved=False,
+        any_width=False,
+        biases=(*INPUTS, "o_proj", "c_fc", "c_proj"),
+        activations=TANH_GELU,
+        epsilon="norm_epsilon",
+        layer_norm=True,
+        refusals=(Refusal(when=lambda c: not c.use_bias, reason="linear layers without a bias"),),
+    ),
+    "granite": Architecture(
+        MODEL_ARCH.GRANITE,
+        interleaved=True,
+        rope_types=DIVIDED,
+        biases=LLAMA.biases,
+        keys={
+            "add_embedding_scale": "embedding_multiplier",
+            "add_attention_scale": "attention_multiplier",
+            "add_residual_scale": "residual_multiplier",
+            "add_logit_scale": "logits_scaling",
+        },
+    ),
+    "smollm3": Architecture(
+        MODEL_ARCH.SMOLLM3,
+        interleaved=True,
+        refusals=(
+            Refusal(
+                when=lambda c: list(c.no_rope_layers) != [int((i + 1) % 4 != 0) for i in range(c.num_hidden_layers)],
+                reason="rotary angles in other layers than three of each four",
+            ),
+        ),
+    ),
+    "arcee": Architecture(MODEL_ARCH.ARCEE, interleaved=True, rope_types=DIVIDED, activations=("relu2",)),
+    "seed_oss": OWN,
+    "ernie4_5": replace(OWN, interleaved=False),  # transformers has this type's rows in llama.cpp's order
+    "phi": Architecture(
+        MODEL_ARCH.PHI2,
+        interleaved=False,
+        any_width=False,
+        partly_turned=True,
+        biases=(*INPUTS, "dense", "fc1", "fc2", "lm_head"),
+        activations=TANH_GELU,
+        epsilon="layer_norm_eps",
+        layer_norm=True,
+    ),
+}
