@@ -38,7 +38,12 @@ CASES: dict[str, dict[str, Any]] = {
     "opt": {},
     "gpt_neox": {},
 }
-PER_BLOCK = "llama-per-block"
+CUSTOM: dict[str, dict[str, Any]] = {
+    "llama-per-block": {"basis": "per-block"},
+    "llama-uneven-blocks": {"neurons": [24, 56, 40]},
+    "llama-fewer-heads": {"key_value_heads": 1},
+}
+"""Plans that need the custom class, of Llama."""
 PROMPT = tiny.random_ids(1, 24, seed=9)
 WIDTH, CALIBRATION_ROWS = 96, 40
 SECONDS = 300
@@ -101,16 +106,21 @@ def log_probability_differences(python: str, folder: Path) -> torch.Tensor:
 
 
 def main() -> None:
-    names = sys.argv[2:] or [*CASES, PER_BLOCK]
+    names = sys.argv[2:] or [*CASES, *CUSTOM]
     with tempfile.TemporaryDirectory() as root:
         data = CalibrationOptions(data=str(tiny.calibration_file(Path(root), rows=CALIBRATION_ROWS)))
         for name in names:
-            base = name.removesuffix("-per-block")
+            base = "llama" if name in CUSTOM else name
             case = tiny.CASES[base]
             model = tiny.tiny_model(case.model_type, case.config | case.extra | wide(case) | CASES[base])
             dense, folder = tiny.save(model, Path(root) / f"{name}-dense"), Path(root) / name
-            basis = "global" if name == base else "per-block"
-            slice_model(SliceOptions(model=str(dense), output=folder, width=WIDTH, calibration=data, basis=basis))
+            plan: dict[str, Any] = {"width": WIDTH} | CUSTOM.get(name, {})
+            recipe = Path(root) / f"{name}.json"
+            recipe.write_text(json.dumps(plan))
+            basis, form = plan.get("basis", "global"), "custom" if name in CUSTOM else "auto"
+            slice_model(
+                SliceOptions(model=str(dense), output=folder, recipe=recipe, calibration=data, basis=basis, form=form)
+            )
             differences = log_probability_differences(sys.argv[1], folder)
             saved_as = json.loads((folder / "config.json").read_text())["model_type"]
             count, error = differences.numel(), float(differences.max())
