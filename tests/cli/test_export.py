@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eigenslice.export import gguf
+from eigenslice.export import gguf_tensors
 from tests.cli.conftest import Command, Failure
 from tests.export import models
 
@@ -35,7 +35,7 @@ def test_a_disagreement_is_exit_code_2(
     fails: Failure, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed")
-    monkeypatch.setattr(gguf, "interleave", lambda rows, heads: rows)
+    monkeypatch.setattr(gguf_tensors, "interleave", lambda rows, heads, turned: rows)
     message = fails("export", folder, "-o", tmp_path / "out" / "small.gguf", "--to", "gguf", "-q")
     assert "llama.cpp disagrees with transformers" in message
     assert not (tmp_path / "out").exists()
