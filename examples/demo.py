@@ -49,7 +49,8 @@ def main() -> None:
         print(f"  {text!r}")
     print(
         f"\nThe result is an ordinary {manifest['model_type']} checkpoint "
-        f"({manifest['site_widths'][0]} instead of {manifest['dense_width']} wide):\n  {output}"
+        f"({manifest['site_widths'][0]} instead of {manifest['dense_width']} wide, "
+        f"{manifest['plan']['neurons']} instead of {manifest['dense_neurons']} neurons in each MLP):\n  {output}"
     )
 
 
