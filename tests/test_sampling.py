@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from eigenslice import sampling, slicing
 from eigenslice.data.tokens import EigensliceWarning
 from eigenslice.errors import OptionsError, OutputError
-from eigenslice.evaluate import load_model
 from eigenslice.measuring import measure
 from eigenslice.options import CalibrationOptions, SliceOptions
 from eigenslice.sampling import SampleOptions, draw, sample_text
@@ -115,7 +114,7 @@ def test_slicing_calibrates_on_own_text_too(model: Path, text: Path, run_slice: 
     own = max(batch.group for batch in seen)
     assert {batch.group for batch in seen if batch.group != own} == {0, 1, 2, 3}  # quarters of the only text
     drawn = torch.cat([batch.input_ids for batch in seen if batch.group == own])
-    assert torch.equal(drawn, draw(load_model(str(model), "cpu"), 3, 30, 64, seed=3))
+    assert torch.equal(drawn, draw(load(model), words.tokenizer(), 3, 30, 64, seed=3))
 
 
 def test_a_long_sequence_holds_several_own_texts(
@@ -127,7 +126,7 @@ def test_a_long_sequence_holds_several_own_texts(
     groups = sorted({batch.group for batch in seen})
     assert groups == [RANDOM_GROUP, 0, 1, 2, 3, 4]
     assert [tuple(batch.input_ids.shape) for batch in seen if batch.group == 4] == [(2, 40)]
-    drawn = draw(load_model(str(model), "cpu"), 10, 8, 64)
+    drawn = draw(load(model), words.tokenizer(), 10, 8, 64)
     assert torch.equal(torch.cat([batch.input_ids for batch in seen if batch.group == 4]), drawn.view(2, 40))
 
 

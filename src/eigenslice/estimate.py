@@ -8,8 +8,10 @@ import psutil
 import torch
 
 from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.data.tokens import longest_sequence
 from eigenslice.dense import DenseModel
 from eigenslice.holdout import FIT_TOKENS, TRIAL_TOKENS
+from eigenslice.options import BESIDE_SHARE
 from eigenslice.stream import Batch, Stream
 
 PROBE_TOKENS = 512
@@ -17,8 +19,6 @@ PROBE_TOKENS = 512
 TRIED_TOKENS = FIT_TOKENS + TRIAL_TOKENS
 LITTLE_MEMORY = 1024**3
 """Bytes that a model may take as a whole in any case."""
-BESIDE = 0.25
-"""Tokens of the model's own text, or random ones, as a share of the calibration tokens, where layers are fitted."""
 WRITING = 3.5
 """Time of a token that the model writes, over that of one it reads: measured on SmolLM2-135M, on 2 CPU cores."""
 
@@ -63,7 +63,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         seqlen: Tokens per sequence; attention grows with it.
         dtype: Of the forward pass.
     """
-    longest = getattr(dense.config, "max_position_embeddings", None) or seqlen
+    longest = longest_sequence(dense.config) or seqlen
     length = min(seqlen, longest, PROBE_TOKENS)
     ids = torch.zeros(PROBE_TOKENS // length, length, dtype=torch.long)
     item = torch.empty((), dtype=dtype).element_size()
@@ -89,9 +89,9 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     measuring = share * (block + sites * narrow)
     # The model's own text; a trial of three plans on some of the tokens, and a pass of two streams with their products
     # and solutions
-    text = BESIDE * (measuring + share * WRITING * block)
-    fit = (1 + BESIDE) * share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
-    trial = 2 * fit * min(1.0, TRIED_TOKENS / ((1 + BESIDE) * tokens))
+    text = BESIDE_SHARE * (measuring + share * WRITING * block)
+    fit = (1 + BESIDE_SHARE) * share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
+    trial = 2 * fit * min(1.0, TRIED_TOKENS / ((1 + BESIDE_SHARE) * tokens))
     weights = sum(torch.Size(shape).numel() for name, shape in dense.shapes.items() if _in_block(dense, name))
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(dense, tokens, dtype)

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from eigenslice.errors import OptionsError
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
+BESIDE_SHARE = 0.25
+"""Sequences of the model's own text, or of random tokens, that join calibration texts, as a share of those."""
 
 
 class CalibrationOptions(BaseModel):

@@ -8,6 +8,7 @@ import json
 import math
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -20,9 +21,9 @@ from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory
 from eigenslice.errors import OptionsError
 from eigenslice.estimate import room_for_model
-from eigenslice.evaluate import LoadedModel, load_model
+from eigenslice.evaluate import load_model
 from eigenslice.offload import FREE_SHARE, free_bytes
-from eigenslice.options import DtypeName, SliceOptions
+from eigenslice.options import BESIDE_SHARE, DtypeName, SliceOptions
 from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks
 from eigenslice.resume import RunState
@@ -33,8 +34,6 @@ OWN_LENGTH = 128
 """Tokens of a text beside calibration texts: many short ones show more kinds, and cost less, than a few long ones."""
 OWN_BATCH = 64
 """Of them at once."""
-DEFAULT_SHARE = 0.25
-"""Sequences of the model's own text, as a share of those of texts."""
 
 
 class SampleOptions(BaseModel):
@@ -113,14 +112,24 @@ def sample_text(options: SampleOptions, progress: Progress = no_progress) -> lis
             allowed=f"at most {longest - start} tokens: {options.model} takes {longest}",
             next_step="lower it; more --samples make up for it",
         )
-    ids = draw(loaded, options.samples, options.seqlen, options.batch, options.temperature, options.seed, progress)
+    ids = draw(
+        loaded.model,
+        tokenizer,
+        options.samples,
+        options.seqlen,
+        options.batch,
+        options.temperature,
+        options.seed,
+        progress,
+    )
     texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
     write_whole(options.output, json.dumps(texts, ensure_ascii=False, indent=0))
     return texts
 
 
 def draw(
-    loaded: LoadedModel,
+    model: Any,
+    tokenizer: Any,
     samples: int,
     length: int,
     batch: int,
@@ -131,7 +140,8 @@ def draw(
     """Token by token, as a model predicts them.
 
     Args:
-        loaded: The model and its tokenizer.
+        model: The model.
+        tokenizer: Its tokenizer.
         samples: Number of texts.
         length: Tokens of each, the random first one among them.
         batch: Texts at once.
@@ -142,7 +152,6 @@ def draw(
     Returns:
         Token ids, (samples, s + length), on the CPU: s is the number of tokens that the tokenizer puts before any text.
     """
-    model, tokenizer = loaded.model, loaded.tokenizer()
     start = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)
     ordinary = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
     generator = torch.Generator().manual_seed(seed)
@@ -189,7 +198,7 @@ def add_own_text(
         OptionsError: text was asked for, and there is no room for the model.
     """
     count = math.ceil(
-        (DEFAULT_SHARE if options.own_text is None else options.own_text) * tokens.description["sequences"]
+        (BESIDE_SHARE if options.own_text is None else options.own_text) * tokens.description["sequences"]
     )
     if not count:
         return tokens
@@ -213,10 +222,11 @@ def _write_own(tokens: Tokens, dense: DenseModel, options: SliceOptions, count: 
     if not _has_room(tokens, dense, options):
         return torch.empty(0, 0, dtype=torch.long)
     loaded = load_model(options.model, str(dense.device), options.compute_dtype, options.trust_remote_code)
-    start, seqlen = len(loaded.tokenizer()("")["input_ids"]), int(tokens.description["seqlen"])
+    tokenizer = loaded.tokenizer()
+    start, seqlen = len(tokenizer("")["input_ids"]), int(tokens.description["seqlen"])
     length = max(2, min(OWN_LENGTH, seqlen) - start)
     together = max(1, seqlen // (start + length))
-    ids = draw(loaded, count * together, length, OWN_BATCH, 1.0, options.calibration.seed, progress)
+    ids = draw(loaded.model, tokenizer, count * together, length, OWN_BATCH, 1.0, options.calibration.seed, progress)
     del loaded
     trim_memory()
     return ids.reshape(count, -1)
@@ -236,7 +246,7 @@ def _has_room(tokens: Tokens, dense: DenseModel, options: SliceOptions) -> bool:
         if needed > room:
             warnings.warn(
                 f"no text of the model's own to calibrate on: {size}, more than slicing it. "
-                f"--own-text {DEFAULT_SHARE} lets it write, --own-text 0 does without and says nothing.",
+                f"--own-text {BESIDE_SHARE} lets it write, --own-text 0 does without and says nothing.",
                 EigensliceWarning,
                 stacklevel=2,
             )

@@ -23,7 +23,7 @@ from eigenslice.holdout import trial_batches
 from eigenslice.manifest import NAME, finished_manifest, manifest, run_identity
 from eigenslice.measuring import Measurement, measure
 from eigenslice.offload import Offload, choose_place
-from eigenslice.options import SliceOptions
+from eigenslice.options import BESIDE_SHARE, SliceOptions
 from eigenslice.passes import Run, Slicing
 from eigenslice.plan import Plan, stored_parameters
 from eigenslice.planning import make_plans
@@ -38,8 +38,6 @@ from eigenslice.trials import try_plans
 
 TOGETHER = 3
 """Plans that are tried beside one pass of the dense model."""
-RANDOM_SHARE = 0.25
-"""Random sequences, as a share of those of texts, where the model writes no text; with its own, they gain nothing."""
 
 
 @dataclass(frozen=True)
@@ -134,7 +132,7 @@ def _more_tokens(
     tokens = add_own_text(given, dense, options, state, ranks, progress)
     share = options.random_tokens
     if share is None:
-        share = RANDOM_SHARE if tokens is given else 0.0
+        share = BESIDE_SHARE if tokens is given else 0.0  # beside text of its own, they gain nothing
     return random_sequences(tokens, dense.source.tokenizer, dense.config.vocab_size, share, options.calibration.seed)
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 from eigenslice.algebra.finite import all_finite
 from eigenslice.checkpoint.weights import INDEX, SAFETENSORS_DTYPES, SINGLE
 from eigenslice.errors import IncompleteError, OutputError
+from eigenslice.progress import MIB
 
 GIB = 1024**3
-MIB = 1024**2
 CHUNK = 1 << 24  # bytes read at once when files are verified
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
