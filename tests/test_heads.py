@@ -21,6 +21,7 @@ from tests.conftest import Folders, Slicer, load
 from tests.messages import check_message
 
 CASES = [name for name, case in tiny.CASES.items() if TABLES[case.model_type].attention.heads]
+FORMS = [(name, form) for name in CASES for form in ("stock", "custom") if form == "custom" or tiny.CASES[name].stock]
 
 
 def recipe(folder: Path, **plan: Any) -> Path:
@@ -35,14 +36,11 @@ def writers(model: Any, dense: DenseModel) -> list[Any]:
     return [layer.get_submodule(dense.table.attention.writers[0]) for layer in layers]
 
 
-@pytest.mark.parametrize("form", ["stock", "custom"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "form"), FORMS)
 def test_without_refit_it_is_the_dense_model_without_some_heads(
     case: str, form: str, run_slice: Slicer, dense_folder: Folders, tmp_path: Path
 ) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
-    if form == "stock" and not any(stock.applies(dense.config) for stock in dense.table.stock):
-        pytest.skip("no stock form")
     kept = dense.heads - 1
     assert kept > 0
     result = run_slice(case, recipe=recipe(tmp_path, key_value_heads=kept), refit=False, form=form)

@@ -8,6 +8,9 @@ import torch
 
 from eigenslice.errors import OptionsError
 
+MMAP_THRESHOLD = -3
+"""M_MMAP_THRESHOLD of glibc's malloc.h: allocations of so many bytes have pages of their own."""
+
 
 def resolve_device(name: str | None) -> torch.device:
     """The device of a name; without one, a GPU if there is one.
@@ -31,7 +34,20 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def trim_memory() -> None:
-    """Give the system back what was freed: glibc keeps holes between blocks' tensors, hundreds of megabytes in all."""
+    """Give the system back what was freed, where the C library is glibc."""
+    _call_glibc("malloc_trim", 0)
+
+
+def unmap_freed_tensors() -> None:
+    """From now on, let tensors of 1 MiB and more go back to the system as soon as they are freed, where it is glibc.
+
+    By itself, it keeps those of up to 32 MiB, and the holes between them, for later: hundreds of megabytes, more with
+    every block. What is small is faster with that.
+    """
+    _call_glibc("mallopt", MMAP_THRESHOLD, 1024**2)
+
+
+def _call_glibc(function: str, *arguments: int) -> None:
     if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # another C library than glibc
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
+        with suppress(OSError, AttributeError):  # another C library
+            getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)

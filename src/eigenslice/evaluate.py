@@ -53,7 +53,10 @@ class LoadedModel:
 
 
 def load_model(
-    name: str, device: str | None = None, dtype: DtypeName | None = None, trust_remote_code: bool = False
+    name: str,
+    device: str | None = None,
+    dtype: DtypeName | torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model as its user would, by transformers.
 

@@ -20,10 +20,10 @@ from eigenslice.data.tokens import BATCH_TOKENS, EigensliceWarning, Tokens, long
 from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory
 from eigenslice.errors import OptionsError
-from eigenslice.estimate import room_for_model
+from eigenslice.estimate import own_share, room_for_model
 from eigenslice.evaluate import load_model
 from eigenslice.offload import FREE_SHARE, free_bytes
-from eigenslice.options import BESIDE_SHARE, DtypeName, SliceOptions
+from eigenslice.options import DtypeName, SliceOptions
 from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks
 from eigenslice.resume import RunState
@@ -180,7 +180,13 @@ def draw(
 
 
 def add_own_text(
-    tokens: Tokens, dense: DenseModel, options: SliceOptions, state: RunState, ranks: Ranks, progress: Progress
+    tokens: Tokens,
+    dense: DenseModel,
+    options: SliceOptions,
+    dtype: torch.dtype,
+    state: RunState,
+    ranks: Ranks,
+    progress: Progress,
 ) -> Tokens:
     """Add sequences of text that the dense model writes itself; measured in benchmarks/EXPERIMENTS.md.
 
@@ -189,7 +195,8 @@ def add_own_text(
     Args:
         tokens: Calibration tokens of texts.
         dense: The model.
-        options: How many sequences, as a share of those of the texts, and where and how the model runs.
+        options: How many sequences, as a share of those of the texts.
+        dtype: Of the forward pass.
         state: Where to keep the text, so that an interrupted run goes on with the same.
         ranks: The first one writes for all.
         progress: Called as the text grows.
@@ -197,14 +204,13 @@ def add_own_text(
     Raises:
         OptionsError: text was asked for, and there is no room for the model.
     """
-    count = math.ceil(
-        (BESIDE_SHARE if options.own_text is None else options.own_text) * tokens.description["sequences"]
-    )
+    share = own_share(tokens.count) if options.own_text is None else options.own_text
+    count = math.ceil(share * tokens.description["sequences"])
     if not count:
         return tokens
     saved = state.result(STAGE)
     if saved is None:
-        written = ranks.on_first(lambda: _write_own(tokens, dense, options, count, progress).tolist())
+        written = ranks.on_first(lambda: _write_own(tokens, dense, options, dtype, count, progress).tolist())
         ids = torch.tensor(written, dtype=torch.long)
         state.finish(STAGE, {"ids": ids}, {})
     else:
@@ -217,43 +223,43 @@ def add_own_text(
     return Tokens(batches, tokens.description | {"own_sequences": len(ids)})
 
 
-def _write_own(tokens: Tokens, dense: DenseModel, options: SliceOptions, count: int, progress: Progress) -> Tensor:
+def _write_own(
+    tokens: Tokens, dense: DenseModel, options: SliceOptions, dtype: torch.dtype, count: int, progress: Progress
+) -> Tensor:
     """So many sequences of about the texts' length, each of several short ones, (count, T); none without room."""
-    if not _has_room(tokens, dense, options):
+    if not _has_room(tokens, dense, options.own_text, dtype):
         return torch.empty(0, 0, dtype=torch.long)
-    loaded = load_model(options.model, str(dense.device), options.compute_dtype, options.trust_remote_code)
-    tokenizer = loaded.tokenizer()
+    # Slicing runs transformers' own classes, so that this does, too: no code of the checkpoint
+    model, tokenizer = load_model(options.model, str(dense.device), dtype).model, dense.source.tokenizer
     start, seqlen = len(tokenizer("")["input_ids"]), int(tokens.description["seqlen"])
     length = max(2, min(OWN_LENGTH, seqlen) - start)
     together = max(1, seqlen // (start + length))
-    ids = draw(loaded.model, tokenizer, count * together, length, OWN_BATCH, 1.0, options.calibration.seed, progress)
-    del loaded
+    ids = draw(model, tokenizer, count * together, length, OWN_BATCH, 1.0, options.calibration.seed, progress)
+    del model
     trim_memory()
     return ids.reshape(count, -1)
 
 
-def _has_room(tokens: Tokens, dense: DenseModel, options: SliceOptions) -> bool:
+def _has_room(tokens: Tokens, dense: DenseModel, share: float | None, dtype: torch.dtype) -> bool:
     """Whether to load the model as a whole: asked to, or where that takes no more than the activations will.
 
     Models larger than that are sliced because they don't fit.
     """
-    dtype = torch.float32 if dense.device.type == "cpu" else dense.dtype
-    dtype = getattr(torch, options.compute_dtype) if options.compute_dtype else dtype
     needed, free = dense.parameters * dtype.itemsize, free_bytes(dense.device)
     size = f"as a whole, the model takes {needed / 1e9:.1f} GB"
-    if options.own_text is None:
+    if share is None:
         room = min(room_for_model(dense, tokens.count, dtype), FREE_SHARE * free)
         if needed > room:
             warnings.warn(
                 f"no text of the model's own to calibrate on: {size}, more than slicing it. "
-                f"--own-text {BESIDE_SHARE} lets it write, --own-text 0 does without and says nothing.",
+                f"--own-text {own_share(tokens.count):.3g} lets it write, --own-text 0 does without and says nothing.",
                 EigensliceWarning,
                 stacklevel=2,
             )
         return needed <= room
     if needed > free:
         raise OptionsError(
-            f"--own-text {options.own_text}: {size}, and {free / 1e9:.1f} GB are free",
+            f"--own-text {share}: {size}, and {free / 1e9:.1f} GB are free",
             allowed="a model that fits into memory",
             next_step="pass --own-text 0; text that it wrote elsewhere (eigenslice sample) can be one --calibration",
         )

@@ -88,7 +88,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     ranks.on_first(lambda: check_space(options.output, max(stored_parameters(dense, p) for p in plans) * item))
     with work_folder(options.output, identity, options.resume, ranks) as work:
         state = RunState(work.state, ranks)
-        tokens = _more_tokens(given, options, dense, state, ranks, progress)
+        tokens = _more_tokens(given, options, dense, compute, state, ranks, progress)
         place = choose_place(options.offload, activation_bytes(dense, tokens.count, compute) // ranks.size, device)
         offload = Offload(place, device, work.offload / str(ranks.rank))
         run = Run(dense, tokens, compute, offload, ranks, state, progress)
@@ -124,12 +124,18 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
 
 
 def _more_tokens(
-    given: Tokens, options: SliceOptions, dense: DenseModel, state: RunState, ranks: Ranks, progress: Progress
+    given: Tokens,
+    options: SliceOptions,
+    dense: DenseModel,
+    compute: torch.dtype,
+    state: RunState,
+    ranks: Ranks,
+    progress: Progress,
 ) -> Tokens:
     """Calibration texts, and beside them text of the model's own or random tokens, if anything will be fitted."""
     if not options.fits or "seed" not in given.description:  # token ids are used as they are
         return given
-    tokens = add_own_text(given, dense, options, state, ranks, progress)
+    tokens = add_own_text(given, dense, options, compute, state, ranks, progress)
     share = options.random_tokens
     if share is None:
         share = BESIDE_SHARE if tokens is given else 0.0  # beside text of its own, they gain nothing

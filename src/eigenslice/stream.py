@@ -14,7 +14,7 @@ from eigenslice.algebra.covariance import SecondMoment, normalize
 from eigenslice.algebra.finite import all_finite
 from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel, Tensors
-from eigenslice.device import trim_memory
+from eigenslice.device import trim_memory, unmap_freed_tensors
 from eigenslice.errors import ActivationError
 from eigenslice.folding import FoldedBlock
 from eigenslice.forms import canonical_config
@@ -275,6 +275,9 @@ class Stream:
                 folded, layer = dense.block(block, following.result()), self._layers[block]
                 following = None
                 self._runner.assign(layer, dense.as_modules(folded.items(), dense.width))
+                large = sum(parameter.nbytes for parameter in layer.parameters()) > LARGE_BLOCK
+                if large and block == start:
+                    unmap_freed_tensors()
                 held = folded if hold else None
                 del folded
                 for site in range(len(layer.sites)):
@@ -283,7 +286,6 @@ class Stream:
                     if site == 0 and block + 1 < dense.blocks:  # not before: the consumer may need memory, too
                         following = reader.submit(dense.read_block, block + 1)
                     finite = [self._pass(layer, block, site, a, observe, observed) for a in activations]
-                large = sum(parameter.nbytes for parameter in layer.parameters()) > LARGE_BLOCK
                 self._runner.release(layer)
                 if large:
                     trim_memory()

@@ -114,11 +114,12 @@ def test_an_impossible_type_is_refused(sliced: Sliced, exported: Exporter, tmp_p
     assert not list(tmp_path.glob("*.gguf"))
 
 
+@pytest.mark.parametrize("neurons", [None, [40, 64]], ids=["stock", "custom class"])
 def test_a_wrong_file_is_refused_and_removed(
-    sliced: Sliced, exported: Exporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    neurons: list[int] | None, sliced: Sliced, exported: Exporter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of query and key in transformers' order: a file that llama.cpp loads without complaint."""
-    folder = sliced()
+    folder = sliced(neurons=neurons)
     before = set(tmp_path.rglob("*"))
     monkeypatch.setattr(gguf_tensors, "interleave", lambda rows, heads, turned: rows)
     with pytest.raises(ExportError) as caught:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import openvino
 import pytest
 import torch
 
@@ -13,26 +14,16 @@ from eigenslice.options import ExportOptions
 from tests import tiny
 from tests.conftest import Slicer, load
 from tests.export import models
+from tests.export.logits import assert_same_logits
 from tests.messages import check_message
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
-openvino = pytest.importorskip("openvino", reason="OpenVINO isn't installed: pip install 'eigenslice[openvino]'")
 
 
 @pytest.mark.parametrize("case", ["qwen3", "opt", "gemma2", "gemma3_text"])
 def test_sliced_models_give_the_same_logits(case: str, run_slice: Slicer, tmp_path: Path) -> None:
     """At once and token by token, for stock and custom results; 12 tokens are more than the Gemmas' windows of 6."""
-    folder = run_slice(case, width=24).output
-    output = tmp_path / "openvino"
-    export_model(ExportOptions(model=str(folder), output=output, to="openvino", check=False))
-    ids = tiny.random_ids(1, 12)
-    with torch.no_grad():
-        expected = load(folder)(ids).logits[0]
-    runtime, prompt = OpenVino(output), ids[0].tolist()
-    whole = torch.tensor(np.array(runtime.logits(prompt)))
-    steps = torch.cat([torch.tensor(np.array(runtime.logits(prompt[: i + 1]))) for i in range(12)])
-    for actual in (whole, steps):
-        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert_same_logits(run_slice(case, width=24).output, tmp_path, "openvino", OpenVino)
 
 
 @pytest.mark.parametrize("case", ["llama", "gemma2"])

@@ -1,0 +1,29 @@
+"""A runtime's logits beside transformers'."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from eigenslice.export import export_model
+from eigenslice.options import ExportOptions
+from tests import tiny
+from tests.conftest import load
+
+
+def assert_same_logits(
+    folder: Path, tmp_path: Path, to: Literal["openvino", "onnx"], runtime: Callable[[Path], Any]
+) -> None:
+    """What a runtime computes from an export, 12 tokens at once and one by one, is what transformers computes."""
+    output = tmp_path / to
+    export_model(ExportOptions(model=str(folder), output=output, to=to, check=False))
+    ids = tiny.random_ids(1, 12)
+    with torch.no_grad():
+        expected = load(folder)(ids).logits[0]
+    running, prompt = runtime(output), ids[0].tolist()
+    whole = torch.tensor(np.array(running.logits(prompt)))
+    steps = torch.cat([torch.tensor(np.array(running.logits(prompt[: i + 1]))) for i in range(12)])
+    for actual in (whole, steps):
+        assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
