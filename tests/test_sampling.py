@@ -9,8 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from eigenslice import sampling, slicing
-from eigenslice.data.tokens import EigensliceWarning
-from eigenslice.errors import OptionsError, OutputError
+from eigenslice.errors import EigensliceWarning, OptionsError, OutputError
 from eigenslice.measuring import measure
 from eigenslice.options import CalibrationOptions, SliceOptions
 from eigenslice.sampling import SampleOptions, draw, sample_text

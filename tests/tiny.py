@@ -218,7 +218,13 @@ def tiny_model(model_type: str, config: dict[str, Any], dtype: torch.dtype = tor
     """A model with random weights, norm gains away from 1, and shifts and biases away from 0."""
     torch.manual_seed(0)
     # A copy: config classes add to the dictionaries that they are given
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **copy.deepcopy(config)))
+    return randomized(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **copy.deepcopy(config))), dtype
+    )
+
+
+def randomized(model: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """Let a model have such weights."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -15,6 +15,10 @@ Every message says what was found, what is allowed, and what to do next.
 """
 
 
+class EigensliceWarning(UserWarning):
+    """Something that works, but not as well as the user may expect."""
+
+
 class EigensliceError(Exception):
     """Base of all errors with a message meant for the user."""
 

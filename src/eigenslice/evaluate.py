@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GgufConfig
 
 from eigenslice.checkpoint.source import load_tokenizer, locate, no_bars, refuse_missing
+from eigenslice.checkpoint.towers import TOWERS
 from eigenslice.data import evaluation_tokens
 from eigenslice.device import resolve_device
 from eigenslice.errors import ActivationError, CalibrationError, CheckpointError
@@ -78,7 +79,8 @@ def load_model(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
         with no_bars():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            auto = AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
+            loaded: Any = auto.from_pretrained(
                 folder,
                 dtype=wanted,
                 trust_remote_code=trust_remote_code,

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig, set_seed
 
 from eigenslice.checkpoint.output import check_output, write_whole
-from eigenslice.data.tokens import BATCH_TOKENS, EigensliceWarning, Tokens, longest_sequence, ordinary_tokens
+from eigenslice.data.tokens import BATCH_TOKENS, Tokens, longest_sequence, ordinary_tokens
 from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory
-from eigenslice.errors import OptionsError
+from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.estimate import own_share, room_for_model
 from eigenslice.evaluate import load_model
 from eigenslice.offload import FREE_SHARE, free_bytes

@@ -9,15 +9,19 @@ from transformers import AutoModelForCausalLM
 from eigenslice.errors import CheckpointError
 
 
-def empty_model(config: Any) -> Any:
+def empty_model(config: Any, auto: Any = AutoModelForCausalLM) -> Any:
     """transformers' model of a config, with parameters on the meta device.
+
+    Args:
+        config: The config.
+        auto: transformers' class that finds the model's.
 
     Raises:
         CheckpointError: transformers can't build it.
     """
     try:
         with torch.device("meta"):  # transformers then skips the random initial weights, which nobody reads
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            return auto.from_config(copy.deepcopy(config))
     except Exception as error:  # whatever a model's constructor raises on a config that it doesn't expect
         raise CheckpointError(
             f"transformers can't build the {config.model_type} model that the config describes "

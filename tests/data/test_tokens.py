@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from eigenslice.data import Tokens, calibration_tokens, evaluation_tokens
-from eigenslice.data.tokens import BATCH_TOKENS, EigensliceWarning
-from eigenslice.errors import CalibrationError, CheckpointError
+from eigenslice.data.tokens import BATCH_TOKENS
+from eigenslice.errors import CalibrationError, CheckpointError, EigensliceWarning
 from eigenslice.options import CalibrationOptions
 from tests import words
 from tests.messages import check_message

@@ -33,7 +33,10 @@ REFUSED = {
 """Why some types have no table."""
 
 KINDS = (
-    ("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "reads images beside text: slice its language model alone"),
+    (
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "reads images beside text, and its language model isn't known",
+    ),
     ("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "is an encoder-decoder, not a decoder alone"),
     ("MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "is an encoder-decoder, not a decoder alone"),
     ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", "is an encoder, not a decoder"),
@@ -61,16 +64,25 @@ def register_table(table: Table) -> None:
     TABLES[table.model_type] = table
 
 
+def _find(model_type: Any) -> Table | None:
+    if not isinstance(model_type, str):  # it comes from a file
+        return None
+    offered = (entry.load() for entry in entry_points(group=ENTRY_POINTS, name=model_type))
+    return TABLES.get(model_type) or next(offered, None)
+
+
+def has_table(model_type: Any) -> bool:
+    """Whether models of a `model_type` can be sliced."""
+    return _find(model_type) is not None
+
+
 def table_of(model_type: str) -> Table:
     """Return the table of a `model_type`.
 
     Raises:
         UnsupportedModelError: there is none.
     """
-    known = isinstance(model_type, str)  # it comes from a file
-    table = TABLES.get(model_type) if known else None
-    if table is None and known:
-        table = next((entry.load() for entry in entry_points(group=ENTRY_POINTS, name=model_type)), None)
+    table, known = _find(model_type), isinstance(model_type, str)
     if table is None:
         raise UnsupportedModelError(
             f"model_type {model_type!r} {_why_not(model_type) if known else 'is no name'}",

@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 
 from eigenslice.arch import lookup
 from eigenslice.checkpoint.source import Source
+from eigenslice.checkpoint.towers import name_in_tower, whole_model
 from eigenslice.checkpoint.weights import Weights
 from eigenslice.errors import CheckpointError
 
@@ -89,33 +90,35 @@ def origins(source: Source, model: Any) -> dict[str, Origin]:
     Raises:
         CheckpointError: tensors are missing or unknown.
     """
-    state = model.state_dict()
-    transforms = get_model_conversion_mapping(model)
+    whole = model if source.whole is None else whole_model(source.whole)
+    state = whole.state_dict()
+    transforms = get_model_conversion_mapping(whole)
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    ignored = [re.compile(pattern) for pattern in whole._keys_to_ignore_on_load_unexpected or ()]
     found: dict[str, list[tuple[str, str | None]]] = {}
     unknown = []
     for stored in sorted(source.weights.names(), key=dot_natural_key):
         if source.gguf:
             name, pattern = stored, None
         else:
-            name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, state)
+            name, pattern = rename_source_key(stored, renamings, converters, whole.base_model_prefix, state)
         if name in state:
             found.setdefault(name, []).append((stored, pattern))
         elif not LEFTOVERS.search(stored) and not any(pattern.search(name) for pattern in ignored):
             unknown.append(stored)
-    names = {
-        name: Origin(
-            tuple(stored for stored, _ in parts),
-            tuple(pattern for _, pattern in parts),
-            by_pattern.get(parts[0][1]) if parts[0][1] else None,
-            name,
-            model,
-        )
-        for name, parts in found.items()
-    }
+    names: dict[str, Origin] = {}
+    for name, parts in found.items():
+        inner = name if source.whole is None else name_in_tower(name, source.whole, model.base_model_prefix)
+        if inner is not None:
+            names[inner] = Origin(
+                tuple(stored for stored, _ in parts),
+                tuple(pattern for _, pattern in parts),
+                by_pattern.get(parts[0][1]) if parts[0][1] else None,
+                name,
+                whole,
+            )
     table = lookup(source.config)
     ends = [table.embeddings[0] + ".weight", table.head + ".weight"]
     if source.config.tie_word_embeddings and any(name in names for name in ends):
@@ -123,13 +126,13 @@ def origins(source: Source, model: Any) -> dict[str, Origin]:
         present = next(name for name in ends if name in names)
         for name in ends:
             names.setdefault(name, names[present])
-    missing = sorted(set(state) - set(names))
+    missing = sorted(set(model.state_dict()) - set(names))
     if missing or unknown:
         said = [f"lacks {len(missing)} tensors ({', '.join(missing[:3])})"] if missing else []
         said += [f"has {len(unknown)} unknown ones ({', '.join(sorted(unknown)[:3])})"] if unknown else []
         raise CheckpointError(
             f"{source.name} {' and '.join(said)}",
-            allowed=f"exactly the weights of transformers' {type(model).__name__}",
+            allowed=f"exactly the weights of transformers' {type(whole).__name__}",
             next_step="download or save the checkpoint again; merge adapters into the weights first",
         )
     return names

@@ -2,6 +2,7 @@
 
 import io
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 
 from eigenslice.arch import lookup, table_of
 from eigenslice.checkpoint.gguf import GgufWeights
+from eigenslice.checkpoint.towers import TOWERS, holds_tower, tower_config
 from eigenslice.checkpoint.weights import SafetensorsWeights, Weights, file_hashes
-from eigenslice.errors import CheckpointError, UnsupportedModelError, first_line
+from eigenslice.errors import CheckpointError, EigensliceWarning, UnsupportedModelError, first_line
 
 HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
 TOKENIZER_FILES = (
@@ -44,7 +46,8 @@ class Source:
         name: As the user wrote it.
         folder: Where its files are.
         gguf: Name of the GGUF file in `folder`, if that is what it is.
-        config: transformers' config.
+        config: transformers' config; of a model that reads images beside text, its language model's.
+        whole: The config of such a model; None for all others.
         trust_remote_code: Whether the tokenizer may run code from the checkpoint.
     """
 
@@ -52,6 +55,7 @@ class Source:
     folder: Path
     gguf: str | None
     config: Any
+    whole: Any
     trust_remote_code: bool
 
     @cached_property
@@ -245,7 +249,8 @@ def _refuse_lost_rope_scaling(path: Path, config: Any) -> None:
         )
 
 
-def _load_config(folder: Path, gguf: str | None) -> Any:
+def _load_config(folder: Path, gguf: str | None) -> tuple[Any, Any]:
+    """The config of what can be sliced, and that of the whole model where it is a part of one."""
     if gguf is None:
         raw = _raw_config(folder)
         if raw["model_type"] == "eigenslice":
@@ -254,7 +259,8 @@ def _load_config(folder: Path, gguf: str | None) -> Any:
                 allowed="dense checkpoints",
                 next_step="slice the dense model with the widths you want",
             )
-        table_of(raw["model_type"])
+        if not holds_tower(raw):
+            table_of(raw["model_type"])
         _refuse_quantized(folder, raw)
     kwargs = {"gguf_file": gguf} if gguf else {}
     try:
@@ -265,6 +271,9 @@ def _load_config(folder: Path, gguf: str | None) -> Any:
             allowed="a config that transformers accepts",
             next_step="check the file; a GGUF must be of an architecture that transformers can dequantize",
         ) from error
+    whole = None
+    if config.model_type in TOWERS:
+        whole, config = config, tower_config(config)
     if not config.num_hidden_layers:
         raise CheckpointError(
             f"{folder} is a model without decoder layers",
@@ -273,7 +282,7 @@ def _load_config(folder: Path, gguf: str | None) -> Any:
         )
     if gguf:
         _refuse_lost_rope_scaling(folder / gguf, config)
-    return config
+    return config, whole
 
 
 def open_source(name: str, trust_remote_code: bool = False) -> Source:
@@ -288,6 +297,13 @@ def open_source(name: str, trust_remote_code: bool = False) -> Source:
         UnsupportedModelError: its architecture, or variant of it, can't be sliced.
     """
     folder, gguf = locate(name)
-    config = _load_config(folder, gguf)
+    config, whole = _load_config(folder, gguf)
     lookup(config)
-    return Source(name, folder, gguf, config, trust_remote_code)
+    if whole is not None:
+        warnings.warn(
+            f"{name} is a {whole.model_type!r} model: its language model ({config.model_type!r}) is taken alone, and "
+            "the result reads no images",
+            EigensliceWarning,
+            stacklevel=2,
+        )
+    return Source(name, folder, gguf, config, whole, trust_remote_code)

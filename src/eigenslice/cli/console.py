@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from eigenslice.errors import OptionsError
+from eigenslice.errors import EigensliceWarning, OptionsError
 
 output = Console()
 errors = Console(stderr=True)
@@ -76,8 +76,6 @@ def progress_bar(
         errors.print(str(message), markup=False, highlight=False, soft_wrap=True)
 
     with warnings.catch_warnings(), bar:
-        from eigenslice.data.tokens import EigensliceWarning
-
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", EigensliceWarning)
         warnings.showwarning = show

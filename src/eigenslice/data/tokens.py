@@ -16,7 +16,7 @@ from torch import Tensor
 from eigenslice.data.conversations import chat_renderer
 from eigenslice.data.sources import Source, sources
 from eigenslice.data.texts import Purpose, load_documents
-from eigenslice.errors import CalibrationError
+from eigenslice.errors import CalibrationError, EigensliceWarning
 from eigenslice.options import CalibrationOptions
 from eigenslice.stream import RANDOM_GROUP, Batch
 
@@ -24,10 +24,6 @@ CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read f
 BATCH_TOKENS = 2048  # a forward pass of more tokens isn't faster, and takes more memory
 DEFAULT_TENSOR = "calibration"
 PARTS = 4  # groups that a single text is cut into
-
-
-class EigensliceWarning(UserWarning):
-    """Something that works, but not as well as the user may expect."""
 
 
 @dataclass(frozen=True)

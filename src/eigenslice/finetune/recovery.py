@@ -17,8 +17,7 @@ from eigenslice.checkpoint.source import locate
 from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights, file_hashes
 from eigenslice.checkpoint.writer import GIB, write_json
 from eigenslice.data import Tokens, calibration_tokens
-from eigenslice.data.tokens import EigensliceWarning
-from eigenslice.errors import CalibrationError, CheckpointError, OptionsError, OutputError
+from eigenslice.errors import CalibrationError, CheckpointError, EigensliceWarning, OptionsError, OutputError
 from eigenslice.evaluate import LoadedModel, Perplexity, load_model, perplexity
 from eigenslice.finetune.options import FinetuneOptions
 from eigenslice.finetune.training import (
