@@ -208,6 +208,7 @@ WRONG = [
     ("width: 24\nbasis: per-block", "wrong basis per-block (the run has --basis global)"),
     ("width: 0", "the recipe's width is 0; the model's hidden width is 32"),
     ("width: 33", "the recipe's width is 33; the model's hidden width is 32"),
+    ("width: 24\ntied: true", "the recipe keeps embedding and head tied"),
     ("width: 24\nneurons: 0", "keeps 0 neurons; the model has 56 MLP neurons in each block"),
     ("width: 24\nneurons: [40, 57, 40]", "keeps 57 neurons; the model has 56"),
     ("width: 24\nneurons: [40, -1, 40]", "keeps -1 neurons"),

@@ -38,19 +38,31 @@ def plans_of(dense: DenseModel, sizes: list[tuple[int, int]]) -> list[Plan]:
     return [choose_form(dense, "global", width, dense.tied, "auto", neurons) for width, neurons in sizes]
 
 
-def tried(dense: DenseModel, plans: list[Plan], fit: list[Batch], batches: list[Batch]) -> list[float]:
+def tried(
+    dense: DenseModel, plans: list[Plan], fit: list[Batch], batches: list[Batch], refit: bool = True
+) -> list[float]:
     """Losses, with basis and neurons from the tokens that are fitted on."""
     found = measure(dense, Stream(dense, torch.float32), fit)
     spectrum = principal_components(found.moment, dense.layer_norm)
-    return try_plans(dense, plans, spectrum, found, batches, Stream(dense, torch.float32))
+    return try_plans(dense, plans, spectrum, found, batches, Stream(dense, torch.float32), fit=refit)
 
 
 @pytest.mark.parametrize(
-    ("case", "padded"),
-    [*((case, False) for case in tiny.CORE), *((case, True) for case in ("llama", "opt", "gpt_neox"))],
+    ("case", "padded", "refit"),
+    [
+        *((case, False, True) for case in tiny.CORE),
+        *((case, True, True) for case in ("llama", "opt", "gpt_neox")),
+        *((case, False, False) for case in ("llama", "opt")),
+    ],
 )
 def test_the_loss_is_that_of_the_model_that_would_be_saved(
-    case: str, padded: bool, run_slice: Slicer, dense_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    padded: bool,
+    refit: bool,
+    run_slice: Slicer,
+    dense_folder: Folders,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Slicing with the tokens that were fitted on, to the same plan, gives a model that loses as much elsewhere."""
     monkeypatch.setattr(RidgeChoice, "choose", lambda *_: 0.1)
@@ -64,13 +76,13 @@ def test_the_loss_is_that_of_the_model_that_would_be_saved(
     fit = [Batch(ids[i : i + 3], mask[i : i + 3] if padded else None, i % 4) for i in range(0, 12, 3)]
     trial = [Batch(held_out[i : i + 1], held_mask[i : i + 1] if padded else None, HELD_OUT_GROUP) for i in range(5)]
     plans = plans_of(dense, [(24, 56), (tiny.WIDTH, 32), (20, 40)])
-    losses = tried(dense, plans, fit, [*fit[:2], *trial[:3], *fit[2:], *trial[3:]])
+    losses = tried(dense, plans, fit, [*fit[:2], *trial[:3], *fit[2:], *trial[3:]], refit)
     file = tmp_path / "fit.safetensors"
     save_file({"calibration": ids, "attention_mask": mask}, file)
     for number, (plan, loss) in enumerate(zip(plans, losses, strict=True)):
         recipe = tmp_path / f"recipe-{number}.yaml"
         recipe.write_text(yaml.safe_dump(plan.describe()))
-        result = run_slice(case, recipe=recipe, calibration=CalibrationOptions(data=str(file)))
+        result = run_slice(case, recipe=recipe, calibration=CalibrationOptions(data=str(file)), refit=refit)
         expected = divergence(model, load(result.output), held_out, held_mask if padded else None)
         assert loss == pytest.approx(expected, rel=1e-3)
         assert loss > 1e-3

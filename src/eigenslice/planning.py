@@ -152,6 +152,12 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
     _check_width(dense, recipe["width"], f"the recipe's width is {recipe['width']}")
     for count in counts:
         _check_neurons(dense, options.basis, count, f"the recipe keeps {count} neurons")
+    if recipe.get("tied") and not (dense.can_stay_tied and basis == "global" and not options.untie):
+        raise OptionsError(
+            "the recipe keeps embedding and head tied",
+            allowed="tied: false here: the model's are not, or can't stay so with --basis per-block or --untie",
+            next_step="leave tied out of the recipe",
+        )
     heads = recipe.get("key_value_heads", dense.heads)
     _check_heads(dense, options.basis, heads)
     tied = dense.can_stay_tied and basis == "global" and not options.untie and recipe.get("tied", True)

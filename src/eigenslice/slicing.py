@@ -93,7 +93,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
         offload = Offload(place, device, work.offload / str(ranks.rank))
         run = Run(dense, tokens, compute, offload, ranks, state, progress)
         found = _measure(run, plans) if options.basis == "global" else None
-        plan, trials = _choose(run, families, found, options.multiple if options.keep is not None else None)
+        plan, trials = _choose(run, families, found, options)
         stored = StoredForm(dense, plan)
         writer = ShardWriter(work.result, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
         ranks.on_first(writer.begin)
@@ -162,7 +162,7 @@ def _measure(run: Run, plans: list[Plan]) -> tuple[Measurement, Spectrum]:
 
 
 def _choose(
-    run: Run, families: list[list[Plan]], found: tuple[Measurement, Spectrum] | None, step: int | None
+    run: Run, families: list[list[Plan]], found: tuple[Measurement, Spectrum] | None, options: SliceOptions
 ) -> tuple[Plan, list[dict[str, Any]]]:
     """The plan that loses least on held-out tokens, and what was lost with each one that was tried.
 
@@ -172,15 +172,15 @@ def _choose(
         run: The run.
         families: The plans that may be tried, see `make_plans`.
         found: What the first pass found, with a global basis.
-        step: What numbers of neurons are multiples of, if they may differ from block to block where the class allows
-            it; None leaves the plans as they are.
+        options: Whether layers will be fitted, and whether plans are for a size, so that numbers of neurons may differ
+            from block to block where the class allows it.
     """
     if found is None:
         return families[0][0], []
     measurement, spectrum = found
     batches = trial_batches(run.tokens.batches)
-    if step:
-        families = _allocate(run, families, measurement, batches, step)
+    if options.keep is not None:
+        families = _allocate(run, families, measurement, batches, options.multiple)
     report = run.report("planning", sum(batch.tokens for batch in batches))
     trials: list[tuple[Plan, float]] = []
 
@@ -188,7 +188,17 @@ def _choose(
         """Try up to TOGETHER plans; the loss of the last one."""
         stage = f"planning-{len(trials)}"
         losses = try_plans(
-            run.dense, plans, spectrum, measurement, batches, run.stream(), report, run.state, run.ranks, stage
+            run.dense,
+            plans,
+            spectrum,
+            measurement,
+            batches,
+            run.stream(),
+            report,
+            run.state,
+            run.ranks,
+            stage,
+            options.fits,
         )
         trials.extend(zip(plans, losses, strict=True))
         return losses[-1]

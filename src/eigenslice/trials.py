@@ -26,6 +26,7 @@ def try_plans(
     state: RunState | None = None,
     ranks: Ranks = ALONE,
     stage: str = "planning",
+    fit: bool = True,
 ) -> list[float]:
     """KL(dense || sliced) of each plan on held-out tokens, in nats per token.
 
@@ -42,12 +43,13 @@ def try_plans(
         state: Where to save what is found, and to go on from; None saves nothing.
         ranks: Who share the batches.
         stage: Name of this trial in the state.
+        fit: Whether layers are fitted, as they will be in the result.
     """
     finished = state.result(stage) if state else None
     if finished:
         return finished[1]["kl"]
     bases = [global_basis(dense, plan, spectrum) for plan in plans]
-    groups = {batch.group for batch in batches} - {HELD_OUT_GROUP}
+    groups = {batch.group for batch in batches if fit} - {HELD_OUT_GROUP}
     twins = [
         SlicedTwin(
             dense,
