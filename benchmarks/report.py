@@ -51,7 +51,7 @@ def _note(result: dict[str, Any]) -> str:
     if not any(row["method"] in ("ours", "ours-custom") for row in result["rows"]):
         return ""
     return (
-        "\nours, ours-custom: the defaults, with as many sequences that the model wrote itself; -given: "
+        "\nours, ours-custom: the defaults, with a quarter as many sequences that the model wrote itself; -given: "
         "the given text and random tokens only (--own-text 0).\n"
     )
 

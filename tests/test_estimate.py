@@ -5,7 +5,7 @@ import torch
 
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
-from eigenslice.estimate import activation_bytes, estimate, own_share
+from eigenslice.estimate import activation_bytes, estimate
 from tests.conftest import Folders
 
 
@@ -25,7 +25,3 @@ def test_activations_are_two_streams_and_what_writers_read(dense_folder: Folders
     dense = DenseModel(open_source(str(dense_folder("llama"))))
     assert activation_bytes(dense, 10, torch.float32) == 10 * 4 * (2 * dense.width + dense.neurons)
     assert activation_bytes(dense, 10, torch.bfloat16) == 10 * 2 * (2 * dense.width + dense.neurons)
-
-
-def test_own_text_is_as_much_as_short_texts_and_a_quarter_of_long_ones() -> None:
-    assert [own_share(tokens) for tokens in (1, 65_536, 131_072, 262_144, 10**9)] == [1.0, 1.0, 0.5, 0.25, 0.25]

@@ -19,8 +19,6 @@ PROBE_TOKENS = 512
 TRIED_TOKENS = FIT_TOKENS + TRIAL_TOKENS
 LITTLE_MEMORY = 1024**3
 """Bytes that a model may take as a whole in any case."""
-OWN_TOKENS = 65_536
-"""Tokens of own text that are worth their time beside texts of any length."""
 WRITING = 3.5
 """Time of a token that the model writes, over that of one it reads: measured on SmolLM2-135M, on 2 CPU cores."""
 
@@ -34,14 +32,6 @@ def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
 def room_for_model(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that the model as a whole may take, without being asked to, to write text: no more than slicing takes."""
     return max(LITTLE_MEMORY, activation_bytes(dense, tokens, dtype))
-
-
-def own_share(tokens: int) -> float:
-    """Text that a model writes without being asked to, as a share of so many tokens of calibration texts.
-
-    As much as of those, up to `OWN_TOKENS`; more than that only beside long texts, a quarter of them.
-    """
-    return min(1.0, max(BESIDE_SHARE, OWN_TOKENS / tokens))
 
 
 @dataclass(frozen=True)
@@ -99,10 +89,9 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     measuring = share * (block + sites * narrow)
     # The model's own text; a trial of three plans on some of the tokens, and a pass of two streams with their products
     # and solutions
-    own = own_share(tokens)
-    text = own * (measuring + share * WRITING * block)
-    fit = (1 + own) * share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
-    trial = 2 * fit * min(1.0, TRIED_TOKENS / ((1 + own) * tokens))
+    text = BESIDE_SHARE * (measuring + share * WRITING * block)
+    fit = (1 + BESIDE_SHARE) * share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
+    trial = 2 * fit * min(1.0, TRIED_TOKENS / ((1 + BESIDE_SHARE) * tokens))
     weights = sum(torch.Size(shape).numel() for name, shape in dense.shapes.items() if _in_block(dense, name))
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(dense, tokens, dtype)

@@ -20,10 +20,10 @@ from eigenslice.data.tokens import BATCH_TOKENS, Tokens, longest_sequence, ordin
 from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory
 from eigenslice.errors import EigensliceWarning, OptionsError
-from eigenslice.estimate import own_share, room_for_model
+from eigenslice.estimate import room_for_model
 from eigenslice.evaluate import load_model
 from eigenslice.offload import FREE_SHARE, free_bytes
-from eigenslice.options import DtypeName, SliceOptions
+from eigenslice.options import BESIDE_SHARE, DtypeName, SliceOptions
 from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks
 from eigenslice.resume import RunState
@@ -204,7 +204,7 @@ def add_own_text(
     Raises:
         OptionsError: text was asked for, and there is no room for the model.
     """
-    share = own_share(tokens.count) if options.own_text is None else options.own_text
+    share = BESIDE_SHARE if options.own_text is None else options.own_text
     count = math.ceil(share * tokens.description["sequences"])
     if not count:
         return tokens
@@ -252,7 +252,7 @@ def _has_room(tokens: Tokens, dense: DenseModel, share: float | None, dtype: tor
         if needed > room:
             warnings.warn(
                 f"no text of the model's own to calibrate on: {size}, more than slicing it. "
-                f"--own-text {own_share(tokens.count):.3g} lets it write, --own-text 0 does without and says nothing.",
+                f"--own-text {BESIDE_SHARE} lets it write, --own-text 0 does without and says nothing.",
                 EigensliceWarning,
                 stacklevel=2,
             )

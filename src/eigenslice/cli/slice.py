@@ -67,8 +67,8 @@ def slice_(
     own_text: Annotated[
         float | None,
         typer.Option(
-            help="Sequences of text that the model writes itself, as a share of those of the texts [1 for up to 65,536 "
-            "tokens, down to 0.25 for more, if the whole model takes less memory than slicing]."
+            help="Sequences of text that the model writes itself, as a share of those of the texts [0.25, if the whole "
+            "model takes less memory than slicing]."
         ),
     ] = None,
     random_tokens: Annotated[
