@@ -15,7 +15,6 @@ from tests.checkpoint.files import copy_of
 from tests.cli.conftest import Command, command  # noqa: F401
 from tests.conftest import Folders, Slicer
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its packages' own
 
 

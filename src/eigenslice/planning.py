@@ -63,7 +63,7 @@ def _make_plans(dense: DenseModel, options: SliceOptions, tied: bool) -> list[li
     if options.keep is not None:
         return _plans_for_size(dense, options, tied)
     if options.recipe is not None:
-        return [[_plan_of_recipe(dense, options)]]
+        return [[_plan_of_recipe(dense, options, tied)]]
     if options.width is not None:
         width, found = options.width, f"--width {options.width}"
     else:
@@ -116,8 +116,8 @@ def _check_heads(dense: DenseModel, basis: BasisKind, heads: int) -> None:
         )
 
 
-def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
-    """A plan from a file: an eigenslice.json, or YAML with the same fields as its `plan`."""
+def _plan_of_recipe(dense: DenseModel, options: SliceOptions, tied: bool) -> Plan:
+    """A plan from a file: an eigenslice.json, or YAML with the same fields as its `plan`, which may untie."""
     fields: dict[str, Any] = {"width": int, "neurons": (int, list), "key_value_heads": int, "tied": bool, "basis": str}
     allowed = "an eigenslice.json, or YAML (or JSON) with width, and optionally neurons (one number or one for "
     allowed += "each block), key_value_heads, tied and basis"
@@ -152,7 +152,7 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
     _check_width(dense, recipe["width"], f"the recipe's width is {recipe['width']}")
     for count in counts:
         _check_neurons(dense, options.basis, count, f"the recipe keeps {count} neurons")
-    if recipe.get("tied") and not (dense.can_stay_tied and basis == "global" and not options.untie):
+    if recipe.get("tied") and not tied:
         raise OptionsError(
             "the recipe keeps embedding and head tied",
             allowed="tied: false here: the model's are not, or can't stay so with --basis per-block or --untie",
@@ -160,7 +160,7 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions) -> Plan:
         )
     heads = recipe.get("key_value_heads", dense.heads)
     _check_heads(dense, options.basis, heads)
-    tied = dense.can_stay_tied and basis == "global" and not options.untie and recipe.get("tied", True)
+    tied = tied and recipe.get("tied", True)
     return choose_form(dense, basis, recipe["width"], tied, options.form, counts, heads)
 
 

@@ -30,9 +30,8 @@ TEXTS: dict[str, dict[str, Any]] = {
 
 def whole_config(model_type: str, **values: Any) -> Any:
     """Config of a tiny model of images and text."""
-    text, vision = TEXTS.get(model_type, LLAMA), dict(VISION)
     usual = AutoConfig.for_model(model_type).vision_config.model_type
-    vision["model_type"] = usual
+    text, vision = TEXTS.get(model_type, LLAMA), VISION | {"model_type": usual}
     if model_type == "internvl":  # its sizes are pairs
         vision |= {"image_size": [16, 16], "patch_size": [8, 8]}
     extra: dict[str, Any] = {

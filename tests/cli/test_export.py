@@ -16,7 +16,6 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_what_was_checked_is_printed(command: Command, folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed")
     output = tmp_path / "small.gguf"
     outcome = command("export", folder, "-o", output, "--to", "gguf", "--type", "f16", "-q")
     assert outcome.code == 0
@@ -34,7 +33,6 @@ def test_what_was_checked_is_printed(command: Command, folder: Path, tmp_path: P
 def test_a_disagreement_is_exit_code_2(
     fails: Failure, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed")
     monkeypatch.setattr(gguf_tensors, "interleave", lambda rows, heads, turned: rows)
     message = fails("export", folder, "-o", tmp_path / "out" / "small.gguf", "--to", "gguf", "-q")
     assert "llama.cpp disagrees with transformers" in message

@@ -22,8 +22,6 @@ from tests.export.conftest import Exporter, Sliced
 from tests.export.models import log_probabilities
 from tests.messages import check_message
 
-pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed: pip install 'eigenslice[gguf]'")
-
 
 @pytest.mark.parametrize("case", models.CASES | models.STOCK)
 def test_sliced_models_give_the_same_probabilities(case: str, sliced: Sliced, exported: Exporter) -> None:

@@ -16,8 +16,6 @@ from tests.export.conftest import Exporter, Sliced
 from tests.export.models import log_probabilities
 from tests.messages import check_message
 
-pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed: pip install 'eigenslice[gguf]'")
-
 
 def fields(path: Path) -> dict[str, Any]:
     """What a GGUF's header says."""

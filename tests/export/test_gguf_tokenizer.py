@@ -37,7 +37,6 @@ def pieces(prefix: bool) -> Any:
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_pieces_with_bytes_as_fallback(prefix: bool, tmp_path: Path) -> None:
-    pytest.importorskip("xllamacpp", reason="llama.cpp (xllamacpp) isn't installed")
     tokenizer = pieces(prefix)
     folder = tiny.save(tiny.tiny_model("llama", CONFIG | {"vocab_size": len(tokenizer) + 5}), tmp_path / "dense")
     tokenizer.save_pretrained(folder)

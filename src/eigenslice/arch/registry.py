@@ -67,8 +67,9 @@ def register_table(table: Table) -> None:
 def _find(model_type: Any) -> Table | None:
     if not isinstance(model_type, str):  # it comes from a file
         return None
-    offered = (entry.load() for entry in entry_points(group=ENTRY_POINTS, name=model_type))
-    return TABLES.get(model_type) or next(offered, None)
+    return TABLES.get(model_type) or next(
+        (entry.load() for entry in entry_points(group=ENTRY_POINTS, name=model_type)), None
+    )
 
 
 def has_table(model_type: Any) -> bool:
