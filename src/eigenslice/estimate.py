@@ -29,6 +29,14 @@ def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
     return tokens * (2 * dense.width + max(dense.width, dense.neurons)) * item
 
 
+def whole_bytes(dense: DenseModel, dtype: torch.dtype) -> int:
+    """Bytes of the weights that transformers loads to run the model: where it reads images, too, those parts as well."""
+    source, parameters = dense.source, dense.parameters
+    if source.whole is not None:
+        parameters = sum(torch.Size(source.weights.shape(name)).numel() for name in source.weights.names())
+    return parameters * dtype.itemsize
+
+
 def room_for_model(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that the model as a whole may take, without being asked to, to write text: no more than slicing takes."""
     return max(LITTLE_MEMORY, activation_bytes(dense, tokens, dtype))
@@ -100,7 +108,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     plain = rss + activations // 2 + max(running, torch.Size(vocabulary).numel() * item)
     gram = max(dense.width, dense.neurons) ** 2 * 8
     refitted = plain + activations // 2 + weights * 8 + 5 * gram // 2
-    whole = dense.parameters * item
+    whole = whole_bytes(dense, dtype)
     if whole <= room_for_model(dense, tokens, dtype):
         refitted = max(refitted, rss + whole)
     plain_seconds = measuring + write

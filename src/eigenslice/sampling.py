@@ -20,7 +20,7 @@ from eigenslice.data.tokens import BATCH_TOKENS, Tokens, longest_sequence, ordin
 from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory
 from eigenslice.errors import EigensliceWarning, OptionsError
-from eigenslice.estimate import room_for_model
+from eigenslice.estimate import room_for_model, whole_bytes
 from eigenslice.evaluate import load_model
 from eigenslice.offload import FREE_SHARE, free_bytes
 from eigenslice.options import BESIDE_SHARE, DtypeName, SliceOptions
@@ -245,7 +245,7 @@ def _has_room(tokens: Tokens, dense: DenseModel, share: float | None, dtype: tor
 
     Models larger than that are sliced because they don't fit.
     """
-    needed, free = dense.parameters * dtype.itemsize, free_bytes(dense.device)
+    needed, free = whole_bytes(dense, dtype), free_bytes(dense.device)
     size = f"as a whole, the model takes {needed / 1e9:.1f} GB"
     if share is None:
         room = min(room_for_model(dense, tokens.count, dtype), FREE_SHARE * free)

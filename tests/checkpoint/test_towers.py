@@ -11,6 +11,7 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.towers import TOWERS
 from eigenslice.dense import DenseModel
 from eigenslice.errors import EigensliceWarning, UnsupportedModelError
+from eigenslice.estimate import whole_bytes
 from eigenslice.evaluate import load_model
 from tests import tiny
 from tests.conftest import Slicer, load, stored_tensors
@@ -76,6 +77,14 @@ def test_the_whole_models_config_says_whether_embeddings_are_tied(tied: bool, tm
     text = load_model(str(folder)).model.model.language_model
     head = 0 if tied else tiny.VOCABULARY * tiny.WIDTH
     assert dense.parameters == sum(parameter.numel() for parameter in text.parameters()) + head
+
+
+def test_memory_to_write_text_counts_what_reads_images(tmp_path: Path) -> None:
+    folder = save("llava", tmp_path / "whole")
+    with pytest.warns(EigensliceWarning):
+        dense = DenseModel(open_source(str(folder)))
+    loaded = load_model(str(folder)).model
+    assert whole_bytes(dense, torch.bfloat16) == 2 * sum(parameter.numel() for parameter in loaded.parameters())
 
 
 def test_a_language_model_without_a_table_is_refused(tmp_path: Path) -> None:
