@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from eigenslice import estimate as module
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
 from eigenslice.estimate import activation_bytes, estimate
@@ -25,3 +26,12 @@ def test_activations_are_two_streams_and_what_writers_read(dense_folder: Folders
     dense = DenseModel(open_source(str(dense_folder("llama"))))
     assert activation_bytes(dense, 10, torch.float32) == 10 * 4 * (2 * dense.width + dense.neurons)
     assert activation_bytes(dense, 10, torch.bfloat16) == 10 * 2 * (2 * dense.width + dense.neurons)
+
+
+def test_results_in_the_custom_class_take_a_pass_more(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_seconds", lambda work, device: 1.0)
+    stock, custom = (
+        estimate(DenseModel(open_source(str(dense_folder(case)))), 1_000, 16).refitted_seconds
+        for case in ("llama", "gpt2")
+    )
+    assert custom > 1.5 * stock

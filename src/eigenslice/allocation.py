@@ -18,6 +18,7 @@ from eigenslice.dense import DenseModel
 from eigenslice.head import dense_head, divergences
 from eigenslice.measuring import Measurement, writer_weight
 from eigenslice.offload import OffloadedTensors
+from eigenslice.plan import FEWEST_NEURONS
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import RunState
 from eigenslice.stream import HELD_OUT_GROUP, Batch, Site, Stream, captured_inputs, share_batches
@@ -25,8 +26,6 @@ from eigenslice.stream import HELD_OUT_GROUP, Batch, Site, Stream, captured_inpu
 STAGE = "allocating"
 TOKENS = 2_048
 """Tokens that losses are measured on."""
-FEWEST = 0.25
-"""Share of its neurons that every block keeps: losses are extrapolated from one number of neurons."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class BlockLosses:
             step: What numbers of neurons are multiples of, where not all are kept.
         """
         blocks, neurons = len(self.kl), self.error.shape[1] - 1
-        least = max(step, -(-int(FEWEST * neurons) // step) * step)
+        least = max(step, -(-int(FEWEST_NEURONS * neurons) // step) * step)
         counts = torch.tensor([*range(least, neurons, step), neurons], device=self.error.device)
         scale = self.kl / self.error[:, self.measured].clamp_min(torch.finfo(torch.float64).tiny)
         losses = scale[:, None] * self.error[:, counts]

@@ -8,8 +8,10 @@ import psutil
 import torch
 
 from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.allocation import TOKENS as ALLOCATION_TOKENS
 from eigenslice.data.tokens import longest_sequence
 from eigenslice.dense import DenseModel
+from eigenslice.forms import choose_form
 from eigenslice.holdout import FIT_TOKENS, TRIAL_TOKENS
 from eigenslice.options import BESIDE_SHARE
 from eigenslice.stream import Batch, Stream
@@ -100,6 +102,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     text = BESIDE_SHARE * (measuring + share * WRITING * block)
     fit = (1 + BESIDE_SHARE) * share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
     trial = 2 * fit * min(1.0, TRIED_TOKENS / ((1 + BESIDE_SHARE) * tokens))
+    trial += _allocation(dense) * dense.blocks * block / ids.numel()
     weights = sum(torch.Size(shape).numel() for name, shape in dense.shapes.items() if _in_block(dense, name))
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(dense, tokens, dtype)
@@ -125,6 +128,13 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         taken.append(time.perf_counter() - start)
     return min(taken)
+
+
+def _allocation(dense: DenseModel) -> float:
+    """Tokens that pass all blocks so that each block gets neurons of its own, for results in the custom class."""
+    if not dense.neurons or choose_form(dense, "global", dense.width, True, "auto", dense.neurons // 2).stock:
+        return 0.0
+    return TRIED_TOKENS + ALLOCATION_TOKENS * dense.blocks / 2  # a stream more behind each block
 
 
 def _in_block(dense: DenseModel, name: str) -> bool:

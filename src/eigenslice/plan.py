@@ -11,6 +11,8 @@ from eigenslice.folding import is_inside
 BasisKind = Literal["global", "per-block"]
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "shortcut"]
 Shape = tuple[int, ...]
+FEWEST_NEURONS = 0.25
+"""Share of its MLP neurons that every block keeps; plans for a size that need fewer cut the width instead."""
 
 
 @dataclass(frozen=True)

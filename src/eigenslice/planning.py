@@ -11,7 +11,7 @@ from eigenslice.dense import DenseModel
 from eigenslice.errors import OptionsError
 from eigenslice.forms import choose_form
 from eigenslice.options import SliceOptions
-from eigenslice.plan import BasisKind, Plan, stored_parameters
+from eigenslice.plan import FEWEST_NEURONS, BasisKind, Plan, stored_parameters
 
 ROUND = 8
 """Widths from --slicing and --keep are multiples of this: what matrix kernels like."""
@@ -19,8 +19,6 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How much of the cut the hidden width may bear; MLP neurons bear the rest. The first ones are tried first."""
 HEADS = (1.0, 0.75, 0.5)
 """Shares of the key/value heads that plans may keep."""
-FEWEST_NEURONS = 0.25
-"""Share of the neurons under which no plan goes while it could cut the width instead."""
 
 
 def make_plans(dense: DenseModel, options: SliceOptions) -> list[list[Plan]]:
