@@ -32,7 +32,7 @@ def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
 
 
 def whole_bytes(dense: DenseModel, dtype: torch.dtype) -> int:
-    """Bytes of the weights that transformers loads to run the model: where it reads images, too, those parts as well."""
+    """Bytes of the weights of the model as transformers loads it, together with what reads images beside the text."""
     source, parameters = dense.source, dense.parameters
     if source.whole is not None:
         parameters = sum(torch.Size(source.weights.shape(name)).numel() for name in source.weights.names())
