@@ -25,6 +25,44 @@ def test_unknown_devices_are_refused(name: str) -> None:
         resolve_device(name)
 
 
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """What torch says and is told on a machine with four GPUs; the ones that were made current."""
+    chosen: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: None)
+    return chosen
+
+
+@pytest.mark.parametrize("name", [None, "cuda"])
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(
+    name: str | None, four_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    assert resolve_device(name) == torch.device("cuda:2")
+    assert four_gpus == [2]
+
+
+@pytest.mark.parametrize(("name", "rank"), [("cuda:0", 1), (None, 4)])
+def test_processes_do_not_share_a_gpu(
+    name: str | None, rank: int, four_gpus: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    with pytest.raises(OptionsError, match=f"process {rank} of this machine, which has 4 GPUs"):
+        resolve_device(name)
+    assert not four_gpus
+
+
+def test_one_process_takes_the_current_gpu_or_the_one_named(four_gpus: list[int]) -> None:
+    assert resolve_device(None) == torch.device("cuda")
+    assert resolve_device("cuda:3") == torch.device("cuda:3")
+    assert not four_gpus
+
+
 FREEING = """
 import psutil, torch
 from eigenslice.device import unmap_freed_tensors

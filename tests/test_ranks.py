@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eigenslice.ranks import Ranks
+from eigenslice.errors import EigensliceWarning
+from eigenslice.ranks import Ranks, join_ranks
 from eigenslice.stream import Batch, share_batches
 from tests import tiny, words
 from tests.checkpoint.files import copy_of
@@ -36,6 +37,15 @@ def torchrun(ranks: int, *arguments: object) -> list[str]:
 
 def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_gpus_that_have_nothing_to_do_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.warns(EigensliceWarning, match="One of 2 GPUs works"), join_ranks(torch.device("cuda")) as ranks:
+        assert ranks.size == 1
+    for device in ("cuda:1", "cpu"):  # chosen, or none is used
+        with join_ranks(torch.device(device)) as ranks:
+            assert ranks.size == 1
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Choosing the torch device."""
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
 
@@ -15,11 +16,15 @@ MMAP_THRESHOLD = -3
 def resolve_device(name: str | None) -> torch.device:
     """The device of a name; without one, a GPU if there is one.
 
+    Of several processes on this machine that torchrun has started, each has a GPU of its own.
+
     Raises:
-        OptionsError: there is no such device here, or it can't compute in float64.
+        OptionsError: there is no such device here, or it can't compute in float64; or processes would share a GPU.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        name = _own_gpu(name, int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
     try:
         device = torch.device(name)
         torch.zeros(1, dtype=torch.float64, device=device)
@@ -31,6 +36,18 @@ def resolve_device(name: str | None) -> torch.device:
             next_step="choose one of these, or leave --device out",
         ) from error
     return device
+
+
+def _own_gpu(name: str, rank: int, gpus: int) -> str:
+    """The GPU of one of several processes on a machine, which becomes torch's (and NCCL's) current one."""
+    if name != "cuda" or rank >= gpus:
+        raise OptionsError(
+            f"--device {name} in process {rank} of this machine, which has {gpus} GPUs",
+            allowed="one process for each GPU, and --device cuda or none: each takes its own",
+            next_step="leave --device out; torchrun --nproc-per-node has to be the number of GPUs or less",
+        )
+    torch.cuda.set_device(rank)
+    return f"cuda:{rank}"
 
 
 def trim_memory() -> None:

@@ -6,6 +6,7 @@ from them is decided by the first rank, so that rounding on unlike devices can't
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eigenslice.errors import EigensliceError, RankError
+from eigenslice.errors import EigensliceError, EigensliceWarning, RankError
 
 CPU = torch.device("cpu")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
@@ -111,6 +112,14 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         device: Where this process computes.
     """
     if not all(name in os.environ for name in TORCHRUN) or int(os.environ["WORLD_SIZE"]) == 1:
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        if gpus > 1 and device.index is None:
+            warnings.warn(
+                f"One of {gpus} GPUs works. torchrun --nproc-per-node {gpus} -m eigenslice slice ... uses all of them, "
+                "--device cuda:0 says nothing.",
+                EigensliceWarning,
+                stacklevel=2,
+            )
         yield Ranks(device=device)
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
