@@ -7,7 +7,7 @@ import torch
 
 from eigenslice import holdout
 from eigenslice.holdout import hold_out, trial_batches
-from eigenslice.stream import HELD_OUT_GROUP, RANDOM_GROUP, Batch
+from eigenslice.stream import BESIDE_GROUP, HELD_OUT_GROUP, Batch
 
 
 def sequences(batches: list[Batch]) -> list[tuple[int, list[int]]]:
@@ -60,6 +60,21 @@ def test_tokens_are_few() -> None:
     assert holdout.FIT_TOKENS <= counts[False] < holdout.FIT_TOKENS + 512
 
 
+def test_short_sequences_beside_the_texts_are_fitted_on_as_many_at_once_as_a_long_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(holdout, "FIT_TOKENS", 40)
+    chosen = trial_batches([batch(0, 9), batch(1, 9), batch(BESIDE_GROUP, 50, tokens=3)])
+    shapes = [(b.group, tuple(b.input_ids.shape)) for b in chosen if b.group != HELD_OUT_GROUP]
+    assert shapes == [(0, (1, 10)), (1, (1, 10)), (BESIDE_GROUP, (3, 3)), (0, (1, 10)), (1, (1, 10))]
+
+
+def test_of_few_sequences_a_text_is_held_out_and_not_what_is_beside_it() -> None:
+    chosen = trial_batches([batch(0, 1), batch(1, 1), batch(BESIDE_GROUP, 1)])
+    assert [b.group for b in chosen] == [0, BESIDE_GROUP, HELD_OUT_GROUP]
+    assert torch.equal(chosen[-1].input_ids, batch(1, 1).input_ids)
+
+
 def test_padding_counts_for_no_share_and_travels_with_its_sequence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(holdout, "FIT_TOKENS", 12)
     ids = torch.arange(90).view(9, 10)
@@ -100,7 +115,7 @@ def test_of_few_sequences_the_last_is_held_out(groups: list[int]) -> None:
 
 
 def test_one_sequence_of_eight_is_held_out_from_all_groups_in_turns() -> None:
-    given = [batch(0, 9), batch(1, 9), batch(0, 7), batch(RANDOM_GROUP, 4), batch(2, 9)]
+    given = [batch(0, 9), batch(1, 9), batch(0, 7), batch(BESIDE_GROUP, 4), batch(2, 9)]
     held_out = hold_out(given)
     chosen = sequences(held_out)
     held = [row for group, row in chosen if group == HELD_OUT_GROUP]
@@ -117,7 +132,7 @@ def test_no_more_is_held_out_than_is_needed(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_of_few_sequences_none_is_held_out() -> None:
-    chosen = hold_out([batch(0, 4), batch(1, 3), batch(RANDOM_GROUP, 9)])
+    chosen = hold_out([batch(0, 4), batch(1, 3), batch(BESIDE_GROUP, 9)])
     assert all(b.group != HELD_OUT_GROUP for b in chosen)
 
 

@@ -9,6 +9,7 @@ import torch
 
 from eigenslice.algebra.covariance import gram_matrix
 from eigenslice.allocation import TOKENS as ALLOCATION_TOKENS
+from eigenslice.data.beside import BEGINNINGS_SHARE
 from eigenslice.data.tokens import longest_sequence
 from eigenslice.dense import DenseModel
 from eigenslice.forms import choose_form
@@ -100,8 +101,9 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     # The model's own text; a trial of three plans on some of the tokens, and a pass of two streams with their products
     # and solutions
     text = BESIDE_SHARE * (measuring + share * WRITING * block)
-    fit = (1 + BESIDE_SHARE) * share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
-    trial = 2 * fit * min(1.0, TRIED_TOKENS / ((1 + BESIDE_SHARE) * tokens))
+    more = (1 + BESIDE_SHARE) * (1 + BEGINNINGS_SHARE)
+    fit = more * share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
+    trial = 2 * fit * min(1.0, TRIED_TOKENS / (more * tokens))
     trial += _allocation(dense) * dense.blocks * block / ids.numel()
     weights = sum(torch.Size(shape).numel() for name, shape in dense.shapes.items() if _in_block(dense, name))
     rss = psutil.Process().memory_info().rss

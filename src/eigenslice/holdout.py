@@ -1,8 +1,9 @@
 """Which calibration sequences nothing is fitted on: plans and the head's gain are judged there."""
 
+from dataclasses import replace
 from itertools import zip_longest
 
-from eigenslice.stream import HELD_OUT_GROUP, RANDOM_GROUP, Batch
+from eigenslice.stream import BESIDE_GROUP, HELD_OUT_GROUP, Batch
 
 FIT_TOKENS = 8_192
 """Tokens that a trial is fitted on: enough to tell plans apart, not enough to make the best of one."""
@@ -22,7 +23,7 @@ def hold_out(batches: list[Batch], least: int = 1) -> list[Batch]:
     """
     places: dict[int, list[tuple[int, int]]] = {}
     for number, batch in enumerate(batches):
-        if batch.group != RANDOM_GROUP:
+        if batch.group != BESIDE_GROUP:
             places.setdefault(batch.group, []).extend((number, row) for row in range(len(batch.input_ids)))
     most, tokens, held = sum(map(len, places.values())) // HELD_OUT_SHARE, 0, set[tuple[int, int]]()
     for place in (p for turn in zip_longest(*map(reversed, places.values())) for p in turn if p is not None):
@@ -45,24 +46,30 @@ def hold_out(batches: list[Batch], least: int = 1) -> list[Batch]:
 def trial_batches(batches: list[Batch]) -> list[Batch]:
     """A few sequences to fit on and a few others to measure on, in equal shares of all groups.
 
-    Sequences are taken in turns from the groups; every third one is held out. With a single sequence, that one
-    serves for both.
+    Sequences are taken in turns from the groups, short ones beside the texts several at once; every third one is held
+    out. With a single sequence, that one serves for both.
     """
     queues: dict[int, list[Batch]] = {}
-    for one in (_rows(batch, [row]) for batch in batches for row in range(len(batch.input_ids))):
-        if one.tokens:  # not all of it is padding
-            queues.setdefault(one.group, []).append(one)
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+    for batch in batches:
+        rows, length = batch.input_ids.shape
+        together = longest // length if batch.group == BESIDE_GROUP else 1
+        for start in range(0, rows, together):
+            some = _rows(batch, list(range(start, min(start + together, rows))))
+            if some.tokens:  # not all of it is padding
+                queues.setdefault(batch.group, []).append(some)
     chosen: list[Batch] = []
     room = {False: FIT_TOKENS, True: TRIAL_TOKENS}
     for turn in range(max(map(len, queues.values()))):
         for group, queue in queues.items():
-            held = turn % 3 == 2 and group != RANDOM_GROUP
+            held = turn % 3 == 2 and group != BESIDE_GROUP
             if turn < len(queue) and room[held] > 0:
                 room[held] -= queue[turn].tokens
-                chosen.append(_rows(queue[turn], [0], HELD_OUT_GROUP if held else group))
+                chosen.append(replace(queue[turn], group=HELD_OUT_GROUP if held else group))
     if all(batch.group != HELD_OUT_GROUP for batch in chosen):
-        fitted = chosen[:-1] if len(chosen) > 1 else chosen
-        return [*fitted, _rows(chosen[-1], [0], HELD_OUT_GROUP)]
+        *texts, last = [batch for batch in chosen if batch.group != BESIDE_GROUP]
+        beside = [batch for batch in chosen if batch.group == BESIDE_GROUP]
+        return [*(texts or [last]), *beside, replace(last, group=HELD_OUT_GROUP)]
     return chosen
 
 

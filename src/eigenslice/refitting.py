@@ -21,7 +21,7 @@ from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import Position
-from eigenslice.stream import HELD_OUT_GROUP, RANDOM_GROUP, Activations, BlockRunner, Site, captured_inputs
+from eigenslice.stream import BESIDE_GROUP, HELD_OUT_GROUP, Activations, BlockRunner, Site, captured_inputs
 from eigenslice.transform import Kept, SiteBasis, keep_units, turn_end
 
 
@@ -68,7 +68,7 @@ class SlicedTwin:
         self.reading: Tensor | None = None
         self._dense, self._basis, self._kept, self._write, self._tied = dense, basis, kept, write, plan.tied
         self._fitted = frozenset(groups)
-        self._held_out = sorted(self._fitted - {RANDOM_GROUP})
+        self._held_out = sorted(self._fitted - {BESIDE_GROUP})
         self._ridge, self._ranks = ridge, ranks
         config = custom_config(dense, replace(plan, stock=None), torch.float32)
         self._runner = BlockRunner(config, dense.table.layers, dense.device, dtype)
@@ -105,11 +105,11 @@ class SlicedTwin:
         Returns:
             `error`, the squared difference as a share of the dense stream's energy, what was cut included, and
             `energy_kept`, the share of that energy in the basis: means over held-out tokens, or over those that layers
-            are fitted on (random ones left out) if none are held out.
+            are fitted on (those beside the texts left out) if none are held out.
         """
         sums = torch.zeros(2, 3, dtype=torch.float64, device=self._basis.matrix.device)  # fitted on, held out
         for number, a in enumerate(site.activations):
-            if a.group != RANDOM_GROUP:
+            if a.group != BESIDE_GROUP:
                 dense, kept = a.rows(a.hidden), a.rows(self._basis.embed(a.hidden)) / self._basis.scale
                 wrong = (kept - a.rows(self.streams[number]) / self._basis.scale).square().sum(-1)
                 size = dense.square().sum(-1) + dense.shape[-1] * site.eps

@@ -14,7 +14,7 @@ from eigenslice.checkpoint.companions import write_generation_config, write_mode
 from eigenslice.checkpoint.output import check_output, work_folder
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_space, write_json
-from eigenslice.data import Tokens, calibration_tokens, random_sequences
+from eigenslice.data import Tokens, beginnings, calibration_tokens, random_sequences
 from eigenslice.dense import DenseModel, NamedTensors
 from eigenslice.device import resolve_device
 from eigenslice.estimate import activation_bytes
@@ -132,14 +132,16 @@ def _more_tokens(
     ranks: Ranks,
     progress: Progress,
 ) -> Tokens:
-    """Calibration texts, and beside them text of the model's own or random tokens, if anything will be fitted."""
+    """Calibration texts, and text of the model's own or random tokens, and beginnings, if anything will be fitted."""
     if not options.fits or "seed" not in given.description:  # token ids are used as they are
         return given
     tokens = add_own_text(given, dense, options, compute, state, ranks, progress)
     share = options.random_tokens
     if share is None:
         share = BESIDE_SHARE if tokens is given else 0.0  # beside text of its own, they gain nothing
-    return random_sequences(tokens, dense.source.tokenizer, dense.config.vocab_size, share, options.calibration.seed)
+    tokenizer, vocabulary, seed = dense.source.tokenizer, dense.config.vocab_size, options.calibration.seed
+    tokens = beginnings(tokens, tokenizer, vocabulary, seed)
+    return random_sequences(tokens, tokenizer, vocabulary, share, seed)
 
 
 def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Path) -> None:

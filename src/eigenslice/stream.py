@@ -27,8 +27,8 @@ LARGE_BLOCK = 64 * 1024**2
 """Bytes of a block's weights from which on what it leaves behind is given back to the system."""
 STREAMS = "dense"
 """Name of the dense model's streams in a saved state."""
-RANDOM_GROUP = -2
-"""Group of sequences of random tokens: layers are fitted on them, too, but no basis or ridge is chosen by them."""
+BESIDE_GROUP = -2
+"""Group of sequences beside the texts: layers are fitted on them, too, but no basis or ridge is chosen by them."""
 HELD_OUT_GROUP = -1
 """Group of sequences that run along while layers are fitted on the others: there, errors are those on unseen text."""
 
@@ -119,7 +119,7 @@ class Site:
     def moment(self, normalized: bool) -> Tensor:
         """Second moment of the stream here (D, D), as it is or as the norm leaves it; no padding, no random tokens."""
         moment = SecondMoment(self.width, self.streams.device)
-        for a in (a for a in self.activations if a.group != RANDOM_GROUP):
+        for a in (a for a in self.activations if a.group != BESIDE_GROUP):
             hidden = a.hidden
             moment.add(a.rows(normalize(hidden, self.eps) if normalized else hidden))
         return moment.matrix

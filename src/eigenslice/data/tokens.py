@@ -1,7 +1,6 @@
 """Sequences of tokens, to calibrate on or to measure a perplexity on."""
 
 import hashlib
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from eigenslice.data.sources import Source, sources
 from eigenslice.data.texts import Purpose, load_documents
 from eigenslice.errors import CalibrationError, EigensliceWarning
 from eigenslice.options import CalibrationOptions
-from eigenslice.stream import RANDOM_GROUP, Batch
+from eigenslice.stream import Batch
 
 CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read from large data sets
 BATCH_TOKENS = 2048  # a forward pass of more tokens isn't faster, and takes more memory
@@ -93,32 +92,6 @@ def ordinary_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
     """Ids of all tokens that the tokenizer and the embedding have, (n,); special ones are left out."""
     special = set(tokenizer.all_special_ids)
     return torch.tensor([i for i in range(min(vocabulary, len(tokenizer))) if i not in special])
-
-
-def random_sequences(tokens: Tokens, tokenizer: Any, vocabulary: int, share: float, seed: int) -> Tokens:
-    """Add sequences of random tokens, so that every part of the vocabulary is seen.
-
-    Early MLPs do something for each token, also for those that little calibration text lacks. The dense model says
-    what: no text is needed. Measured in benchmarks/EXPERIMENTS.md.
-
-    Args:
-        tokens: Calibration tokens of texts.
-        tokenizer: The model's; its special tokens are left out.
-        vocabulary: Size of the model's embedding.
-        share: Sequences to add, as a share of those of the texts.
-        seed: Of the order; every token comes once before one comes again.
-    """
-    length = int(tokens.description["seqlen"])
-    count = math.ceil(share * tokens.description["sequences"])
-    ids = ordinary_tokens(tokenizer, vocabulary)
-    if not count or not len(ids):
-        return tokens
-    generator = torch.Generator().manual_seed(seed)
-    rounds = -(-count * length // len(ids))
-    order = torch.cat([ids[torch.randperm(len(ids), generator=generator)] for _ in range(rounds)])
-    windows = list(order[: count * length].view(count, length))
-    batches = _batches(windows, [RANDOM_GROUP] * count)
-    return Tokens([*tokens.batches, *batches], tokens.description | {"random_sequences": count})
 
 
 def evaluation_tokens(options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any) -> Tokens:
