@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, set_seed
 
 from eigenslice.checkpoint.output import check_output, write_whole
-from eigenslice.data.tokens import BATCH_TOKENS, Tokens, longest_sequence, ordinary_tokens
+from eigenslice.data.tokens import Tokens, longest_sequence, ordinary_tokens
 from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory
 from eigenslice.errors import EigensliceWarning, OptionsError
@@ -27,7 +27,6 @@ from eigenslice.options import BESIDE_SHARE, DtypeName, SliceOptions
 from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks
 from eigenslice.resume import RunState
-from eigenslice.stream import Batch
 
 STAGE = "sampling"
 OWN_LENGTH = 128
@@ -217,10 +216,7 @@ def add_own_text(
         ids = saved[0]["ids"]
     if not len(ids):
         return tokens
-    rows = ids.split(max(1, BATCH_TOKENS // ids.shape[1]))
-    group = 1 + max(batch.group for batch in tokens.batches)
-    batches = [*tokens.batches, *(Batch(part, group=group) for part in rows)]
-    return Tokens(batches, tokens.description | {"own_sequences": len(ids)})
+    return tokens.with_rows(ids, 1 + max(batch.group for batch in tokens.batches), "own_sequences")
 
 
 def _write_own(

@@ -117,7 +117,7 @@ class Site:
     resumed: bool = False
 
     def moment(self, normalized: bool) -> Tensor:
-        """Second moment of the stream here (D, D), as it is or as the norm leaves it; no padding, no random tokens."""
+        """Second moment of the stream here (D, D), as it is or as the norm leaves it; of the texts, without padding."""
         moment = SecondMoment(self.width, self.streams.device)
         for a in (a for a in self.activations if a.group != BESIDE_GROUP):
             hidden = a.hidden

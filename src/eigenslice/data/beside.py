@@ -4,10 +4,9 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from eigenslice.data.tokens import BATCH_TOKENS, Tokens, ordinary_tokens
-from eigenslice.stream import BESIDE_GROUP, Batch
+from eigenslice.data.tokens import Tokens, ordinary_tokens
+from eigenslice.stream import BESIDE_GROUP
 
 BEGINNING = 4
 """Tokens of a beginning: the first one, and a few that attend to it."""
@@ -47,8 +46,8 @@ def beginnings(tokens: Tokens, tokenizer: Any, vocabulary: int, seed: int) -> To
         lead = prefix if number % 2 else prefix[:0]
         if special and number % SPECIAL_EVERY == SPECIAL_EVERY - 1:
             lead = special[number // SPECIAL_EVERY % len(special)]
-        rows.append(torch.cat([lead, sequence[start:]])[:length])
-    return _add(tokens, torch.stack(rows), "beginnings")
+        rows.append(torch.cat([lead, sequence[start : start + length]])[:length])
+    return tokens.with_rows(torch.stack(rows), BESIDE_GROUP, "beginnings")
 
 
 def random_sequences(tokens: Tokens, tokenizer: Any, vocabulary: int, share: float, seed: int) -> Tokens:
@@ -72,10 +71,4 @@ def random_sequences(tokens: Tokens, tokenizer: Any, vocabulary: int, share: flo
     generator = torch.Generator().manual_seed(seed)
     rounds = -(-count * length // len(ids))
     order = torch.cat([ids[torch.randperm(len(ids), generator=generator)] for _ in range(rounds)])
-    return _add(tokens, order[: count * length].view(count, length), "random_sequences")
-
-
-def _add(tokens: Tokens, rows: Tensor, name: str) -> Tokens:
-    """Rows (count, T) as batches beside the others; the description tells how many."""
-    batches = [Batch(part, group=BESIDE_GROUP) for part in rows.split(max(1, BATCH_TOKENS // rows.shape[1]))]
-    return Tokens([*tokens.batches, *batches], tokens.description | {name: len(rows)})
+    return tokens.with_rows(order[: count * length].view(count, length), BESIDE_GROUP, "random_sequences")

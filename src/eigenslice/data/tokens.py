@@ -42,6 +42,11 @@ class Tokens:
         """Tokens that count: no padding."""
         return sum(batch.tokens for batch in self.batches)
 
+    def with_rows(self, rows: Tensor, group: int, name: str) -> "Tokens":
+        """These, and rows (count, T) of another group; the description has their number under the name."""
+        batches = [Batch(part, group=group) for part in rows.split(max(1, BATCH_TOKENS // rows.shape[1]))]
+        return Tokens([*self.batches, *batches], self.description | {name: len(rows)})
+
     @property
     def sha256(self) -> str:
         """Of all token ids, masks and groups, in their order."""
