@@ -35,6 +35,25 @@ def test_stock_results_store_experts_as_the_checkpoint_does(
         assert stored["model.layers.0.block_sparse_moe.experts.3.w2.weight"] == (24, 56)
 
 
+# llama4_text has one way to run experts only
+@pytest.mark.parametrize("case", [case for case in STOCK if case != "llama4_text"])
+def test_stock_results_run_with_the_default_expert_kernels(
+    case: str, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In bfloat16 they want rows of 16 bytes, so widths that are multiples of eight. Each expert's matrix by itself,
+    in float32, is the reference."""
+    used, kernel = [], torch.nn.functional.grouped_mm
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", lambda *args, **kw: used.append(1) or kernel(*args, **kw))
+    folder = run_slice(case, width=24, dtype="bfloat16").output
+    model, exact = load(folder, dtype=torch.bfloat16), load(folder, dtype=torch.float32)
+    exact.set_experts_implementation("eager")
+    # A router's choice may hang on the rounding to bfloat16: nearly all tokens have to agree, not each
+    result = logits(model).float()
+    assert used
+    expected = logits(exact)
+    assert ((result - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.03
+
+
 @pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "olmoe"])
 def test_a_custom_result_survives_saving_it_again(case: str, run_slice: Slicer, tmp_path: Path) -> None:
     model = load(run_slice(case, width=24, form="custom").output)
