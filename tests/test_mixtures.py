@@ -54,6 +54,17 @@ def test_stock_results_run_with_the_default_expert_kernels(
     assert ((result - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.03
 
 
+@pytest.mark.parametrize("form", ["stock", "custom"])
+def test_widths_that_the_default_kernel_refuses_are_warned_of(form: str, run_slice: Slicer) -> None:
+    result = run_slice("mixtral", width=20, dtype="bfloat16", form=form)
+    assert "aren't multiples of 8" in result.manifest["warning"]
+    model = load(result.output, dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="multiple of 16 bytes"):
+        model(IDS)
+    assert load(result.output, dtype=torch.bfloat16, experts_implementation="eager")(IDS).logits.isfinite().all()
+    assert not run_slice("mixtral", width=20, form=form).manifest["warning"]
+
+
 @pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "olmoe"])
 def test_a_custom_result_survives_saving_it_again(case: str, run_slice: Slicer, tmp_path: Path) -> None:
     model = load(run_slice(case, width=24, form="custom").output)

@@ -20,6 +20,8 @@ from eigenslice.plan import Plan, count, dense_roles, layout
 
 NAME = "eigenslice.json"
 SAMPLED_VALUES = 48
+ROW_BYTES = 16
+"""torch's grouped_mm refuses matrices whose rows don't begin at multiples of this."""
 
 
 def site_summary(name: str, spectrum: Spectrum, width: int) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def manifest(
         "model_type": stock_type_of(plan.stock),
         "form": "stock" if plan.stock else "custom",
         "portable": plan.stock is not None and plan.stock.portable,
-        "warning": plan.stock.warning if plan.stock else "",
+        "warning": _warning(dense, plan, dtype),
         "basis": plan.basis,
         "plan": plan.describe(),
         "dense_width": dense.width,
@@ -131,3 +133,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             next_step="slice the model again",
         ) from error
     return content
+
+
+def _warning(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> str:
+    """What is known to go wrong with a result elsewhere; empty where nothing is."""
+    texts = [plan.stock.warning] if plan.stock and plan.stock.warning else []
+    numbers = ROW_BYTES // dtype.itemsize
+    if dense.table.mlp.stacked and any(width % numbers for width in plan.site_widths):
+        texts.append(
+            "grouped_mm, transformers' default for most types' experts, refuses widths in "
+            f"{str(dtype).removeprefix('torch.')} that aren't multiples of {numbers}: load the result with "
+            'experts_implementation="eager", or slice to another width'
+        )
+    return "; ".join(texts)

@@ -177,7 +177,7 @@ def slice_(
             highlight=False,
             soft_wrap=True,
         )
-    elif manifest["warning"]:
+    if manifest["warning"]:
         errors.print(
             f"{manifest['warning']}.",
             style="yellow",
