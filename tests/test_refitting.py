@@ -126,10 +126,13 @@ def divergence(sliced: Any, dense: Any, ids: Tensor) -> float:
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
-@pytest.mark.parametrize(("width", "neurons"), [(24, 56), (tiny.WIDTH, 32), (24, 40)])
-@pytest.mark.parametrize("case", [*FAMILIES, "llama-tied", "phi-tied"])
+SOME_CUT = [(24, 56), (tiny.WIDTH, 32), (24, 40)]
+CUT = [(case, *size) for case in (*FAMILIES, "llama-tied", "phi-tied") for size in SOME_CUT]
+
+
+@pytest.mark.parametrize(("case", "width", "neurons"), [*CUT, ("gemma4_text", 24, None)])
 def test_it_brings_the_result_nearer_to_the_dense_model_on_other_tokens(
-    case: str, width: int, neurons: int, run_slice: Slicer, dense_folder: Folders, tmp_path: Path
+    case: str, width: int, neurons: int | None, run_slice: Slicer, dense_folder: Folders, tmp_path: Path
 ) -> None:
     file = tmp_path / "ids.safetensors"
     save_file({"calibration": tiny.structured_ids(40, 32, seed=1)}, file)
@@ -166,7 +169,7 @@ def in_groups(*seeds: int) -> list[Batch]:
     return [Batch(tiny.random_ids(4, 24, seed), group=group) for group, seed in enumerate(seeds)]
 
 
-@pytest.mark.parametrize("case", tiny.CORE)
+@pytest.mark.parametrize("case", [*tiny.CORE, "gemma4_text"])
 def test_with_nothing_cut_it_is_the_dense_model(case: str, dense_folder: Folders) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     twin, blocks, _ = run_twin(dense, in_groups(1, 2, 3), SiteBasis(torch.eye(tiny.WIDTH, dtype=torch.float64)))

@@ -99,6 +99,12 @@ GRANITE = {
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+GEMMA4 = {
+    "hidden_size_per_layer_input": 0,
+    "global_head_dim": 16,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention", "linear_attention"],
     "linear_key_head_dim": 8,
@@ -194,6 +200,15 @@ FAMILIES = {
         "gemma2", HEAD, None, {"tie_word_embeddings": True, "sliding_window": 6, "query_pre_attn_scalar": 12}
     ),
     "gemma3_text": Case("gemma3_text", HEAD | {"rope_parameters": None}, None, {"sliding_window": 6}),
+    "gemma4_text": Case(
+        "gemma4_text",
+        HEAD | {"rope_parameters": None},
+        None,
+        GEMMA4 | {"attention_k_eq_v": True, "num_global_key_value_heads": 1, "final_logit_softcapping": 3.0},
+    ),
+    "gemma4_text-tied": Case(
+        "gemma4_text", HEAD | {"rope_parameters": None}, None, GEMMA4 | {"tie_word_embeddings": True}
+    ),
     "glm4": Case("glm4", HEAD),
     "olmo2": Case("olmo2", LLAMA),
     "olmo3": Case("olmo3", LLAMA, None, {"sliding_window": 6}),
@@ -240,6 +255,8 @@ def randomized(model: Any, dtype: torch.dtype = torch.float32) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+            elif name.endswith("layer_scalar"):
+                buffer.copy_(0.2 + torch.rand(buffer.shape, generator=generator))
     return model.to(dtype).eval()
 
 

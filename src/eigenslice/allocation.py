@@ -149,8 +149,7 @@ def _held_out_first(batches: list[Batch]) -> list[Batch]:
 def _run(site: Site, streams: OffloadedTensors) -> None:
     """Let held-out streams, which are the first ones, pass a site's sublayers."""
     for number, a in enumerate(site.activations[: len(streams)]):
-        hidden = streams[number]
-        streams[number] = hidden + site.update(a, hidden)
+        streams[number] = site.pass_on(a, streams[number])
 
 
 def _cut(dense: DenseModel, site: Site, importance: Tensor, neurons: int, ranks: Ranks) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
         "sinusoids": table.sinusoids,
         "embedding_norm": table.embedding_norm,
         "layers_give_tuples": table.layers_give_tuples,
+        "stream_scale": table.stream_scale,
     }
 
 

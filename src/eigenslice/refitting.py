@@ -196,9 +196,13 @@ class SlicedTwin:
     def _fit_writers(self, site: Site) -> None:
         """Fit what writes to a site so that the sliced stream becomes the dense one, in the basis."""
         sublayers, writers = self._sites[site.index - 1], self._fitted_writers(site.index - 1)
+        before = (site.index - 1) % len(self._sites)
+        layer = self._runner.layers[site.block if site.index else site.block - 1]
+        scaled = self._dense.table.stream_scale if site.index == 0 else None
+        scale = self._block[scaled] if scaled else None
         if not writers:
             for number, update in enumerate(self._inputs[0]):
-                self.streams[number] = self.streams[number] + update
+                self.streams[number] = layer.pass_on(before, self.streams[number] + update)
             self._inputs[0].clear()
             return
         biases = [name for name in _names(writers, self._block) if name.endswith(".bias")]
@@ -208,7 +212,8 @@ class SlicedTwin:
 
         def tokens(number: int, a: Activations) -> Tokens:
             inputs = self._stacked(number, bool(biases))
-            missing = self._basis.embed(a.hidden) - self.streams[number]
+            target = self._basis.embed(a.hidden)
+            missing = (target if scale is None else target / scale.to(target.dtype)) - self.streams[number]
             # The next norm divides by the stream's size: an error counts by its share of it
             weight = torch.rsqrt(a.rows(a.hidden).square().mean(-1, keepdim=True) + site.eps)
             return a.rows(inputs) * weight, a.rows(missing) * weight
@@ -217,7 +222,8 @@ class SlicedTwin:
         fitted = self._fit(kind, site, torch.cat(parts, dim=1), tokens)
         for number in range(len(self.streams)):
             inputs = self._stacked(number, bool(biases))
-            self.streams[number] = self.streams[number] + inputs @ fitted.T.to(inputs.dtype)
+            written = inputs @ fitted.T.to(inputs.dtype)
+            self.streams[number] = layer.pass_on(before, self.streams[number] + written)
         for inputs in self._inputs:
             inputs.clear()
         pieces = fitted.split([part.shape[1] for part in parts], dim=1)

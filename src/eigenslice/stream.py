@@ -128,6 +128,10 @@ class Site:
         """What the sublayers here add to a stream (B, T, D) of the batch of some activations."""
         return self.layer.update(self.index, self.layer.normalize(self.index, hidden), **a.kwargs[self.block])
 
+    def pass_on(self, a: Activations, hidden: Tensor) -> Tensor:
+        """Let a stream (B, T, D) of the batch of some activations pass the sublayers here."""
+        return self.layer.pass_on(self.index, hidden + self.update(a, hidden))
+
     def project(self, basis: Tensor) -> None:
         """Keep only the part of the stream in the span of a basis (D, width), in the same coordinates."""
         projector = basis @ basis.T
@@ -309,7 +313,7 @@ class Stream:
         if observe is not None:
             for name, captured in inputs.items():
                 observe(block, writers[name], a, captured)
-        hidden = hidden + update
+        hidden = layer.pass_on(site, hidden + update)
         a.put(hidden)
         last = site == len(self._sites) - 1  # what isn't finite stays so: it is enough to look at the end of a block
         return self._finite(a, hidden) if last else torch.tensor(True, device=self.device)

@@ -240,6 +240,23 @@ def test_an_unknown_model_type_is_refused_by_its_name() -> None:
     assert caught.value.next_step
 
 
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input"),
+        ({"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 3}, "num_kv_shared_layers"),
+        ({"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2}, "enable_moe_block"),
+        ({"use_bidirectional_attention": "all"}, "use_bidirectional_attention"),
+    ],
+    ids=["per-layer-inputs", "shared-keys", "experts", "bidirectional"],
+)
+def test_a_variant_of_gemma_4_is_refused_with_the_reason(values: dict[str, Any], reason: str) -> None:
+    case = tiny.CASES["gemma4_text"]
+    with pytest.raises(UnsupportedModelError, match=reason) as caught:
+        lookup(AutoConfig.for_model("gemma4_text", **copy.deepcopy(case.config | case.extra | values)))
+    assert ";" not in caught.value.found, "one variant, one reason"
+
+
 def test_plain_opt_is_not_refused() -> None:
     assert lookup(AutoConfig.for_model("opt", **tiny.OPT)) is TABLES["opt"]
 
@@ -275,7 +292,7 @@ def test_all_reasons_against_a_model_are_named() -> None:
         ("llava", "reads images"),
         ("gemma3", "reads images"),
         ("vit", "is a vision model"),
-        ("gemma4_text", "in every layer"),
+        ("gemma3n_text", "side by side"),
         ("biogpt", "has no architecture table yet"),
         ("no-such-type", "is no language model that transformers knows"),
     ],

@@ -23,7 +23,6 @@ ENTRY_POINTS = "eigenslice.tables"
 
 RECURRENT = "has recurrent layers beside attention, whose state and caches no test covers yet"
 REFUSED = {
-    "gemma4_text": "adds an embedding of the token to the stream in every layer, behind a norm of its own",
     "gemma3n_text": "carries several residual streams side by side",
     "mamba": "has no attention: its state-space layers aren't described by a table yet",
     "mamba2": "has no attention: its state-space layers aren't described by a table yet",

@@ -143,6 +143,8 @@ class Table:
     """Whether attention and MLP read the same stream; or the boolean field of the config that says so."""
     residual_scale: str | None = None
     """Field of the config with what transformers multiplies a sublayer's output by. It is folded into the writers."""
+    stream_scale: str | None = None
+    """Parameter of a decoder layer, one of its `inner` ones, that the stream is multiplied by behind the layer."""
     dropout: str | None = None
     """Field of the config with the dropout on what sublayers add to the stream (training only)."""
     stock: tuple[StockForm, ...] = ()

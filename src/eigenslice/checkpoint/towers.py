@@ -13,6 +13,7 @@ from eigenslice.skeleton import empty_model
 
 TOWERS = {
     "gemma3": "language_model",
+    "gemma4": "language_model",
     "idefics3": "text_model",
     "internvl": "language_model",
     "llava": "language_model",

@@ -143,6 +143,7 @@ class SlicedLayerMixin(nn.Module):
         gives_tuple: Whether transformers' model expects a tuple from its layers.
         shortcuts: One matrix a site, or None.
         residual_dropout: Dropout on what a sublayer adds, as in the dense layer (training only).
+        stream_scale: Name of what the stream is multiplied by behind the last site, or None.
     """
 
     sites: list[list[dict]]
@@ -151,12 +152,13 @@ class SlicedLayerMixin(nn.Module):
     gives_tuple: bool
     shortcuts: nn.ModuleList | None
     residual_dropout: float
+    stream_scale: str | None
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         kwargs |= dict(zip(self.arguments, args, strict=False))
         for site in range(len(self.sites)):
             update = self.update(site, self.normalize(site, hidden_states), **kwargs)
-            hidden_states = self.skip(site, hidden_states) + update
+            hidden_states = self.pass_on(site, self.skip(site, hidden_states) + update)
         return (hidden_states, None) if self.gives_tuple else hidden_states
 
     def normalize(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -167,6 +169,12 @@ class SlicedLayerMixin(nn.Module):
     def skip(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """The stream at a site in the basis of the next one."""
         return self.shortcuts[site](hidden_states) if self.shortcuts is not None else hidden_states
+
+    def pass_on(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
+        """The stream behind a site, as the next one gets it."""
+        if self.stream_scale is None or site < len(self.sites) - 1:
+            return hidden_states
+        return hidden_states * getattr(self, self.stream_scale)
 
     def update(self, site: int, normalized: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """What the sublayers of a site add to the stream. `kwargs` are the layer's: mask, cache, rotations."""
@@ -336,6 +344,7 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
     layer.sites = sites
     layer.shortcuts = nn.ModuleList(shortcuts) if config.shortcuts else None
     layer.gives_tuple = config.architecture["layers_give_tuples"]
+    layer.stream_scale = config.architecture.get("stream_scale")  # folders of earlier versions don't say
     dropout = config.architecture["dropout"]
     layer.residual_dropout = getattr(config.text_config, dropout) if dropout else 0.0
 

@@ -1,8 +1,8 @@
-"""Norms after the sublayers: Gemma 2 and 3, GLM-4 (before and after), OLMo 2 and 3, EXAONE 4 (after only)."""
+"""Norms after the sublayers: Gemma 2, 3 and 4, GLM-4 (before and after), OLMo 2 and 3, EXAONE 4 (after only)."""
 
 from dataclasses import replace
 
-from eigenslice.arch.schema import Sublayer, Table
+from eigenslice.arch.schema import Refusal, Sublayer, Table
 from eigenslice.arch.tables import gemma, glm, llama
 
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
@@ -44,9 +44,38 @@ def after(model_type: str) -> Table:
     )
 
 
+GEMMA4 = sandwich(gemma.TABLE, "gemma4_text", QK_NORMS)
+GEMMA4_REFUSALS = (
+    Refusal(
+        when=lambda c: bool(c.hidden_size_per_layer_input),
+        reason="it adds an embedding of the token to the stream in every layer, behind a norm of its own "
+        "(hidden_size_per_layer_input, as E2B and E4B have it)",
+    ),
+    Refusal(
+        when=lambda c: bool(c.enable_moe_block),
+        reason="experts and MLP read two norms of one stream, and one norm is behind both (enable_moe_block)",
+    ),
+    Refusal(
+        when=lambda c: bool(c.num_kv_shared_layers),
+        reason="layers take keys and values from earlier ones (num_kv_shared_layers)",
+    ),
+    Refusal(
+        when=lambda c: c.use_bidirectional_attention == "all",
+        reason="tokens see those behind them (use_bidirectional_attention)",
+    ),
+)
+
 TABLES = (
     sandwich(gemma.TABLE, "gemma2"),
     sandwich(gemma.TABLE, "gemma3_text", QK_NORMS),
+    replace(
+        GEMMA4,
+        gain="w",
+        attention=replace(GEMMA4.attention, renames={"self_attn": {"per_layer_input": None}}),
+        mlp=replace(GEMMA4.mlp, inner=(*GEMMA4.mlp.inner, "layer_scalar")),
+        stream_scale="layer_scalar",
+        refusals=GEMMA4_REFUSALS,
+    ),
     replace(
         llama.TABLE,
         model_type="glm4",
