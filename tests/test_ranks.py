@@ -1,8 +1,5 @@
 """Several processes give the model that one gives."""
 
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from eigenslice.errors import EigensliceWarning
 from eigenslice.ranks import Ranks, join_ranks
 from eigenslice.stream import Batch, share_batches
-from tests import tiny, words
+from tests import processes, tiny, words
 from tests.checkpoint.files import copy_of
 from tests.conftest import Folders, load, relative
 
@@ -24,19 +21,6 @@ KINDS = {
     "fitted": ("gpt_neox", ["--width", "24", "--neurons", "48"]),
     "per-block": ("opt", ["--width", "24", "--basis", "per-block"]),
 }
-
-
-def torchrun(ranks: int, *arguments: object) -> list[str]:
-    """The command that runs eigenslice in several processes on this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    return [*launcher, "--master-port", str(port), "-m", "eigenslice", *map(str, arguments)]
-
-
-def finish(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_gpus_that_have_nothing_to_do_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,50 +56,49 @@ def test_own_text_is_the_first_rank_s(dense_folder: Folders, tmp_path: Path) -> 
 
 
 def check_ranks(arguments: list[object], tmp_path: Path, sizes: tuple[int, ...] = (2, 4)) -> None:
-    """So many ranks give the logits that one process gives."""
-    alone = finish([sys.executable, "-m", "eigenslice", *map(str, arguments), "-o", str(tmp_path / "1")])
-    assert alone.returncode == 0, alone.stderr
-    ids = tiny.random_ids(3, 20)
-    with torch.no_grad():
-        expected = load(tmp_path / "1")(ids).logits
-    for ranks in sizes:
-        shared = finish(torchrun(ranks, *arguments, "-o", tmp_path / str(ranks)))
-        assert shared.returncode == 0, shared.stderr
+    """So many ranks give the logits that one process gives. They find each other by what torchrun would tell them."""
+    ids, logits = tiny.random_ids(3, 20), {}
+    for size in (1, *sizes):
+        output, log = tmp_path / str(size), tmp_path / f"{size}.log"
+        for rank in processes.ranks(size, *arguments, "-o", output, log=log):
+            rank.join(300)
+            assert rank.exitcode == 0, log.read_text()
+        assert not (tmp_path / f"{size}.partial").exists()
         with torch.no_grad():
-            assert relative(load(tmp_path / str(ranks))(ids).logits, expected) < 1e-5
-        assert not (tmp_path / f"{ranks}.partial").exists()
+            logits[size] = load(output)(ids).logits
+    assert all(relative(logits[size], logits[1]) < 1e-5 for size in sizes)
 
 
 def test_bad_input_is_one_error_on_all_ranks(dense_folder: Folders, uneven: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     arguments = ["slice", dense_folder("llama"), "--calibration", uneven, "--width", 24, "-o", tmp_path / "out"]
-    found = finish(torchrun(2, *arguments))
-    assert found.returncode != 0
-    assert "exists already" in found.stderr
-    assert 'Traceback (most recent call last):\n  File "/' not in found.stderr.split("torch.distributed")[0]
+    for rank in processes.ranks(2, *arguments, log=tmp_path / "log"):
+        rank.join(120)
+        assert rank.exitcode == 2
+    found = (tmp_path / "log").read_text()
+    assert "exists already" in found
+    assert "Traceback" not in found
 
 
 def test_a_rank_that_dies_ends_the_run(dense_folder: Folders, tmp_path: Path) -> None:
-    """The others get an error, not a wait without end; what is done is kept and goes on."""
-    file = tmp_path / "ids.safetensors"
+    """The others get an error, not a wait without end; what is done is kept and goes on, here under torchrun."""
+    file, log = tmp_path / "ids.safetensors", tmp_path / "log"
     save_file({"calibration": tiny.structured_ids(400, 64, seed=1)}, file)
     arguments = ["slice", dense_folder("llama"), "--calibration", file, "--keep", "0.75", "-o", tmp_path / "out"]
-    with subprocess.Popen(
-        torchrun(2, *arguments), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
-    ) as launcher:
-        state = tmp_path / "out.partial" / "state" / "current.json"
-        deadline = time.monotonic() + 120
-        while not state.exists() and launcher.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert state.exists()
-        children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
-        victim = next(pid for pid in children if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-        os.kill(int(victim), signal.SIGKILL)
-        assert launcher.wait(timeout=120) != 0
-        assert launcher.stderr is not None
-        launcher.stderr.read()
+    survivor, victim = processes.ranks(2, *arguments, log=log)
+    state = tmp_path / "out.partial" / "state" / "current.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and survivor.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state.exists(), log.read_text()
+    victim.kill()
+    survivor.join(120)
+    assert survivor.exitcode == 2, log.read_text()
+    assert "lost the others" in log.read_text()
     assert not (tmp_path / "out").exists()
-    again = finish(torchrun(2, *arguments, "--resume"))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "eigenslice", *map(str, arguments), "--resume"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert again.returncode == 0, again.stderr
     assert load_file(tmp_path / "out" / "model.safetensors")
 

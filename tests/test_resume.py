@@ -2,9 +2,6 @@
 
 import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -21,7 +18,7 @@ from eigenslice.options import CalibrationOptions, SliceOptions
 from eigenslice.ranks import ALONE
 from eigenslice.resume import RunState
 from eigenslice.slicing import slice_model
-from tests import tiny
+from tests import processes, tiny
 from tests.conftest import Folders
 from tests.messages import check_message
 
@@ -181,26 +178,25 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
     dense_folder: Folders, calibration: Path, tmp_path: Path
 ) -> None:
     """The real thing: SIGKILL, in a process of its own, at random moments of the time that it takes."""
-    arguments = ["slice", str(dense_folder("llama")), "--keep", "0.75", "--calibration", str(calibration)]
+    arguments, log = ["slice", dense_folder("llama"), "--keep", "0.75", "--calibration", calibration], tmp_path / "log"
 
-    log = tmp_path / "log"
+    def finish(output: Path, *more: str) -> float:
+        begun = time.monotonic()
+        process = processes.command(*arguments, "-o", output, *more, log=log)
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()
+        return time.monotonic() - begun
 
-    def start(output: Path, *more: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "eigenslice", *arguments, "-o", str(output), *more]
-        with log.open("a") as errors:
-            return subprocess.Popen(command, stderr=errors, stdout=subprocess.DEVNULL)
-
-    begun = time.monotonic()
-    assert start(tmp_path / "whole").wait() == 0
-    seconds = time.monotonic() - begun
+    finish(tmp_path / "first")  # it may wait for the imports
+    seconds = finish(tmp_path / "whole")
     moments = random.Random(0)
-    for number in range(3):
+    for number in range(6):
         output = tmp_path / f"killed-{number}"
-        process = start(output)
-        time.sleep(seconds * moments.uniform(0.5, 0.95))  # before lie Python's imports
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert start(output, "--resume").wait() == 0, log.read_text()
+        process = processes.command(*arguments, "-o", output, log=log)
+        time.sleep(seconds * moments.uniform(0.1, 0.95))
+        process.kill()
+        process.join()
+        finish(output, "--resume")
         for name in ("model.safetensors", "config.json"):
             assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 

@@ -60,12 +60,13 @@ def test_scores_are_lm_evals_own(task: Path, models: list[str], tmp_path: Path) 
 
     ask: Any = lm_eval.simple_evaluate
     result = evaluate_tasks(models, TaskOptions(tasks=("pairs",), include_path=task, batch=4, device="cpu"))
+    manager = lm_eval.tasks.TaskManager(include_path=str(task), include_defaults=False)
     for row, name in zip(result["models"], models, strict=True):
         direct = ask(
             model="hf",
             model_args={"pretrained": name, "dtype": "float32"},
             tasks=["pairs"],
-            task_manager=lm_eval.tasks.TaskManager(include_path=str(task)),
+            task_manager=manager,
             device="cpu",
             batch_size=4,
         )

@@ -1,4 +1,4 @@
-"""A runtime's logits beside transformers'."""
+"""A runtime's logits beside transformers', for models of two layers: tracing takes seconds a layer."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +13,19 @@ from tests import tiny
 from tests.conftest import load
 
 
+def save_two_layers(case: str, folder: Path) -> Path:
+    """A case's dense model with two layers; of those that have windows, the first has one."""
+    chosen = tiny.CASES[case]
+    values = chosen.config | chosen.extra | {"num_hidden_layers": 2}
+    if case.startswith("gemma"):
+        values |= {"layer_types": ["sliding_attention", "full_attention"]}
+    return tiny.save(tiny.tiny_model(chosen.model_type, values), folder)
+
+
 def assert_same_logits(
-    folder: Path, tmp_path: Path, to: Literal["openvino", "onnx"], runtime: Callable[[Path], Any]
+    folder: Path, output: Path, to: Literal["openvino", "onnx"], runtime: Callable[[Path], Any]
 ) -> None:
     """What a runtime computes from an export, 12 tokens at once and one by one, is what transformers computes."""
-    output = tmp_path / to
     export_model(ExportOptions(model=str(folder), output=output, to=to, check=False))
     ids = tiny.random_ids(1, 12)
     with torch.no_grad():

@@ -9,13 +9,14 @@ from eigenslice.export.onnx import OnnxRuntime
 from eigenslice.options import ExportOptions
 from tests.conftest import Slicer
 from tests.export import models
-from tests.export.logits import assert_same_logits
+from tests.export.logits import assert_same_logits, save_two_layers
 
 
 @pytest.mark.parametrize("case", ["qwen3", "opt", "gemma2"])
 def test_sliced_models_give_the_same_logits(case: str, run_slice: Slicer, tmp_path: Path) -> None:
     """At once and token by token, for a stock and a custom result."""
-    assert_same_logits(run_slice(case, width=24).output, tmp_path, "onnx", OnnxRuntime)
+    dense = save_two_layers(case, tmp_path / "dense")
+    assert_same_logits(run_slice(case, model=str(dense), width=24).output, tmp_path / "onnx", "onnx", OnnxRuntime)
 
 
 def test_the_result_is_checked(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-import subprocess
-import sys
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from eigenslice.finetune import FinetuneOptions, FinetuneResult, finetune, with_
 from eigenslice.finetune.training import checkpoints_of
 from eigenslice.options import CalibrationOptions
 from eigenslice.stream import Batch
-from tests import tiny
+from tests import processes, tiny
 from tests.checkpoint.files import copy_of
 from tests.conftest import Slicer, load, stored_tensors
 
@@ -128,18 +128,14 @@ def test_early_stopping(run_slice: Slicer, tune: Tuner) -> None:
     assert losses[-1] >= losses[-2]
 
 
-KILLED = """
-import os, signal, sys
-from eigenslice.finetune import FinetuneOptions, finetune
-import torch
-torch.set_num_threads(1)
+def train_and_die(options: str, step: int) -> None:
+    """Runs in a process of its own."""
 
-def progress(stage, done, total):
-    if stage == "training" and done == int(sys.argv[2]):
-        os.kill(os.getpid(), signal.SIGKILL)
+    def progress(stage: str, done: int, total: int) -> None:
+        if stage == "training" and done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-finetune(FinetuneOptions.model_validate_json(sys.argv[1]), progress)
-"""
+    finetune(FinetuneOptions.model_validate_json(options), progress)
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["adapters", "full"])
@@ -154,8 +150,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     options = FinetuneOptions(
         model=str(sliced), output=output, data=data, held_out=4, device="cpu", learning_rate=1e-2, **kwargs
     )
-    argv = [sys.executable, "-c", KILLED, options.model_dump_json(), "8"]
-    assert subprocess.run(argv, capture_output=True, check=False).returncode == -9
+    process = processes.call(train_and_die, options.model_dump_json(), 8, log=tmp_path / "log")
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
     checkpoints = checkpoints_of(output)
     assert not output.exists()
     assert {path.name for path in checkpoints.glob("checkpoint-*")} >= {"checkpoint-6"}
@@ -180,12 +177,13 @@ def test_two_processes_train_the_same_weights(
     """Gradients are averaged over processes as over the windows of one."""
     sliced = run_slice("llama", width=24).output
     expected = load_file(tune(sliced, full=True).output / "model.safetensors")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = ["-m", "eigenslice", "finetune", sliced, "-o", tmp_path / "two", "--full", "--held-out", 4]
+    arguments = ["finetune", sliced, "-o", tmp_path / "two", "--full", "--held-out", 4]
     arguments += ["--learning-rate", 1e-2, "--calibration", data.data[0], "--device", "cpu"]
-    done = subprocess.run([*launch, *map(str, arguments)], capture_output=True, check=False, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("perplexity") == 1, "both processes speak"
+    log = tmp_path / "log"
+    for rank in processes.ranks(2, *arguments, log=log):
+        rank.join(300)
+        assert rank.exitcode == 0, log.read_text()
+    assert log.read_text().count("perplexity") == 1, "both processes speak"
     actual = load_file(tmp_path / "two" / "model.safetensors")
     assert all(torch.allclose(actual[name], expected[name], atol=1e-4) for name in expected)
 
