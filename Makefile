@@ -11,7 +11,7 @@ demo: $(READY) $(SMOLLM2)
 	$(BIN)/python examples/demo.py $(SMOLLM2)
 
 test: $(READY)
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from eigenslice.errors import CheckpointError
 
@@ -20,7 +21,7 @@ def empty_model(config: Any, auto: Any = AutoModelForCausalLM) -> Any:
         CheckpointError: transformers can't build it.
     """
     try:
-        with torch.device("meta"):  # transformers then skips the random initial weights, which nobody reads
+        with torch.device("meta"), no_init_weights():  # nobody reads them, and even without numbers they take time
             return auto.from_config(copy.deepcopy(config))
     except Exception as error:  # whatever a model's constructor raises on a config that it doesn't expect
         raise CheckpointError(

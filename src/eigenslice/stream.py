@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
+from transformers.initialization import no_init_weights
 
 from eigenslice.algebra.covariance import SecondMoment, normalize
 from eigenslice.algebra.finite import all_finite
@@ -180,7 +181,7 @@ class BlockRunner:
     def __init__(self, config: SlicedConfig, layers: str, device: torch.device, dtype: torch.dtype) -> None:
         """layers: name of the model's list of decoder layers; device, dtype: where and in what precision they run."""
         self.device, self.dtype = device, dtype
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             self._whole: Any = SlicedForCausalLM(config).eval()
         for module in self._whole.modules():
             for name, buffer in module._buffers.items():
