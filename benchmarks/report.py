@@ -51,8 +51,8 @@ def _note(result: dict[str, Any]) -> str:
     if not any(row["method"] in ("ours", "ours-custom") for row in result["rows"]):
         return ""
     return (
-        "\nours, ours-custom: the defaults, with a quarter as many sequences that the model wrote itself; -half: half as "
-        "many (--own-text 0.5); -given: the given text and random tokens only (--own-text 0).\n"
+        "\nours, ours-custom: the defaults, with a quarter as many sequences that the model wrote itself; -half: half "
+        "as many (--own-text 0.5); -given: the given text and random tokens only (--own-text 0).\n"
     )
 
 
