@@ -195,11 +195,10 @@ class SlicedTwin:
 
     def _fit_writers(self, site: Site) -> None:
         """Fit what writes to a site so that the sliced stream becomes the dense one, in the basis."""
-        sublayers, writers = self._sites[site.index - 1], self._fitted_writers(site.index - 1)
         before = (site.index - 1) % len(self._sites)
+        sublayers, writers = self._sites[before], self._fitted_writers(before)
         layer = self._runner.layers[site.block if site.index else site.block - 1]
-        scaled = self._dense.table.stream_scale if site.index == 0 else None
-        scale = self._block[scaled] if scaled else None
+        scale = layer.scale_behind(before)
         if not writers:
             for number, update in enumerate(self._inputs[0]):
                 self.streams[number] = layer.pass_on(before, self.streams[number] + update)
@@ -213,7 +212,7 @@ class SlicedTwin:
         def tokens(number: int, a: Activations) -> Tokens:
             inputs = self._stacked(number, bool(biases))
             target = self._basis.embed(a.hidden)
-            missing = (target if scale is None else target / scale.to(target.dtype)) - self.streams[number]
+            missing = (target if scale is None else target / scale) - self.streams[number]
             # The next norm divides by the stream's size: an error counts by its share of it
             weight = torch.rsqrt(a.rows(a.hidden).square().mean(-1, keepdim=True) + site.eps)
             return a.rows(inputs) * weight, a.rows(missing) * weight

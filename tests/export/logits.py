@@ -1,6 +1,7 @@
 """A runtime's logits beside transformers', for models of two layers: tracing takes seconds a layer."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,11 +16,11 @@ from tests.conftest import load
 
 def save_two_layers(case: str, folder: Path) -> Path:
     """A case's dense model with two layers; of those that have windows, the first has one."""
-    chosen = tiny.CASES[case]
-    values = chosen.config | chosen.extra | {"num_hidden_layers": 2}
+    values: dict[str, Any] = {"num_hidden_layers": 2}
     if case.startswith("gemma"):
         values |= {"layer_types": ["sliding_attention", "full_attention"]}
-    return tiny.save(tiny.tiny_model(chosen.model_type, values), folder)
+    chosen = tiny.CASES[case]
+    return tiny.save(replace(chosen, extra=chosen.extra | values).build(), folder)
 
 
 def assert_same_logits(

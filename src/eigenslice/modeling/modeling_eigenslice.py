@@ -170,11 +170,15 @@ class SlicedLayerMixin(nn.Module):
         """The stream at a site in the basis of the next one."""
         return self.shortcuts[site](hidden_states) if self.shortcuts is not None else hidden_states
 
+    def scale_behind(self, site: int) -> torch.Tensor | None:
+        """What the stream is multiplied by behind a site, None if it isn't."""
+        last = site == len(self.sites) - 1
+        return getattr(self, self.stream_scale) if self.stream_scale and last else None
+
     def pass_on(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
         """The stream behind a site, as the next one gets it."""
-        if self.stream_scale is None or site < len(self.sites) - 1:
-            return hidden_states
-        return hidden_states * getattr(self, self.stream_scale)
+        scale = self.scale_behind(site)
+        return hidden_states if scale is None else hidden_states * scale
 
     def update(self, site: int, normalized: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """What the sublayers of a site add to the stream. `kwargs` are the layer's: mask, cache, rotations."""
