@@ -33,6 +33,7 @@ class Twin:
         head_weight: Of the last site in the basis.
         ridge: Of every fit; None chooses it as `RidgeChoice` does.
         parts: With `ridge` None, the number of equal parts of the calibration sequences that take turns.
+        dropped: Numbers of the blocks that are left out.
     """
 
     width: int
@@ -42,6 +43,7 @@ class Twin:
     head_weight: float = 1.0
     ridge: float | None = None
     parts: int = 4
+    dropped: tuple[int, ...] = ()
 
     def logits(self, model: Any, calibration: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits on ids of the model that was fitted on the calibration tokens; their mask is 0 for padding."""
@@ -67,6 +69,7 @@ class Fit:
         self.kinds = ["neurons" if table.mlp in site else "write" for _ in blocks for site in at_site]
         self.mlps = {k: self.writers[k][-1] for k, kind in enumerate(self.kinds) if kind == "neurons"}
         self.first, self.head = blocks[0].rstrip("."), table.head
+        self.gone = {k for k in range(len(self.writers)) if k // len(at_site) in twin.dropped}
 
         seen = self.inputs(model, [*self.norms, *self.mlps.values()])
         self.dense = [self.centre(seen[norm]) for norm in self.norms]
@@ -140,11 +143,16 @@ class Fit:
         for site, names in enumerate(self.all_norms):
             for name in names:
                 self.sliced.get_submodule(name).register_forward_hook(self.reader_hook(site))
-        stream = None
+        for module in (self.sliced.get_submodule(name) for site in self.gone for name in self.writers[site]):
+            for parameter in module.parameters():  # the stream passes the block as it is
+                parameter.zero_()
+        stream, before = None, 0
         for site, name in enumerate(self.norms):
+            if site in self.gone:
+                continue
             if stream is not None:
-                self.fit_writers(site, stream)
-            stream = self.inputs(self.sliced, [name])[name]
+                self.fit_writers(before, site, stream)
+            stream, before = self.inputs(self.sliced, [name])[name], site
             if self.twin.tied and site == len(self.norms) - 1:
                 break
             z = rms_norm(self.c * stream @ self.basis, self.eps)
@@ -169,9 +177,9 @@ class Fit:
 
         return hook
 
-    def fit_writers(self, site: int, stream: Tensor) -> None:
-        """Fit what is written between the site before and this one, where the stream was `stream`."""
-        names, Q, x = self.writers[site - 1], self.basis, self.dense[site]
+    def fit_writers(self, before: int, site: int, stream: Tensor) -> None:
+        """Fit what is written between the site before, where the stream was `stream`, and this one."""
+        names, Q, x = self.writers[before], self.basis, self.dense[site]
         modules = [self.sliced.get_submodule(name) for name in names]
         seen = self.inputs(self.sliced, names)
         columns = [self.kept.get(name, torch.arange(seen[name].shape[1])) for name in names]
@@ -183,7 +191,7 @@ class Fit:
             parts.append(self.c * Q.T @ self.centre(torch.stack([module.bias for module in biased]).sum(0))[:, None])
         share = (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
         y = self.c * (x - stream) @ Q
-        fitted = self.solve(self.kinds[site - 1], site, share * torch.cat(a, dim=1), share * y, torch.cat(parts, dim=1))
+        fitted = self.solve(self.kinds[before], site, share * torch.cat(a, dim=1), share * y, torch.cat(parts, dim=1))
         pieces = (Q @ fitted / self.c).split([part.shape[1] for part in parts], dim=1)
         for module, piece, some in zip(modules, pieces, columns, strict=False):
             module.weight.zero_()

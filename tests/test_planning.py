@@ -32,7 +32,7 @@ def plans(dense_folder: Folders) -> Planner:
     def make(case: str | Path, **options: Any) -> tuple[DenseModel, list[Plan]]:
         folder = case if isinstance(case, Path) else dense_folder(case)
         dense = DenseModel(open_source(str(folder)))
-        options = {"model": str(folder), "output": Path("out"), "heads": False} | options
+        options = {"model": str(folder), "output": Path("out"), "heads": False, "depth": False} | options
         (family,) = make_plans(dense, SliceOptions(**options))
         return dense, family
 
@@ -199,9 +199,9 @@ WRONG = [
     ("width: 24\nneurons: true", "wrong neurons"),
     ("width: 24\nneurons:", "wrong neurons"),
     ("width: 24\nneurons: 40.5", "wrong neurons"),
-    ("width: 24\nneurons: []", "the model has 3 blocks"),
-    ("width: 24\nneurons: [40, 40]", "the model has 3 blocks"),
-    ("width: 24\nneurons: [40, 40, 40, 40]", "the model has 3 blocks"),
+    ("width: 24\nneurons: []", "the result has 3 blocks"),
+    ("width: 24\nneurons: [40, 40]", "the result has 3 blocks"),
+    ("width: 24\nneurons: [40, 40, 40, 40]", "the result has 3 blocks"),
     ("width: 24\nneurons: [40, 40, x]", "wrong neurons"),
     ("width: 24\nneurons: [40, true, 40]", "wrong neurons"),
     ("width: 24\nbasis: local", "wrong basis local"),
@@ -336,3 +336,15 @@ def test_portable_results_are_stock(options: dict) -> None:
 def test_multiples_have_a_range(multiple: int) -> None:
     with pytest.raises(OptionsError, match=f"--multiple {multiple}"):
         SliceOptions(model="m", output=Path("out"), width=8, multiple=multiple)
+
+
+@pytest.mark.parametrize(("keep", "numbers"), [(0.9, [0]), (0.5, [0, 1]), (0.25, [0, 1])])
+@pytest.mark.parametrize("case", ["llama", "opt", "gpt_neox"])
+def test_blocks_bear_a_part_of_the_cut(case: str, keep: float, numbers: list[int], dense_folder: Folders) -> None:
+    dense = DenseModel(open_source(str(dense_folder(case))))
+    options = SliceOptions(model=case, output=Path("out"), keep=keep, heads=False)
+    families = make_plans(dense, options)
+    assert [len(family[0].dropped) for family in families] == numbers
+    for plan in (plan for family in families for plan in family):
+        assert len(plan.blocks) == len(plan.neurons) == dense.blocks - len(plan.dropped)
+        assert stored_parameters(dense, plan) <= keep * dense.parameters

@@ -17,7 +17,7 @@ from tests.checkpoint.files import copy_of
 from tests.conftest import Folders, load, relative
 
 KINDS = {
-    "planned": ("llama-tied", ["--keep", "0.75"]),
+    "planned": ("llama-tied", ["--keep", "0.3"]),
     "fitted": ("gpt_neox", ["--width", "24", "--neurons", "48"]),
     "per-block": ("opt", ["--width", "24", "--basis", "per-block"]),
 }

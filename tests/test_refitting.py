@@ -47,6 +47,7 @@ def twin_of(case: str, result: SliceResult, ridge: float | None) -> Twin:
         tied=tied,
         head_weight=HEAD_WEIGHT,
         ridge=ridge,
+        dropped=tuple(manifest["plan"].get("dropped_blocks", ())),
     )
 
 
@@ -102,6 +103,20 @@ def test_the_ridge_is_chosen_on_groups_in_turns(
     result = run_slice(case, width=width, neurons=neurons)
     model = load(dense_folder(case), dtype=torch.float64)
     expected = twin_of(case, result, None).logits(model, load_file(calibration)["calibration"], IDS)
+    check(result, expected, model)
+
+
+@pytest.mark.usefixtures("constant_ridge")
+@pytest.mark.parametrize(("case", "dropped"), [(case, [1]) for case in FAMILIES] + [("llama", [2]), ("opt", [1, 2])])
+def test_the_writer_before_a_gap_is_fitted_to_the_stream_behind_it(
+    case: str, dropped: list[int], run_slice: Slicer, dense_folder: Folders, calibration: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"width: {WIDTH}\nneurons: {NEURONS}\ndropped_blocks: {dropped}\n")
+    result = run_slice(case, recipe=recipe)
+    assert result.manifest["plan"]["dropped_blocks"] == dropped
+    model = load(dense_folder(case), dtype=torch.float64)
+    expected = twin_of(case, result, RIDGE).logits(model, load_file(calibration)["calibration"], IDS)
     check(result, expected, model)
 
 

@@ -5,7 +5,7 @@ tenth of another's may be. How much is measured, block by block: neurons are cut
 sequences, and the loss of the whole model is measured on others.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,7 +43,7 @@ class BlockLosses:
     measured: int
     error: Tensor
 
-    def allocate(self, mean: int, step: int) -> tuple[int, ...]:
+    def allocate(self, mean: int, step: int, kept: Sequence[int] | None = None) -> tuple[int, ...]:
         """How many neurons each block keeps so that together they lose least.
 
         A block's loss is taken to be proportional to the error in what its MLP writes, and the blocks' losses to add
@@ -52,12 +52,15 @@ class BlockLosses:
         Args:
             mean: Neurons that a block may keep on average.
             step: What numbers of neurons are multiples of, where not all are kept.
+            kept: Numbers of the blocks that there will be; None are all.
         """
-        blocks, neurons = len(self.kl), self.error.shape[1] - 1
+        rows = torch.arange(len(self.kl)) if kept is None else torch.tensor(kept)
+        kl, error = self.kl[rows.to(self.kl.device)], self.error[rows.to(self.error.device)]
+        blocks, neurons = len(kl), error.shape[1] - 1
         least = max(step, -(-int(FEWEST_NEURONS * neurons) // step) * step)
-        counts = torch.tensor([*range(least, neurons, step), neurons], device=self.error.device)
-        scale = self.kl / self.error[:, self.measured].clamp_min(torch.finfo(torch.float64).tiny)
-        losses = scale[:, None] * self.error[:, counts]
+        counts = torch.tensor([*range(least, neurons, step), neurons], device=error.device)
+        scale = kl / error[:, self.measured].clamp_min(torch.finfo(torch.float64).tiny)
+        losses = scale[:, None] * error[:, counts]
         budget = max(mean, least) * blocks
         low, high = 0.0, float(losses.max()) + 1.0  # no price: all are kept; the highest: the fewest
         for _ in range(100):
@@ -109,12 +112,12 @@ def block_losses(
     mlp, sites = dense.table.mlp, dense.table.sites(dense.config)
     errors: list[Tensor] = []
     streams: list[OffloadedTensors] = []
-    for site in stream.walk(share_batches(_held_out_first(batches), ranks)):
+    for site in stream.walk(share_batches(held_out_first(batches), ranks)):
         progress(site.block)
         if site.layer is None:
             break
         for parted in streams:
-            _run(site, parted)
+            run_parted(site, parted)
         if mlp in sites[site.index]:
             error, weight = _cut(dense, site, measurement.importance[site.block], neurons, ranks)
             errors.append(error)
@@ -123,7 +126,7 @@ def block_losses(
                 if a.group == HELD_OUT_GROUP:
                     streams[-1].append(a.hidden)
             with _replaced(dense, site, weight):
-                _run(site, streams[-1])
+                run_parted(site, streams[-1])
     head = dense_head(dense)
     kl = torch.tensor(
         divergences(head, site, streams, [head] * len(streams), ranks), dtype=torch.float64, device=dense.device
@@ -134,7 +137,7 @@ def block_losses(
     return losses
 
 
-def _held_out_first(batches: list[Batch]) -> list[Batch]:
+def held_out_first(batches: list[Batch]) -> list[Batch]:
     """The held-out sequences, shortened to about `TOKENS` together (not those with padding), and then the others."""
     held_out = [batch for batch in batches if batch.group == HELD_OUT_GROUP]
     share = min(1.0, TOKENS / sum(batch.tokens for batch in held_out))
@@ -146,7 +149,7 @@ def _held_out_first(batches: list[Batch]) -> list[Batch]:
     return [*shortened, *(batch for batch in batches if batch.group != HELD_OUT_GROUP)]
 
 
-def _run(site: Site, streams: OffloadedTensors) -> None:
+def run_parted(site: Site, streams: OffloadedTensors) -> None:
     """Let held-out streams, which are the first ones, pass a site's sublayers."""
     for number, a in enumerate(site.activations[: len(streams)]):
         streams[number] = site.pass_on(a, streams[number])

@@ -9,17 +9,21 @@ import torch
 
 from eigenslice.algebra.covariance import gram_matrix
 from eigenslice.allocation import TOKENS as ALLOCATION_TOKENS
+from eigenslice.choosing import CANDIDATES
 from eigenslice.data.beside import BEGINNINGS_SHARE
 from eigenslice.data.tokens import longest_sequence
 from eigenslice.dense import DenseModel
 from eigenslice.forms import choose_form
 from eigenslice.holdout import FIT_TOKENS, TRIAL_TOKENS
 from eigenslice.options import BESIDE_SHARE
+from eigenslice.planning import DROPS
 from eigenslice.stream import Batch, Stream
 
 PROBE_TOKENS = 512
 """Tokens that a block is timed on."""
 TRIED_TOKENS = FIT_TOKENS + TRIAL_TOKENS
+PLANS = 4
+"""That are tried at least, beside those with fewer blocks: of three widths, and one with fewer heads."""
 LITTLE_MEMORY = 1024**3
 """Bytes that a model may take as a whole in any case."""
 WRITING = 3.5
@@ -98,13 +102,16 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     share = dense.blocks * tokens / ids.numel()
     write = dense.blocks * fold * 3  # folded to be run; folded again to be sliced, and written
     measuring = share * (block + sites * narrow)
-    # The model's own text; a trial of three plans on some of the tokens, and a pass of two streams with their products
-    # and solutions
+    # The model's own text; plans tried on some of the tokens, in two passes; and a pass of two streams with their
+    # products and solutions
     text = BESIDE_SHARE * (measuring + share * WRITING * block)
     more = (1 + BESIDE_SHARE) * (1 + BEGINNINGS_SHARE)
-    fit = more * share * (2 * block + 2 * sites * narrow + 2 * broad) + dense.blocks * 2 * broad
-    trial = 2 * fit * min(1.0, TRIED_TOKENS / (more * tokens))
-    trial += _allocation(dense) * dense.blocks * block / ids.numel()
+    twin = block + 2 * sites * narrow + 2 * broad
+    fit = more * share * (block + twin) + dense.blocks * 2 * broad
+    plans = PLANS + (len(DROPS) if dense.blocks_alike else 0)
+    tried = dense.blocks * min(more * tokens, TRIED_TOKENS) / ids.numel()
+    trial = tried * (2 * block + plans * twin)
+    trial += (_allocation(dense) + _depth(dense)) * dense.blocks * block / ids.numel()
     weights = sum(torch.Size(shape).numel() for name, shape in dense.shapes.items() if _in_block(dense, name))
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(dense, tokens, dtype)
@@ -137,6 +144,13 @@ def _allocation(dense: DenseModel) -> float:
     if not dense.neurons or choose_form(dense, "global", dense.width, True, "auto", dense.neurons // 2).stock:
         return 0.0
     return TRIED_TOKENS + ALLOCATION_TOKENS * dense.blocks / 2  # a stream more behind each block
+
+
+def _depth(dense: DenseModel) -> float:
+    """Tokens that pass all blocks so that it is known which ones are missed least."""
+    if not dense.blocks_alike:
+        return 0.0
+    return TRIED_TOKENS + ALLOCATION_TOKENS * CANDIDATES / 2
 
 
 def _in_block(dense: DenseModel, name: str) -> bool:

@@ -63,24 +63,34 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
     }
 
 
-def _dense_config(dense: DenseModel) -> dict[str, Any]:
-    """The dense config without what belongs to its folder and its old weights, and what every config has anyway."""
+def _dense_config(dense: DenseModel, blocks: int) -> dict[str, Any]:
+    """The dense config with so many blocks.
+
+    What belongs to its folder and its old weights is left out, and what every config has anyway.
+    """
     common = PreTrainedConfig().to_dict()
-    return {
+    values = {
         key: value
         for key, value in dense.config.to_dict().items()
         if key not in OWN_FIELDS and (key not in common or common[key] != value)
     }
+    if blocks == dense.blocks:
+        return values
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == dense.blocks:  # an entry for each block, all alike
+            values[key] = value[:blocks]
+    name = "num_hidden_layers"
+    return values | {type(dense.config).attribute_map.get(name, name): blocks}
 
 
 def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
     """Config of the custom class."""
     values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
     return SlicedConfig(
-        text_config=_dense_config(dense) | {"tie_word_embeddings": plan.tied},
+        text_config=_dense_config(dense, len(plan.neurons)) | {"tie_word_embeddings": plan.tied},
         architecture=architecture(dense),
         site_widths=list(plan.site_widths),
-        neurons=list(plan.neurons) if plan.neurons != (dense.neurons,) * dense.blocks else None,
+        neurons=list(plan.neurons) if set(plan.neurons) != {dense.neurons} else None,
         key_value_heads=plan.heads,
         shortcuts=plan.shortcuts,
         norm_eps=dense.eps,
@@ -123,7 +133,7 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
     """
     form = plan.stock
     assert form is not None
-    values = _dense_config(dense) | {"head_dim": _head_dim(dense.config)}
+    values = _dense_config(dense, len(plan.neurons)) | {"head_dim": _head_dim(dense.config)}
     if plan.heads is not None:  # and as many query heads for each as before
         queries = dense.config.num_attention_heads // dense.heads * plan.heads
         values |= {"num_attention_heads": queries, "num_key_value_heads": plan.heads}
@@ -192,6 +202,7 @@ def choose_form(
     choice: FormChoice,
     neurons: int | tuple[int, ...] | None = None,
     heads: int | None = None,
+    dropped: tuple[int, ...] = (),
 ) -> Plan:
     """Complete a plan: the first stock form that fits, else the custom class.
 
@@ -201,15 +212,17 @@ def choose_form(
         width: Hidden width.
         tied: Whether embedding and head are to stay one matrix.
         choice: What the user asked for.
-        neurons: MLP neurons, one number or one for each block; None keeps all.
+        neurons: MLP neurons, one number or one for each block that is kept; None keeps all.
         heads: Key/value heads of every block; None keeps all.
+        dropped: Numbers of the blocks that are left out; all must be alike then.
 
     Raises:
         OptionsError: a stock result was asked for and none fits.
     """
-    site_widths = widths(dense, basis, width)
-    counts = neurons if isinstance(neurons, tuple) else (neurons or dense.neurons,) * dense.blocks
-    custom = Plan(basis, site_widths, tied, None, counts, None if heads == dense.heads else heads)
+    blocks = dense.blocks - len(dropped)
+    site_widths = widths(dense, basis, width, blocks)
+    counts = neurons if isinstance(neurons, tuple) else (neurons or dense.neurons,) * blocks
+    custom = Plan(basis, site_widths, tied, None, counts, None if heads == dense.heads else heads, dropped)
     if choice == "custom":
         return custom
     reasons: list[str] = []

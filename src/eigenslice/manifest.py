@@ -94,6 +94,7 @@ def manifest(
         "dense_width": dense.width,
         "dense_neurons": dense.neurons,
         "dense_heads": dense.heads,
+        "dense_blocks": dense.blocks,
         "site_widths": list(plan.site_widths),
         "tied": plan.tied,
         "dtype": str(dtype).removeprefix("torch."),

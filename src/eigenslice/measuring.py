@@ -41,9 +41,9 @@ class Measurement:
     heads: list[Tensor]
 
     def kept(self, plan: Plan) -> list[Kept]:
-        """The most important neurons and heads of each block, as many as a plan keeps."""
+        """The most important neurons and heads of each block that a plan keeps, as many as it keeps."""
         result = []
-        for block, count in enumerate(plan.neurons):
+        for block, count in zip(plan.blocks, plan.neurons, strict=True):
             neurons, heads = None, None
             if self.importance and count < len(self.importance[block]):
                 neurons = self.importance[block].topk(count).indices.sort().values

@@ -73,10 +73,12 @@ class SliceOptions(BaseModel):
         keep: Share of the dense model's stored parameters to keep, 0 < keep <= 1.
         slicing: The paper's measure: the share of the hidden width to cut, 0 <= slicing < 1.
         width: The hidden width to keep.
-        recipe: A file with a plan: an eigenslice.json, or YAML with width, neurons, key_value_heads, tied, basis.
+        recipe: A file with a plan: an eigenslice.json, or YAML with width, neurons, key_value_heads,
+            dropped_blocks, tied, basis.
         neurons: MLP neurons to keep in every block, with slicing or width; None keeps all.
         mlp: Whether keep may cut MLP neurons (global basis).
         heads: Whether keep may cut key/value heads, each with its query heads (global basis, with refit).
+        depth: Whether keep may leave out whole blocks, where all are alike (global basis, with refit).
         basis: One basis for all sites, or one for each with shortcuts (the paper).
         refit: Fit the sliced weights to the dense model's activations, in closed form; None is yes with a global
             basis. Per-block is the paper's algorithm, which has none.
@@ -113,6 +115,7 @@ class SliceOptions(BaseModel):
     neurons: int | None = None
     mlp: bool = True
     heads: bool = True
+    depth: bool = True
     basis: Literal["global", "per-block"] = "global"
     refit: bool | None = None
     untie: bool = False

@@ -122,10 +122,10 @@ class Slicing:
                 else:
                     reading = (basis.site.reading if reading is None else reading) * fit.gain.gain
         else:
-            for index in range(dense.blocks):
-                run.progress(STAGE, index, dense.blocks)
+            for index, block in enumerate(plan.blocks):
+                run.progress(STAGE, block, dense.blocks)
                 bases = [basis.site] * (len(sites) + 1)
-                write_block(index, slice_block(sites, dense.block(index), bases, False, kept[index]))
+                write_block(index, slice_block(sites, dense.block(block), bases, False, kept[index]))
         self.write(slice_head(dense, plan, basis.site, tied_gain, dtype, reading))
         run.progress(STAGE, dense.blocks, dense.blocks)
         return {"spectra": [site_summary("all sites", spectrum, basis.site.width)]} | found_by_fit
@@ -156,7 +156,7 @@ class Slicing:
             report(site.block)
             if not site.resumed:
                 twin.arrive(site)
-                if site.index == 0 and site.block:
+                if site.index == 0 and site.block and not twin.waits(site):
                     errors.append({"block": site.block - 1} | twin.error(site))
                     streams = {STREAMS: site.streams, SLICED_STREAMS: twin.streams}
                     content = {"fits": twin.content(), "errors": errors, "written": self.writer.checksums}

@@ -26,6 +26,7 @@ class Plan:
         stock: The config class that holds it, None for the custom class.
         neurons: Number of MLP neurons in each block. Stock configs hold one number for all.
         heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
+        dropped: Numbers of the dense model's blocks that are left out. `neurons` and `site_widths` are of the others.
     """
 
     basis: BasisKind
@@ -34,6 +35,13 @@ class Plan:
     stock: StockForm | None
     neurons: tuple[int, ...]
     heads: int | None = None
+    dropped: tuple[int, ...] = ()
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Numbers of the dense model's blocks that are kept, in order."""
+        count = len(self.neurons) + len(self.dropped)
+        return tuple(block for block in range(count) if block not in self.dropped)
 
     @property
     def shortcuts(self) -> bool:
@@ -43,22 +51,32 @@ class Plan:
     def cuts(self, dense: DenseModel) -> bool:
         """Whether anything is smaller than in the dense model."""
         fewer = self.heads is not None and self.heads < dense.heads
+        fewer = fewer or bool(self.dropped)
         return fewer or min(self.site_widths) < dense.width or min(self.neurons) < dense.neurons
 
     def describe(self) -> dict[str, Any]:
         """The plan in numbers, as the manifest and recipe files hold it."""
         width, neurons = self.site_widths[0], sorted(set(self.neurons))
-        return {
+        numbers: dict[str, Any] = {
             "basis": self.basis,
             "width": width,
             "neurons": neurons[0] if len(neurons) == 1 else list(self.neurons),
             "tied": self.tied,
-        } | ({} if self.heads is None else {"key_value_heads": self.heads})
+        }
+        numbers |= {} if self.heads is None else {"key_value_heads": self.heads}
+        return numbers | ({"dropped_blocks": list(self.dropped)} if self.dropped else {})
 
 
-def widths(dense: DenseModel, basis: BasisKind, width: int) -> tuple[int, ...]:
-    """Width at each site. Per-block, as in the paper, the last block's output keeps the dense width, if it can."""
-    sites = dense.blocks * len(dense.table.sites(dense.config))
+def widths(dense: DenseModel, basis: BasisKind, width: int, blocks: int | None = None) -> tuple[int, ...]:
+    """Width at each site. Per-block, as in the paper, the last block's output keeps the dense width, if it can.
+
+    Args:
+        dense: The model.
+        basis: Global or per-block.
+        width: That is kept.
+        blocks: How many are kept; None is all.
+    """
+    sites = (dense.blocks if blocks is None else blocks) * len(dense.table.sites(dense.config))
     return (width,) * sites + (width if basis == "global" or dense.table.one_width else dense.width,)
 
 
@@ -82,7 +100,7 @@ def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     if plan.tied and dense.layer_norm:
         result[table.embeddings[0] + ".center"] = ("embedding", (plan.site_widths[0],))
     sites = len(table.sites(dense.config))
-    for index in range(dense.blocks):
+    for index in range(len(plan.neurons)):  # blocks are left out only where all are alike
         ends = plan.site_widths[index * sites : (index + 1) * sites + 1]
         result |= _block_layout(dense, plan, f"{table.layers}.{index}.", ends, plan.neurons[index])
     final = plan.site_widths[-1]

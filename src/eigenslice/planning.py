@@ -19,13 +19,16 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How much of the cut the hidden width may bear; MLP neurons bear the rest. The first ones are tried first."""
 HEADS = (1.0, 0.75, 0.5)
 """Shares of the key/value heads that plans may keep."""
+DROPS = (1 / 6, 1 / 3)
+"""How much of the cut blocks that are left out may bear."""
 
 
 def make_plans(dense: DenseModel, options: SliceOptions) -> list[list[Plan]]:
     """The plans that are what the user asked for; with --keep several, to be tried.
 
     Returns:
-        For each number of heads, those first that cut neurons rather than the width.
+        For each number of heads, and of blocks left out, those first that cut neurons rather than the width. Which
+        blocks are left out is known when they have been measured: here, they are the last ones.
 
     Raises:
         OptionsError: a width that the model doesn't have, a size that no width reaches, or a recipe that isn't one.
@@ -114,11 +117,25 @@ def _check_heads(dense: DenseModel, basis: BasisKind, heads: int) -> None:
         )
 
 
+def _check_dropped(dense: DenseModel, basis: BasisKind, dropped: list[Any]) -> None:
+    numbers = all(type(block) is int and 0 < block < dense.blocks for block in dropped)
+    if dropped and not (numbers and len({*dropped}) == len(dropped) and basis == "global" and dense.blocks_alike):
+        can = basis == "global" and dense.blocks_alike
+        raise OptionsError(
+            f"the recipe leaves out the blocks {dropped}; the model has {dense.blocks}",
+            allowed=f"numbers from 1 to {dense.blocks - 1}, each once"
+            if can
+            else "none: blocks are left out with --basis global, of models whose blocks are all alike",
+            next_step="correct dropped_blocks" if can else "leave dropped_blocks out",
+        )
+
+
 def _plan_of_recipe(dense: DenseModel, options: SliceOptions, tied: bool) -> Plan:
     """A plan from a file: an eigenslice.json, or YAML with the same fields as its `plan`, which may untie."""
     fields: dict[str, Any] = {"width": int, "neurons": (int, list), "key_value_heads": int, "tied": bool, "basis": str}
+    fields["dropped_blocks"] = list
     allowed = "an eigenslice.json, or YAML (or JSON) with width, and optionally neurons (one number or one for "
-    allowed += "each block), key_value_heads, tied and basis"
+    allowed += "each block that is kept), key_value_heads, dropped_blocks, tied and basis"
     try:
         assert options.recipe is not None
         content = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
@@ -136,10 +153,12 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions, tied: bool) -> Pla
             allowed=allowed,
             next_step="check the file",
         ) from error
+    dropped = recipe.get("dropped_blocks", [])
+    blocks = dense.blocks - len(dropped) if isinstance(dropped, list) else dense.blocks
     counts = recipe.get("neurons", dense.neurons)
-    counts = tuple(counts) if isinstance(counts, list) else (counts,) * dense.blocks
-    if len(counts) != dense.blocks or not all(type(count) is int for count in counts):
-        wrong.append(f"neurons (the model has {dense.blocks} blocks)")
+    counts = tuple(counts) if isinstance(counts, list) else (counts,) * blocks
+    if len(counts) != blocks or not all(type(count) is int for count in counts):
+        wrong.append(f"neurons (the result has {blocks} blocks)")
     basis = recipe.get("basis", options.basis)
     if basis != options.basis:
         wrong.append(f"basis {basis} (the run has --basis {options.basis})")
@@ -158,17 +177,23 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions, tied: bool) -> Pla
         )
     heads = recipe.get("key_value_heads", dense.heads)
     _check_heads(dense, options.basis, heads)
+    _check_dropped(dense, basis, dropped)
     tied = tied and recipe.get("tied", True)
-    return choose_form(dense, basis, recipe["width"], tied, options.form, counts, heads)
+    return choose_form(dense, basis, recipe["width"], tied, options.form, counts, heads, tuple(sorted(dropped)))
 
 
 def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> list[list[Plan]]:
     """Plans that store at most `keep` of the dense model's parameters."""
     assert options.keep is not None
     budget = int(options.keep * dense.parameters)
-    cuts_heads = options.heads and options.mlp and options.fits and options.basis == "global" and dense.heads
+    more = options.mlp and options.fits and options.basis == "global"
+    cuts_heads, drops = more and options.heads and dense.heads, more and options.depth and dense.blocks_alike
     numbers = [math.ceil(share * dense.heads) for share in HEADS] if cuts_heads else [None]
-    families = [_family(dense, options, tied, budget, heads) for heads in dict.fromkeys(numbers)]
+    kinds = [(heads, 0) for heads in numbers]
+    if drops:
+        block = sum(math.prod(shape) for name, shape in dense.shapes.items() if name in dense.names_in(0).values())
+        kinds += [(numbers[0], round(share * (dense.parameters - budget) / block)) for share in DROPS]
+    families = [_family(dense, options, tied, budget, *kind) for kind in dict.fromkeys(kinds)]
     families = [family for family in families if family]
     if not families:
         smallest = stored_parameters(dense, choose_form(dense, options.basis, 1, tied, options.form))
@@ -181,9 +206,12 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
     return [[full]] if full else families
 
 
-def _family(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, heads: int | None) -> list[Plan]:
-    """Plans with so many key/value heads, from those that cut neurons only to those that cut the width only."""
-    narrow = _widest(dense, options, tied, budget, heads)
+def _family(
+    dense: DenseModel, options: SliceOptions, tied: bool, budget: int, heads: int | None, drop: int
+) -> list[Plan]:
+    """Plans with so many key/value heads and so many blocks less: first those that cut no width, last no neurons."""
+    dropped = tuple(range(dense.blocks - drop, dense.blocks))
+    narrow = _widest(dense, options, tied, budget, heads, dropped)
     plans: list[Plan] = []
     if options.mlp and options.basis == "global" and dense.neurons:
         step = _step(dense, options, heads)
@@ -191,7 +219,7 @@ def _family(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, h
         for share in SHARES:
             width = dense.width - share * (dense.width - least)
             width = dense.width if share == 0 else min(dense.width, rounded(width + step / 2, step))
-            plan = _most_neurons(dense, options, tied, budget, width, heads)
+            plan = _most_neurons(dense, options, tied, budget, width, heads, dropped)
             if plan is not None and plan not in plans:
                 plans.append(plan)
     if narrow and narrow not in plans:
@@ -199,7 +227,9 @@ def _family(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, h
     return plans
 
 
-def _widest(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, heads: int | None) -> Plan | None:
+def _widest(
+    dense: DenseModel, options: SliceOptions, tied: bool, budget: int, heads: int | None, dropped: tuple[int, ...]
+) -> Plan | None:
     """The widest plan with all neurons that stores at most `budget` parameters."""
     step = _step(dense, options, heads)
     if step == ROUND and dense.width < 2 * ROUND:
@@ -209,7 +239,7 @@ def _widest(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, h
     best = None
     while low <= high:  # stored parameters grow with the width, so that halving finds the widest that fits
         middle = (low + high) // 2
-        plan = choose_form(dense, options.basis, candidates[middle], tied, options.form, heads=heads)
+        plan = choose_form(dense, options.basis, candidates[middle], tied, options.form, heads=heads, dropped=dropped)
         if stored_parameters(dense, plan) <= budget:
             best, high = plan, middle - 1
         else:
@@ -218,18 +248,25 @@ def _widest(dense: DenseModel, options: SliceOptions, tied: bool, budget: int, h
 
 
 def _most_neurons(
-    dense: DenseModel, options: SliceOptions, tied: bool, budget: int, width: int, heads: int | None
+    dense: DenseModel,
+    options: SliceOptions,
+    tied: bool,
+    budget: int,
+    width: int,
+    heads: int | None,
+    dropped: tuple[int, ...],
 ) -> Plan | None:
     """The plan of a width with the most neurons, in multiples, that stores at most `budget` parameters."""
+
+    def plan(count: int) -> Plan:
+        return choose_form(dense, options.basis, width, tied, options.form, count, heads, dropped)
+
     step = options.multiple
-    sizes = [
-        stored_parameters(dense, choose_form(dense, options.basis, width, tied, options.form, count, heads))
-        for count in (dense.neurons, step)
-    ]
+    sizes = [stored_parameters(dense, plan(count)) for count in (dense.neurons, step)]
     if sizes[0] <= budget:
-        return choose_form(dense, options.basis, width, tied, options.form, heads=heads)
+        return plan(dense.neurons)
     each = (sizes[0] - sizes[1]) / (dense.neurons - step) if dense.neurons > step else 0
     count = rounded((budget - sizes[1]) / each + step, step) if each else 0
     if count < max(step, FEWEST_NEURONS * dense.neurons):
         return None
-    return choose_form(dense, options.basis, width, tied, options.form, count, heads)
+    return plan(count)

@@ -55,9 +55,9 @@ class SlicedTwin:
             dense: The dense model.
             plan: Widths.
             basis: That of all sites.
-            kept: Neurons and heads to keep in each block.
+            kept: Neurons and heads to keep in each block that is kept.
             dtype: Of the forward pass.
-            write: Takes the number of a block and its weights when they are done.
+            write: Takes the number of a sliced block and its weights when they are done.
             groups: Those of the sequences, of all ranks, that layers are fitted on; others run along.
             ridge: Of all fits; None chooses it by holding groups out in turn, if there are two or more.
             offload: Where activations live between sites; None is on the device.
@@ -70,6 +70,8 @@ class SlicedTwin:
         self._fitted = frozenset(groups)
         self._held_out = sorted(self._fitted - {BESIDE_GROUP})
         self._ridge, self._ranks = ridge, ranks
+        self._places = {block: place for place, block in enumerate(plan.blocks)}
+        self._place = 0  # of the block whose writers, the last ones that ran, have yet to be fitted
         config = custom_config(dense, replace(plan, stock=None), torch.float32)
         self._runner = BlockRunner(config, dense.table.layers, dense.device, dtype)
         self._sites = dense.table.sites(dense.config)
@@ -87,17 +89,26 @@ class SlicedTwin:
         for kind, errors in content.items():
             self._choices[kind] = RidgeChoice(errors=dict(zip(RIDGES, errors, strict=True)))
 
+    def waits(self, site: Site) -> bool:
+        """Whether nothing happens at a site, since the result is without its block.
+
+        What writes to it is fitted to the stream behind that block, and so makes up for it.
+        """
+        return site.layer is not None and site.block not in self._places
+
     def arrive(self, site: Site) -> None:
         """Fit what writes to a site; a block is done when the stream arrives at the next one."""
+        if self.waits(site):
+            return
         if site.block == 0 and site.index == 0:
             for a in site.activations:
                 self.streams.append(self._basis.embed(a.hidden))
         else:
             self._fit_writers(site)
         if site.index == 0 and site.block > 0:
-            self._write(site.block - 1, self._block)
+            self._write(self._place, self._block)
             self._block = {}
-            self._runner.release(self._runner.layers[site.block - 1])
+            self._runner.release(self._runner.layers[self._place])
 
     def error(self, site: Site) -> dict[str, float]:
         """How far the sliced stream is from the dense one at a site where `arrive` was called.
@@ -122,6 +133,8 @@ class SlicedTwin:
 
     def leave(self, site: Site) -> None:
         """Let readers predict what was cut from what is kept, then run the site's sublayers up to their writers."""
+        if self.waits(site):
+            return
         if site.layer is None and self._tied:
             return  # the head reads what the embeddings' basis lets it read
 
@@ -168,11 +181,12 @@ class SlicedTwin:
 
     def _run(self, site: Site, folded: FoldedBlock, reading: Tensor) -> None:
         """Give a site's sublayers weights, and keep what their writers read."""
-        layer = self._runner.layers[site.block]
+        self._place = self._places[site.block]
+        layer = self._runner.layers[self._place]
         for sublayer in self._sites[site.index]:
             weights = {
                 name: turn_end(sublayer, name, weight, reading, self._basis)
-                for name, weight in keep_units(sublayer, folded, self._kept[site.block])
+                for name, weight in keep_units(sublayer, folded, self._kept[self._place])
             }
             weights |= {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}
             self._runner.assign(layer, self._dense.as_modules(weights.items(), self._basis.width))
@@ -197,7 +211,7 @@ class SlicedTwin:
         """Fit what writes to a site so that the sliced stream becomes the dense one, in the basis."""
         before = (site.index - 1) % len(self._sites)
         sublayers, writers = self._sites[before], self._fitted_writers(before)
-        layer = self._runner.layers[site.block if site.index else site.block - 1]
+        layer = self._runner.layers[self._place]
         scale = layer.scale_behind(before)
         if not writers:
             for number, update in enumerate(self._inputs[0]):

@@ -8,18 +8,16 @@ from typing import Any
 import torch
 
 from eigenslice.algebra.basis import Spectrum, principal_components
-from eigenslice.allocation import STAGE as ALLOCATING
-from eigenslice.allocation import TOKENS, block_losses
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
 from eigenslice.checkpoint.output import check_output, work_folder
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_space, write_json
+from eigenslice.choosing import choose_plan
 from eigenslice.data import Tokens, beginnings, calibration_tokens, random_sequences
 from eigenslice.dense import DenseModel, NamedTensors
 from eigenslice.device import resolve_device
 from eigenslice.estimate import activation_bytes
 from eigenslice.forms import custom_config, stock_config
-from eigenslice.holdout import trial_batches
 from eigenslice.manifest import NAME, finished_manifest, manifest, run_identity
 from eigenslice.measuring import Measurement, measure
 from eigenslice.offload import Offload, choose_place
@@ -33,11 +31,6 @@ from eigenslice.report.card import CARD, write_card
 from eigenslice.resume import RunState
 from eigenslice.sampling import add_own_text
 from eigenslice.stored import StoredForm
-from eigenslice.stream import Batch
-from eigenslice.trials import try_plans
-
-TOGETHER = 3
-"""Plans that are tried beside one pass of the dense model."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +86,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
         offload = Offload(place, device, work.offload / str(ranks.rank))
         run = Run(dense, tokens, compute, offload, ranks, state, progress)
         found = _measure(run, plans) if options.basis == "global" else None
-        plan, trials = _choose(run, families, found, options)
+        plan, trials = choose_plan(run, families, found, options) if found else (plans[0], [])
         stored = StoredForm(dense, plan)
         writer = ShardWriter(work.result, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
         ranks.on_first(writer.begin)
@@ -161,86 +154,3 @@ def _measure(run: Run, plans: list[Plan]) -> tuple[Measurement, Spectrum]:
     spectrum = principal_components(found.moment, dense.layer_norm)
     vectors = run.ranks.decide(spectrum.vectors.contiguous())
     return found, replace(spectrum, vectors=vectors)
-
-
-def _choose(
-    run: Run, families: list[list[Plan]], found: tuple[Measurement, Spectrum] | None, options: SliceOptions
-) -> tuple[Plan, list[dict[str, Any]]]:
-    """The plan that loses least on held-out tokens, and what was lost with each one that was tried.
-
-    The number of heads is chosen by each family's first plan; then its others are tried, for as long as that pays.
-
-    Args:
-        run: The run.
-        families: The plans that may be tried, see `make_plans`.
-        found: What the first pass found, with a global basis.
-        options: Whether layers will be fitted, and whether plans are for a size, so that numbers of neurons may differ
-            from block to block where the class allows it.
-    """
-    if found is None:
-        return families[0][0], []
-    measurement, spectrum = found
-    batches = trial_batches(run.tokens.batches)
-    if options.keep is not None:
-        families = _allocate(run, families, measurement, batches, options.multiple)
-    report = run.report("planning", sum(batch.tokens for batch in batches))
-    trials: list[tuple[Plan, float]] = []
-
-    def attempt(plans: list[Plan]) -> float:
-        """Try up to TOGETHER plans; the loss of the last one."""
-        stage = f"planning-{len(trials)}"
-        losses = try_plans(
-            run.dense,
-            plans,
-            spectrum,
-            measurement,
-            batches,
-            run.stream(),
-            report,
-            run.state,
-            run.ranks,
-            stage,
-            options.fits,
-        )
-        trials.extend(zip(plans, losses, strict=True))
-        return losses[-1]
-
-    if len(families) > 1:
-        attempt([family[0] for family in families])
-    heads = min(range(len(trials)), key=lambda n: trials[n][1]) if trials else 0
-    others = families[heads][1:] if trials else families[heads]
-    if not trials and len(others) == 1:
-        return others[0], []
-    for start in range(0, len(others), TOGETHER):
-        last = attempt(others[start : start + TOGETHER])
-        if min(loss for _, loss in trials) < last:
-            break  # those that cut more of the width lose more
-    best, _ = min(trials, key=lambda trial: trial[1])
-    return best, [plan.describe() | {"kl": loss} for plan, loss in trials]
-
-
-def _allocate(
-    run: Run, families: list[list[Plan]], measurement: Measurement, batches: list[Batch], step: int
-) -> list[list[Plan]]:
-    """The plans, those in the custom class with the numbers of neurons by which the blocks lose least together.
-
-    The first of each family is there with equal numbers, too.
-    """
-    dense = run.dense
-
-    def uneven(plan: Plan) -> bool:
-        return plan.stock is None and plan.neurons[0] < dense.neurons
-
-    fewer = [plan.neurons[0] for family in families for plan in family if uneven(plan)]
-    if not fewer:
-        return families
-    measured, report = min(fewer), run.report(ALLOCATING, TOKENS * dense.blocks // 2)
-    losses = block_losses(dense, measurement, measured, batches, run.stream(), report, run.state, run.ranks)
-    result = []
-    for family in families:
-        first = [plan for plan in family[:1] if uneven(plan)]
-        plans = [
-            replace(plan, neurons=losses.allocate(plan.neurons[0], step)) if uneven(plan) else plan for plan in family
-        ]
-        result.append([*plans[:1], *first, *plans[1:]])
-    return result

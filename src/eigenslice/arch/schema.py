@@ -147,6 +147,8 @@ class Table:
     """Parameter of a decoder layer, one of its `inner` ones, that the stream is multiplied by behind the layer."""
     dropout: str | None = None
     """Field of the config with the dropout on what sublayers add to the stream (training only)."""
+    numbered: str | None = None
+    """Field of the config that, where it is set, makes blocks depend on their numbers: none can be left out then."""
     stock: tuple[StockForm, ...] = ()
     """Stock forms, the preferred one first."""
     variants: tuple[Variant, ...] = ()

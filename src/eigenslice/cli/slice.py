@@ -29,6 +29,7 @@ def slice_(
     heads: Annotated[
         bool, typer.Option(help="With --keep: cut key/value heads, each with its query heads, too.")
     ] = True,
+    depth: Annotated[bool, typer.Option(help="With --keep: leave out whole blocks, too, where all are alike.")] = True,
     basis: Annotated[
         Literal["global", "per-block"],
         typer.Option(help="One basis for all sites, or one each with shortcuts (the paper)."),
@@ -119,6 +120,7 @@ def slice_(
         neurons=neurons,
         mlp=mlp,
         heads=heads,
+        depth=depth,
         basis=basis,
         refit=refit,
         own_text=own_text,

@@ -54,10 +54,14 @@ def _inherited(source_card: Path | None) -> dict[str, Any]:
         return {}
 
 
-def _heads(manifest: dict[str, Any]) -> list[str]:
-    """A row about key/value heads, if some were cut."""
-    kept = manifest["plan"].get("key_value_heads")
-    return [] if kept is None else [f"| key/value heads per block | {manifest['dense_heads']} | {kept} |"]
+def _fewer(manifest: dict[str, Any]) -> list[str]:
+    """Rows about key/value heads and blocks, if some were cut."""
+    heads, dropped = manifest["plan"].get("key_value_heads"), manifest["plan"].get("dropped_blocks")
+    rows = [] if heads is None else [f"| key/value heads per block | {manifest['dense_heads']} | {heads} |"]
+    if dropped:
+        dense, gone = manifest["dense_blocks"], ", ".join(map(str, dropped))
+        rows.append(f"| blocks | {dense} | {dense - len(dropped)} (without {gone}, counted from 0) |")
+    return rows
 
 
 def _text(manifest: dict[str, Any], name: str) -> str:
@@ -73,7 +77,7 @@ def _text(manifest: dict[str, Any], name: str) -> str:
         f"| parameters | {sizes['dense']:,} | {sizes['stored']:,} |",
         f"| hidden width | {manifest['dense_width']} | {plan['width']} |",
         f"| MLP neurons per block | {manifest.get('dense_neurons') or ''} | {neurons_text(plan['neurons'])} |",
-        *_heads(manifest),
+        *_fewer(manifest),
         f"| basis | | {plan['basis']} |",
         f"| saved as | {manifest['source']['model_type']} | {manifest['model_type']} ({manifest['dtype']}) |",
         "",

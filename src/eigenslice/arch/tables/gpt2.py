@@ -33,5 +33,6 @@ TABLE = replace(
     model_type="gpt2",
     attention=replace(BIGCODE.attention, transposed=("attn.c_attn", "attn.c_proj")),
     mlp=replace(BIGCODE.mlp, transposed=("mlp.c_fc", "mlp.c_proj")),
+    numbered="scale_attn_by_inverse_layer_idx",
 )
 TABLES = (TABLE, BIGCODE)

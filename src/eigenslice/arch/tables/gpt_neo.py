@@ -16,6 +16,7 @@ TABLES = (
             readers=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
             writers=("attn.attention.out_proj",),
         ),
+        numbered="attention_types",
         refusals=(),
     ),
 )
