@@ -88,7 +88,7 @@ def test_options_that_can_not_be_met(arguments: list[object], found: str, slice_
         ("neurons: 40", "has a wrong width (missing)"),
         ("width: 24\ndepth: 3", "has a wrong depth"),
         ("24: 3", "has a wrong 24"),
-        ("width: 24\nneurons: [40, 40]", "has a wrong neurons (the model has 3 blocks)"),
+        ("width: 24\nneurons: [40, 40]", "has a wrong neurons (the result has 3 blocks)"),
         ("width: 24\nneurons: [40, 57, 40]", "the recipe keeps 57 neurons; the model has 56 MLP neurons"),
         ("width: 33", "the recipe's width is 33; the model's hidden width is 32"),
         ("width: 24\nbasis: per-block", "has a wrong basis per-block (the run has --basis global)"),
