@@ -27,16 +27,14 @@ RUNS: dict[str, dict[str, Any]] = {
     "fitted": {"width": 24, "neurons": 48},
     "planned": {"keep": 0.75},
     "uneven": {"keep": 0.75, "form": "custom"},
-    "shallow": {"keep": 0.3},  # without a block
     "per-block": {"width": 24, "basis": "per-block"},
-    "offloaded": {"keep": 0.75, "offload": "disk", "shard_gib": 2e-5},
+    "offloaded": {"keep": 0.3, "offload": "disk", "shard_gib": 2e-5},  # and without a block
 }
 CASES = {
     "plain": "gpt_neox",
     "fitted": "opt",
     "planned": "llama-tied",
     "uneven": "llama",
-    "shallow": "llama-tied",
     "per-block": "opt",
     "offloaded": "llama-tied",
 }

@@ -85,7 +85,9 @@ def missed_least(
             if gap:
                 parted[gap.block] = _bridge(dense, gap, site, stream.offload.tensors(), ranks)
                 for far in sorted(parted, key=lambda block: parted[block][0])[count:]:
-                    del parted[far]
+                    parted.pop(far)[1].clear()
+                gap.inputs.clear()
+                gap.skipped.clear()
             gap = None
             if site.block:
                 gap = _Gap(site.block, stream.offload.tensors(), stream.offload.tensors())

@@ -191,7 +191,7 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
     numbers = [math.ceil(share * dense.heads) for share in HEADS] if cuts_heads else [None]
     kinds = [(heads, 0) for heads in numbers]
     if drops:
-        block = sum(math.prod(shape) for name, shape in dense.shapes.items() if name in dense.names_in(0).values())
+        block = sum(math.prod(dense.shapes[name]) for name in dense.names_in(0).values())
         kinds += [(numbers[0], round(share * (dense.parameters - budget) / block)) for share in DROPS]
     families = [_family(dense, options, tied, budget, *kind) for kind in dict.fromkeys(kinds)]
     families = [family for family in families if family]
