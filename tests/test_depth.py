@@ -1,6 +1,5 @@
 """Leaving out blocks: what is left is the dense model without those that it can best do without."""
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ WRITERS = {"llama": ["mlp.down_proj"], "opt": ["fc2"], "phi": ["self_attn.dense"
 """Of the last site of a block."""
 
 
-def without(model: Any, blocks: Iterable[int], layers: str) -> Any:
-    """Transformers' model without some decoder layers."""
+def without(model: Any, block: int, layers: str) -> Any:
+    """Transformers' model without a decoder layer."""
     kept = model.get_submodule(layers)
-    for block in sorted(blocks, reverse=True):
-        del kept[block]
+    del kept[block]
     model.config.num_hidden_layers = len(kept)
     return model
 
@@ -58,7 +56,7 @@ def test_without_refit_it_is_the_dense_model_without_a_block(
     sliced, model = load(result.output), load(dense_folder(case))
     assert sliced.config.num_hidden_layers == model.config.num_hidden_layers - 1
     with torch.no_grad():
-        whole, expected = model(ids).logits, without(model, [1], dense.table.layers)(ids, use_cache=False).logits
+        whole, expected = model(ids).logits, without(model, 1, dense.table.layers)(ids, use_cache=False).logits
         assert relative(sliced(ids).logits, expected) < 1e-4
         assert relative(whole, expected) > 1e-3
         first = sliced(ids[:, :12], use_cache=True)
@@ -111,7 +109,7 @@ def test_a_block_s_loss_is_that_of_the_model_with_the_writer_before_it_refitted(
             bridged = load(folder, dtype=torch.float64)
             for name, piece in zip(writers, change.split([seen[n].shape[-1] for n in writers], dim=1), strict=True):
                 bridged.get_submodule(name).weight += piece
-            logits = without(bridged, [block], dense.table.layers)(held_out, use_cache=False).logits.log_softmax(-1)
+            logits = without(bridged, block, dense.table.layers)(held_out, use_cache=False).logits.log_softmax(-1)
             loss = float((dense_logits.exp() * (dense_logits - logits)).sum(-1).mean())
             assert loss > 1e-5
             assert found[block] == pytest.approx(loss, rel=2e-3)

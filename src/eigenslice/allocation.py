@@ -54,8 +54,8 @@ class BlockLosses:
             step: What numbers of neurons are multiples of, where not all are kept.
             kept: Numbers of the blocks that there will be; None are all.
         """
-        rows = torch.arange(len(self.kl)) if kept is None else torch.tensor(kept)
-        kl, error = self.kl[rows.to(self.kl.device)], self.error[rows.to(self.error.device)]
+        rows = slice(None) if kept is None else list(kept)
+        kl, error = self.kl[rows], self.error[rows]
         blocks, neurons = len(kl), error.shape[1] - 1
         least = max(step, -(-int(FEWEST_NEURONS * neurons) // step) * step)
         counts = torch.tensor([*range(least, neurons, step), neurons], device=error.device)

@@ -67,7 +67,7 @@ def choose_plan(
         return losses[-1]
 
     first = [family[0] for family in families]
-    for start in range(0, len(first) if len(first) > 1 else 0, TOGETHER):
+    for start in range(0, len(first), TOGETHER) if len(first) > 1 else ():
         attempt(first[start : start + TOGETHER])
     best = min(range(len(trials)), key=lambda n: trials[n][1]) if trials else 0
     others = families[best][1:] if trials else families[best]

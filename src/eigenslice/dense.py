@@ -134,11 +134,16 @@ class DenseModel:
         return sum(torch.Size(shape).numel() for shape in self.shapes.values())
 
     @property
+    def block_parameters(self) -> int:
+        """Parameters of the first block."""
+        return sum(torch.Size(self.shapes[name]).numel() for name in self._names_in(0).values())
+
+    @property
     def blocks_alike(self) -> bool:
         """Whether blocks can be left out: the config has one number of them, and says nothing of single ones."""
         if self.table.numbered and getattr(self.config, self.table.numbered):
             return False
-        parts = [{name: self.shapes[full] for name, full in self.names_in(n).items()} for n in range(self.blocks)]
+        parts = [{name: self.shapes[full] for name, full in self._names_in(n).items()} for n in range(self.blocks)]
         lists = [v for v in self.config.to_dict().values() if isinstance(v, list) and len(v) == self.blocks]
         return all(part == parts[0] for part in parts) and all(v.count(v[0]) == len(v) for v in lists)
 
@@ -233,9 +238,9 @@ class DenseModel:
 
     def read_block(self, index: int) -> Tensors:
         """Weights of one decoder layer as they are stored, in memory; names relative to the layer."""
-        return {name: self._load(full) for name, full in self.names_in(index).items()}
+        return {name: self._load(full) for name, full in self._names_in(index).items()}
 
-    def names_in(self, index: int) -> dict[str, str]:
+    def _names_in(self, index: int) -> dict[str, str]:
         """Full names of a decoder layer's parameters, by those relative to the layer."""
         prefix = f"{self.table.layers}.{index}."
         return {name.removeprefix(prefix): name for name in self.shapes if name.startswith(prefix)}
@@ -248,7 +253,7 @@ class DenseModel:
             stored: What `read_block` gave; None reads each when it is asked for.
         """
         scale = float(getattr(self.config, self.table.residual_scale)) if self.table.residual_scale else 1.0
-        names = self.names_in(index)
+        names = self._names_in(index)
         load = (lambda name: self._load(names[name])) if stored is None else stored.__getitem__
         return FoldedBlock(self.table, names.keys(), load, self.device, scale)
 

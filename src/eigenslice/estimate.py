@@ -112,7 +112,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     tried = dense.blocks * min(more * tokens, TRIED_TOKENS) / ids.numel()
     trial = tried * (2 * block + plans * twin)
     trial += (_allocation(dense) + _depth(dense)) * dense.blocks * block / ids.numel()
-    weights = sum(torch.Size(shape).numel() for name, shape in dense.shapes.items() if _in_block(dense, name))
+    weights = dense.block_parameters
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(dense, tokens, dtype)
     vocabulary = dense.shapes[dense.table.embeddings[0] + ".weight"]
@@ -151,7 +151,3 @@ def _depth(dense: DenseModel) -> float:
     if not dense.blocks_alike:
         return 0.0
     return TRIED_TOKENS + ALLOCATION_TOKENS * CANDIDATES / 2
-
-
-def _in_block(dense: DenseModel, name: str) -> bool:
-    return name.startswith(f"{dense.table.layers}.0.")

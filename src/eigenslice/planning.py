@@ -191,8 +191,8 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
     numbers = [math.ceil(share * dense.heads) for share in HEADS] if cuts_heads else [None]
     kinds = [(heads, 0) for heads in numbers]
     if drops:
-        block = sum(math.prod(dense.shapes[name]) for name in dense.names_in(0).values())
-        kinds += [(numbers[0], round(share * (dense.parameters - budget) / block)) for share in DROPS]
+        cut = (dense.parameters - budget) / dense.block_parameters
+        kinds += [(numbers[0], round(share * cut)) for share in DROPS]
     families = [_family(dense, options, tied, budget, *kind) for kind in dict.fromkeys(kinds)]
     families = [family for family in families if family]
     if not families:
