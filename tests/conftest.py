@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -20,6 +21,7 @@ from tests import tiny
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 
 Slicer = Callable[..., SliceResult]
+Recipe = Callable[..., Path]
 Folders = Callable[[str], Path]
 
 
@@ -54,6 +56,18 @@ def run_slice(dense_folder: Folders, calibration: Path, tmp_path: Path) -> Slice
         )
 
     return run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """Writes a recipe; keywords are fields of the plan, the width is the dense model's if none is given."""
+
+    def write(**plan: Any) -> Path:
+        file = tmp_path / "recipe.yaml"
+        file.write_text(yaml.safe_dump({"width": tiny.WIDTH} | plan))
+        return file
+
+    return write
 
 
 def load(folder: Path, **kwargs: Any) -> Any:

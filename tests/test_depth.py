@@ -1,6 +1,5 @@
 """Leaving out blocks: what is left is the dense model without those that it can best do without."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from eigenslice.depth import missed_least
 from eigenslice.errors import OptionsError
 from eigenslice.stream import HELD_OUT_GROUP, Batch, Stream, captured_inputs
 from tests import tiny
-from tests.conftest import Folders, Slicer, load, relative
+from tests.conftest import Folders, Recipe, Slicer, load, relative
 from tests.messages import check_message
 
 EPS = 1e-5  # of the tiny models; beside their streams it hardly counts
@@ -31,19 +30,9 @@ def without(model: Any, block: int, layers: str) -> Any:
     return model
 
 
-@pytest.fixture
-def recipe(tmp_path: Path) -> Any:
-    def write(**plan: Any) -> Path:
-        file = tmp_path / "recipe.yaml"
-        file.write_text("\n".join(f"{name}: {value}" for name, value in {"width": tiny.WIDTH, **plan}.items()))
-        return file
-
-    return write
-
-
 @pytest.mark.parametrize("model_type", TYPES)
 def test_without_refit_it_is_the_dense_model_without_a_block(
-    model_type: str, run_slice: Slicer, dense_folder: Folders, recipe: Any
+    model_type: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
 ) -> None:
     case, ids = TYPES[model_type], tiny.random_ids(2, 20, seed=5)
     dense = DenseModel(open_source(str(dense_folder(case))))
@@ -124,7 +113,7 @@ def test_those_that_part_farthest_from_the_dense_stream_are_not_measured(dense_f
 
 
 @pytest.mark.parametrize("dropped", [[0], [3], [1, 1], [1.5], [1, 2, 3]])
-def test_no_such_blocks(dropped: list[Any], run_slice: Slicer, recipe: Any) -> None:
+def test_no_such_blocks(dropped: list[Any], run_slice: Slicer, recipe: Recipe) -> None:
     with pytest.raises(OptionsError, match=r"blocks|neurons") as error:
         run_slice("llama", recipe=recipe(dropped_blocks=dropped))
     check_message(error.value)

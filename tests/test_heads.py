@@ -1,12 +1,10 @@
 """Cutting key/value heads: what is left is the dense model without the heads that it can best do without."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from eigenslice.algebra.elimination import rank_groups
 from eigenslice.algebra.refit import DEFAULT_RIDGE
@@ -17,17 +15,11 @@ from eigenslice.errors import OptionsError
 from eigenslice.measuring import measure
 from eigenslice.stream import Batch, Stream, captured_inputs
 from tests import tiny
-from tests.conftest import Folders, Slicer, load
+from tests.conftest import Folders, Recipe, Slicer, load
 from tests.messages import check_message
 
 CASES = [name for name, case in tiny.CASES.items() if TABLES[case.model_type].attention.heads]
 FORMS = [(name, form) for name in CASES for form in ("stock", "custom") if form == "custom" or tiny.CASES[name].stock]
-
-
-def recipe(folder: Path, **plan: Any) -> Path:
-    file = folder / "recipe.yaml"
-    file.write_text(yaml.safe_dump({"width": tiny.WIDTH} | plan))
-    return file
 
 
 def writers(model: Any, dense: DenseModel) -> list[Any]:
@@ -38,12 +30,12 @@ def writers(model: Any, dense: DenseModel) -> list[Any]:
 
 @pytest.mark.parametrize(("case", "form"), FORMS)
 def test_without_refit_it_is_the_dense_model_without_some_heads(
-    case: str, form: str, run_slice: Slicer, dense_folder: Folders, tmp_path: Path
+    case: str, form: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
 ) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     kept = dense.heads - 1
     assert kept > 0
-    result = run_slice(case, recipe=recipe(tmp_path, key_value_heads=kept), refit=False, form=form)
+    result = run_slice(case, recipe=recipe(key_value_heads=kept), refit=False, form=form)
     model, sliced = load(dense_folder(case)), load(result.output)
     ids = tiny.random_ids(3, 20)
     with torch.no_grad():
@@ -83,15 +75,15 @@ def test_the_heads_that_go_are_those_that_the_others_make_up_for(case: str, dens
 
 
 @pytest.mark.parametrize("heads", [0, 99])
-def test_no_such_number_of_heads(heads: int, run_slice: Slicer, tmp_path: Path) -> None:
+def test_no_such_number_of_heads(heads: int, run_slice: Slicer, recipe: Recipe) -> None:
     with pytest.raises(OptionsError, match=f"{heads} key/value heads") as error:
-        run_slice("llama", recipe=recipe(tmp_path, key_value_heads=heads))
+        run_slice("llama", recipe=recipe(key_value_heads=heads))
     check_message(error.value)
 
 
-def test_heads_that_cannot_be_cut(run_slice: Slicer, tmp_path: Path) -> None:
+def test_heads_that_cannot_be_cut(run_slice: Slicer, recipe: Recipe) -> None:
     with pytest.raises(OptionsError, match="0 that can be cut") as error:
-        run_slice("opt", recipe=recipe(tmp_path, key_value_heads=1))
+        run_slice("opt", recipe=recipe(key_value_heads=1))
     check_message(error.value)
 
 

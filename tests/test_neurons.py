@@ -14,24 +14,12 @@ from eigenslice.arch import TABLES, lookup
 from eigenslice.errors import OptionsError
 from eigenslice.modeling import SlicedForCausalLM
 from tests import tiny
-from tests.conftest import Folders, Slicer, load, relative, size, stored_tensors
+from tests.conftest import Folders, Recipe, Slicer, load, relative, size, stored_tensors
 
 IDS = tiny.random_ids(2, 20, seed=5)
 PER_BLOCK = (40, 17, 56)
 FIELD = {"opt": "ffn_dim"}
 FAMILIES = ["llama", "qwen2-tied", "qwen3", "opt", "phi", "gpt_neox", "gpt_neox-sequential"]
-
-
-@pytest.fixture
-def recipe(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a recipe with these fields."""
-
-    def write(**fields: Any) -> Path:
-        path = tmp_path / "recipe.yaml"
-        path.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in fields.items()))
-        return path
-
-    return write
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -104,7 +92,7 @@ def test_all_neurons_by_number_is_all_neurons(run_slice: Slicer) -> None:
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_a_number_for_each_block(case: str, run_slice: Slicer, recipe: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_number_for_each_block(case: str, run_slice: Slicer, recipe: Recipe, tmp_path: Path) -> None:
     result = run_slice(case, recipe=recipe(width=24, neurons=PER_BLOCK))
     manifest, model = result.manifest, load(result.output)
     assert (manifest["form"], manifest["model_type"]) == ("custom", "eigenslice")
@@ -127,7 +115,7 @@ def test_a_number_for_each_block(case: str, run_slice: Slicer, recipe: Callable[
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_a_number_for_each_block_is_near_the_dense_model(
-    case: str, run_slice: Slicer, dense_folder: Folders, recipe: Callable[..., Path]
+    case: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
 ) -> None:
     """The more neurons in one block, the nearer; all of them are exact."""
     dense = logits(load(dense_folder(case)))

@@ -20,7 +20,7 @@ from tests import tiny
 from tests.conftest import Folders, Slicer, load
 from tests.messages import check_message
 
-Recipe = Callable[[str], Path]
+RecipeText = Callable[[str], Path]
 Planner = Callable[..., tuple[DenseModel, list[Plan]]]
 FAMILIES = ["llama", "llama-tied", "qwen2", "qwen3", "opt", "phi", "gpt_neox", "gpt_neox-sequential"]
 
@@ -108,7 +108,7 @@ def test_options_that_fix_the_plan_give_one(plans: Planner) -> None:
 
 
 @pytest.fixture
-def recipe(tmp_path: Path) -> Recipe:
+def recipe_text(tmp_path: Path) -> RecipeText:
     def write(text: str) -> Path:
         path = tmp_path / "recipe.yaml"
         path.write_text(text)
@@ -146,8 +146,8 @@ def test_a_per_block_manifest_is_a_recipe(run_slice: Slicer) -> None:
     assert second.manifest["site_widths"] == first.manifest["site_widths"] == [24] * 6 + [32]
 
 
-def test_numbers_for_blocks_go_through_a_manifest(run_slice: Slicer, recipe: Recipe) -> None:
-    first = run_slice("llama", recipe=recipe("width: 24\nneurons: [40, 8, 56]"))
+def test_numbers_for_blocks_go_through_a_manifest(run_slice: Slicer, recipe_text: RecipeText) -> None:
+    first = run_slice("llama", recipe=recipe_text("width: 24\nneurons: [40, 8, 56]"))
     second = run_slice("llama", recipe=first.output / "eigenslice.json")
     assert second.manifest["plan"]["neurons"] == [40, 8, 56]
     assert second.manifest["parameters"] == first.manifest["parameters"]
@@ -166,15 +166,15 @@ def test_numbers_for_blocks_go_through_a_manifest(run_slice: Slicer, recipe: Rec
         ('{"plan": {"width": 16}, "eigenslice": "9.9", "spectra": []}', {"width": 16, "neurons": 56, "tied": True}),
     ],
 )
-def test_recipes_by_hand(text: str, expected: dict, run_slice: Slicer, recipe: Recipe) -> None:
-    result = run_slice("llama-tied", recipe=recipe(text))
+def test_recipes_by_hand(text: str, expected: dict, run_slice: Slicer, recipe_text: RecipeText) -> None:
+    result = run_slice("llama-tied", recipe=recipe_text(text))
     assert result.manifest["plan"] == expected | {"basis": "global"}
     assert load(result.output).num_parameters() == result.manifest["parameters"]["stored"]
 
 
-def test_one_number_for_all_blocks_is_stock(run_slice: Slicer, recipe: Recipe) -> None:
-    assert run_slice("llama", recipe=recipe("width: 24\nneurons: [40, 40, 40]")).manifest["form"] == "stock"
-    assert run_slice("llama", recipe=recipe("width: 24\nneurons: [40, 40, 48]")).manifest["form"] == "custom"
+def test_one_number_for_all_blocks_is_stock(run_slice: Slicer, recipe_text: RecipeText) -> None:
+    assert run_slice("llama", recipe=recipe_text("width: 24\nneurons: [40, 40, 40]")).manifest["form"] == "stock"
+    assert run_slice("llama", recipe=recipe_text("width: 24\nneurons: [40, 40, 48]")).manifest["form"] == "custom"
 
 
 WRONG = [
@@ -216,9 +216,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("text", "found"), WRONG, ids=[repr(text) for text, _ in WRONG])
-def test_wrong_recipes_are_refused(text: str, found: str, plans: Planner, recipe: Recipe) -> None:
+def test_wrong_recipes_are_refused(text: str, found: str, plans: Planner, recipe_text: RecipeText) -> None:
     with pytest.raises(OptionsError) as caught:
-        plans("llama", recipe=recipe(text))
+        plans("llama", recipe=recipe_text(text))
     check_message(caught.value, found)
 
 
@@ -263,9 +263,9 @@ def test_options_that_contradict_are_refused(options: dict, found: str, plans: P
     check_message(caught.value, found)
 
 
-def test_neurons_in_a_per_block_recipe_are_refused(plans: Planner, recipe: Recipe) -> None:
+def test_neurons_in_a_per_block_recipe_are_refused(plans: Planner, recipe_text: RecipeText) -> None:
     with pytest.raises(OptionsError) as caught:
-        plans("llama", recipe=recipe("width: 24\nneurons: 40\nbasis: per-block"), basis="per-block")
+        plans("llama", recipe=recipe_text("width: 24\nneurons: 40\nbasis: per-block"), basis="per-block")
     check_message(caught.value, "40 neurons with --basis per-block")
 
 

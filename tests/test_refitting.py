@@ -22,7 +22,7 @@ from eigenslice.slicing import SliceResult
 from eigenslice.stream import Batch, Stream
 from eigenslice.transform import ALL, SiteBasis
 from tests import tiny
-from tests.conftest import Folders, Slicer, load, relative
+from tests.conftest import Folders, Recipe, Slicer, load, relative
 from tests.reference_twin import Twin
 
 WIDTH, NEURONS, RIDGE = 20, 40, 0.03
@@ -109,11 +109,9 @@ def test_the_ridge_is_chosen_on_groups_in_turns(
 @pytest.mark.usefixtures("constant_ridge")
 @pytest.mark.parametrize(("case", "dropped"), [(case, [1]) for case in FAMILIES] + [("llama", [2]), ("opt", [1, 2])])
 def test_the_writer_before_a_gap_is_fitted_to_the_stream_behind_it(
-    case: str, dropped: list[int], run_slice: Slicer, dense_folder: Folders, calibration: Path, tmp_path: Path
+    case: str, dropped: list[int], run_slice: Slicer, dense_folder: Folders, calibration: Path, recipe: Recipe
 ) -> None:
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"width: {WIDTH}\nneurons: {NEURONS}\ndropped_blocks: {dropped}\n")
-    result = run_slice(case, recipe=recipe)
+    result = run_slice(case, recipe=recipe(width=WIDTH, neurons=NEURONS, dropped_blocks=dropped))
     assert result.manifest["plan"]["dropped_blocks"] == dropped
     model = load(dense_folder(case), dtype=torch.float64)
     expected = twin_of(case, result, RIDGE).logits(model, load_file(calibration)["calibration"], IDS)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
 from eigenslice.errors import ActivationError
-from eigenslice.stream import Batch, Stream
+from eigenslice.stream import Batch, Stream, captured_inputs
 from tests import tiny
 from tests.conftest import load
 
@@ -91,3 +91,21 @@ def test_nan_names_the_block(dense_folder: Callable[[str], Path], tmp_path: Path
     stream = Stream(DenseModel(open_source(str(folder))), torch.float32)
     with pytest.raises(ActivationError, match=r"block 1 .*NaN or infinite"):
         list(stream.walk([Batch(tiny.random_ids(1, 8))]))
+
+
+def test_inputs_are_captured_with_or_without_what_follows(dense_folder: Callable[[str], Path]) -> None:
+    layer = load(dense_folder("llama")).model.layers[0]
+    called: list[str] = []
+    for name in ("gate_proj", "down_proj"):
+        getattr(layer.mlp, name).register_forward_hook(lambda module, args, output, name=name: called.append(name))
+    x = torch.randn(2, 5, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
+    with captured_inputs(layer, ["mlp.down_proj"]) as whole:
+        layer.mlp(x)
+    assert called == ["gate_proj", "down_proj"]
+    with captured_inputs(layer, ["mlp.gate_proj", "mlp.down_proj"], stop=True) as stopped:
+        layer.mlp(x)
+    assert called == ["gate_proj", "down_proj", "gate_proj"]
+    assert torch.equal(stopped["mlp.gate_proj"], x)
+    assert torch.equal(stopped["mlp.down_proj"], whole["mlp.down_proj"])
+    layer.mlp(x)  # nothing is left behind
+    assert called[-1] == "down_proj"

@@ -170,7 +170,7 @@ def _cut(dense: DenseModel, site: Site, importance: Tensor, neurons: int, ranks:
     for a in site.activations:
         if a.group != HELD_OUT_GROUP:
             hidden = a.hidden
-            with captured_inputs(site.layer, mlp.writers[:1]) as inputs:
+            with captured_inputs(site.layer, mlp.writers[:1], stop=True) as inputs:
                 site.update(a, hidden)
             weight = torch.rsqrt(a.rows(hidden).square().mean(-1, keepdim=True) + site.eps)
             gram += gram_matrix(a.rows(inputs[mlp.writers[0]]) * weight)

@@ -194,7 +194,7 @@ class SlicedTwin:
         writers = self._fitted_writers(site.index)
         self._inputs = [self._offload.tensors() for _ in writers or [""]]
         for number, a in enumerate(site.activations):
-            with captured_inputs(layer, writers) as inputs:
+            with captured_inputs(layer, writers, stop=True) as inputs:  # they have yet to be fitted
                 normalized = layer.normalize(site.index, self.streams[number])
                 update = layer.update(site.index, normalized, **a.kwargs[site.block])
             for kept_inputs, captured in zip(self._inputs, [inputs[w] for w in writers] or [update], strict=True):

@@ -145,17 +145,34 @@ Observer = Callable[[int, Sublayer, Activations, Tensor], None]
 """Takes the number of a block, one of its sublayers, a batch before it, and what its writer reads, (B, T, n)."""
 
 
+class _AllCapturedError(Exception):
+    """Ends a forward pass of which nothing more is needed."""
+
+
 @contextmanager
-def captured_inputs(layer: nn.Module, modules: Sequence[str]) -> Iterator[Tensors]:
-    """Give a dictionary that what is called inside the context fills with the inputs of these modules."""
+def captured_inputs(layer: nn.Module, modules: Sequence[str], stop: bool = False) -> Iterator[Tensors]:
+    """Give a dictionary that what is called inside the context fills with the inputs of these modules.
+
+    Args:
+        layer: A decoder layer.
+        modules: Their names.
+        stop: Whether to leave the context as soon as all of them are known; what they would give isn't computed.
+    """
     inputs: Tensors = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda module, args: inputs.update({name: args[0]})
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = args[0]
+            if stop and len(inputs) == len(modules):
+                raise _AllCapturedError
+
+        return hook
 
     handles = [layer.get_submodule(name).register_forward_pre_hook(keep(name)) for name in modules]
     try:
         yield inputs
+    except _AllCapturedError:
+        pass
     finally:
         for handle in handles:
             handle.remove()
