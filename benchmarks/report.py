@@ -48,7 +48,7 @@ def heading(result: dict[str, Any]) -> str:
 
 def _note(result: dict[str, Any]) -> str:
     """What eigenslice calibrates on beside the given text."""
-    if not any(row["method"] in ("ours", "ours-custom") for row in result["rows"]):
+    if not any(row["method"].startswith("ours") for row in result["rows"]):
         return ""
     return (
         "\nours, ours-custom: the defaults, with a quarter as many sequences that the model wrote itself; -half: half "
