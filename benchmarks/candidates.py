@@ -20,8 +20,7 @@ from eigenslice.stream import Batch
 SLICED: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-custom": {"form": "custom"},
-    "ours-half": {"own_text": 0.5},  # more of the model's own text
-    "ours-custom-half": {"form": "custom", "own_text": 0.5},
+    "ours-custom-half": {"form": "custom", "own_text": 0.5},  # more of the model's own text
     "ours-given": {"own_text": 0.0},  # nothing but the given text and random tokens
     "ours-custom-given": {"form": "custom", "own_text": 0.0},
     "paper-per-block": {"basis": "per-block", "refit": False},
