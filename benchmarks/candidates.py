@@ -110,7 +110,9 @@ def plan_text(manifest: dict[str, Any]) -> str:
     """What a sliced model looks like: the numbers of its plan, or its widths."""
     plan, widths = manifest.get("plan"), sorted(set(manifest["site_widths"][:-1]))  # the head's may be the dense one
     if isinstance(plan, dict):
-        return ", ".join(f"{name} {_number(value)}" for name, value in plan.items())
+        dropped = [f"without blocks {', '.join(map(str, plan['dropped_blocks']))}"] if "dropped_blocks" in plan else []
+        numbers = [f"{name} {_number(value)}" for name, value in plan.items() if name != "dropped_blocks"]
+        return ", ".join(numbers + dropped)
     return str(plan) if plan else "width " + " to ".join(map(str, dict.fromkeys((widths[0], widths[-1]))))
 
 
