@@ -12,6 +12,7 @@ from torch import Tensor
 
 import baselines
 import quality
+from candidates import plan_text
 from eigenslice.errors import EigensliceError, OptionsError
 from eigenslice.evaluate import perplexity
 from eigenslice.stream import Batch
@@ -245,3 +246,9 @@ def test_options_that_are_none(command: list[str], capsys: pytest.CaptureFixture
     assert "no method magic; there are ours, ours-custom, ours-custom-half, ours-given" in capsys.readouterr().err
     with pytest.raises(OptionsError, match="NAME=SOURCE"):
         quality.main([*command, "--test=wikitext2"])
+
+
+def test_plans_are_told_in_words() -> None:
+    plan = {"basis": "global", "width": 24, "neurons": [8, 16], "tied": True, "dropped_blocks": [1, 2]}
+    told = plan_text({"plan": plan, "site_widths": [24, 24, 24, 24, 24]})
+    assert told == "basis global, width 24, neurons 8 to 16 (12), tied True, without blocks 1, 2"
