@@ -11,7 +11,7 @@ Both are rebuilt here, minimally, on transformers' own model, for Llama-like one
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +123,11 @@ def measure(model: Any, batches: list[Batch]) -> Importance:
     )
 
 
+def without_blocks(numbers: Iterable[int]) -> str:
+    """What a plan that leaves out blocks says of them."""
+    return "without blocks " + ", ".join(map(str, sorted(numbers)))
+
+
 def drop_blocks(model: Any, importance: Importance, most: int) -> tuple[Any, str]:
     """Leave out the blocks of least influence until at most so many parameters are left."""
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in model.model.layers]
@@ -144,7 +149,7 @@ def drop_blocks(model: Any, importance: Importance, most: int) -> tuple[Any, str
     smaller.config.num_hidden_layers = len(kept)
     if types:
         smaller.config.layer_types = [types[index] for index in kept]
-    return smaller, "without blocks " + ", ".join(map(str, sorted(dropped)))
+    return smaller, without_blocks(dropped)
 
 
 def prune_width(model: Any, importance: Importance, most: int) -> tuple[Any, str]:

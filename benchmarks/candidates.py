@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from baselines import Baseline, Importance, drop_blocks, measure, prune_width, stored
+from baselines import Baseline, Importance, drop_blocks, measure, prune_width, stored, without_blocks
 from eigenslice import CalibrationOptions, SliceOptions, slice_model
 from eigenslice.evaluate import load_model
 from eigenslice.options import DtypeName
@@ -110,9 +110,10 @@ def plan_text(manifest: dict[str, Any]) -> str:
     """What a sliced model looks like: the numbers of its plan, or its widths."""
     plan, widths = manifest.get("plan"), sorted(set(manifest["site_widths"][:-1]))  # the head's may be the dense one
     if isinstance(plan, dict):
-        dropped = [f"without blocks {', '.join(map(str, plan['dropped_blocks']))}"] if "dropped_blocks" in plan else []
-        numbers = [f"{name} {_number(value)}" for name, value in plan.items() if name != "dropped_blocks"]
-        return ", ".join(numbers + dropped)
+        return ", ".join(
+            without_blocks(value) if name == "dropped_blocks" else f"{name} {_number(value)}"
+            for name, value in plan.items()
+        )
     return str(plan) if plan else "width " + " to ".join(map(str, dict.fromkeys((widths[0], widths[-1]))))
 
 

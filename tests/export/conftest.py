@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from eigenslice.export import Export, export_model
 from eigenslice.options import CalibrationOptions, ExportOptions
 from tests import tiny
-from tests.conftest import Slicer
+from tests.conftest import Recipe, Slicer
 from tests.export import models
 
 Exporter = Callable[..., Export]
@@ -18,7 +17,7 @@ Sliced = Callable[..., Path]
 
 
 @pytest.fixture
-def sliced(run_slice: Slicer, tmp_path: Path) -> Sliced:
+def sliced(run_slice: Slicer, recipe: Recipe, tmp_path: Path) -> Sliced:
     """Gives the folder of a case, sliced to a width, or by a recipe where blocks keep neurons of their own number."""
 
     def run(
@@ -35,10 +34,8 @@ def sliced(run_slice: Slicer, tmp_path: Path) -> Sliced:
         data = CalibrationOptions(data=str(calibration))
         size: dict[str, Any] = {"width": width}
         if neurons or heads:
-            recipe = tmp_path / "recipe.yaml"
             plan = {"width": width, "neurons": neurons, "key_value_heads": heads}
-            recipe.write_text(yaml.safe_dump({name: value for name, value in plan.items() if value}))
-            size = {"recipe": recipe}
+            size = {"recipe": recipe(**{name: value for name, value in plan.items() if value})}
         return run_slice("llama", model=str(dense), calibration=data, form=form, **size).output
 
     return run
