@@ -1,18 +1,26 @@
 """Mixtures of experts: how their experts are stored, and what is fitted."""
 
+import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from eigenslice.algebra.refit import RIDGES
+from eigenslice.arch import TABLES, Sublayer, lookup
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
 from eigenslice.errors import CheckpointError
+from eigenslice.modeling import SlicedForCausalLM
+from eigenslice.stream import has_experts
 from tests import tiny
-from tests.conftest import Folders, Slicer, load, relative, stored_tensors
+from tests.conftest import Folders, Slicer, load, relative, size, stored_tensors
 
+TABLE_OF = {case: TABLES[tiny.CASES[case].model_type] for case in tiny.CASES}
+CUTTABLE = [case for case, table in TABLE_OF.items() if table.mlp.neurons and table.mlp.stacked]
 STOCK = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss", "llama4_text", "minimax_m2"]
 IDS = tiny.random_ids(2, 20, seed=5)
 
@@ -87,6 +95,119 @@ def test_fitted_readers_and_attention_lose_less(
             result = load(run_slice(case, **options).output)(ids).logits
             errors.append(relative(result, load(dense_folder(case))(ids).logits))
     assert errors[1] < 0.95 * errors[0]
+
+
+def experts_of(model: Any) -> list[Any]:
+    """Experts of the layers that have them."""
+    table = lookup(getattr(model.config, "text_config", model.config))
+    inner = model.model if isinstance(model, SlicedForCausalLM) else model
+    layers = inner.get_submodule(table.layers)
+    return [layer.get_submodule(table.mlp.experts) for layer in layers if has_experts(layer, table.mlp)]
+
+
+def ends(experts: Any, mlp: Sublayer) -> tuple[torch.Tensor, torch.Tensor]:
+    """Readers (experts, 2 x neurons, width) and writers (experts, width, neurons), as views."""
+    weights = (getattr(experts, name.rpartition(".")[2]).data for name in mlp.stacked)
+    reader, writer = (weight.transpose(-1, -2) if mlp.transposed else weight for weight in weights)
+    return reader, writer
+
+
+def neurons_of(model: Any) -> set[int]:
+    """Neurons of all experts, by what their readers give and what their writers take."""
+    mlp = lookup(getattr(model.config, "text_config", model.config)).mlp
+    pairs = [ends(experts, mlp) for experts in experts_of(model)]
+    return {count for reader, writer in pairs for count in (reader.shape[1] // 2, writer.shape[2])}
+
+
+@pytest.mark.parametrize("case", CUTTABLE)
+def test_experts_lose_neurons(case: str, run_slice: Slicer, dense_folder: Folders) -> None:
+    """The result is as stock as with all of them; what isn't an expert stays whole."""
+    dense = load(dense_folder(case))
+    (whole,) = neurons_of(dense)
+    result = run_slice(case, width=tiny.WIDTH, neurons=whole - 8)
+    manifest, model = result.manifest, load(result.output)
+    stored = sum(map(math.prod, stored_tensors(result.output).values()))
+    assert manifest["parameters"]["stored"] == stored == size(model)
+    assert manifest["form"] == ("stock" if tiny.CASES[case].stock else "custom")
+    assert manifest["plan"]["neurons"] == whole - 8
+    assert neurons_of(model) == {whole - 8}
+    assert len(experts_of(model)) == len(experts_of(dense)) > 0
+    assert 1e-3 < relative(logits(model), logits(dense)) < 0.6
+
+
+@pytest.mark.parametrize("refit", [False, True], ids=["plain", "refit"])
+@pytest.mark.parametrize("case", CUTTABLE)
+def test_idle_neurons_of_experts_are_cut_first(case: str, refit: bool, run_slice: Slicer, tmp_path: Path) -> None:
+    """Each expert has idle neurons of its own; without them, the logits are the dense model's."""
+    model = tiny.CASES[case].build()
+    table = lookup(model.config)
+    generator = torch.Generator().manual_seed(0)
+    (whole,) = neurons_of(model)
+    for experts in experts_of(model):
+        for writer in ends(experts, table.mlp)[1]:  # what is the same for all coordinates is nothing behind a LayerNorm
+            writer[:, torch.randperm(whole, generator=generator)[:8]] = 3.0 if table.norm == "layer" else 0.0
+    folder, dense = tiny.save(model, tmp_path / "idle"), logits(model)
+    exact = run_slice(case, model=str(folder), width=tiny.WIDTH, neurons=whole - 8, refit=refit)
+    assert (logits(load(exact.output)) - dense).abs().max() <= 1e-4 * dense.abs().max()
+    fewer = run_slice(case, model=str(folder), width=tiny.WIDTH, neurons=whole - 9, refit=refit)
+    assert "numbers of neurons in float32 that aren't multiples of 4" in fewer.manifest["warning"]
+    model = load(fewer.output, experts_implementation="eager")
+    assert (logits(model) - dense).abs().max() > 1e-3 * dense.abs().max()
+
+
+@pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "qwen2_moe"])
+def test_neurons_and_writers_are_those_of_a_formula(case: str, run_slice: Slicer, dense_folder: Folders) -> None:
+    """In float64, from a hook on transformers' experts of the first block, with 8 neurons less.
+
+    At full width nothing is lost before them, and a basis leaves W^T W as it is.
+    """
+    ids = load_file(tiny.calibration_file(dense_folder(case)))["calibration"]
+    model = load(dense_folder(case), dtype=torch.float64, experts_implementation="eager")
+    table, seen = lookup(model.config), {}
+    layer, experts = model.get_submodule(table.layers)[0], experts_of(model)[0]
+    layer.get_submodule(table.mlp.norm).register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    experts.register_forward_pre_hook(lambda module, args: seen.update(routed=args))
+    with torch.no_grad():
+        model(ids)
+    x, (hidden, index, weights) = seen["x"].flatten(0, 1), seen["routed"]
+    size = x.square().mean(-1) + table.epsilon(model.config)
+    kept_count = neurons_of(model).pop() - 8
+    result = load_file(
+        run_slice(case, width=tiny.WIDTH, neurons=kept_count, form="custom").output / "model.safetensors"
+    )
+    name = f"model.{table.layers}.0.{table.mlp.stacked[-1]}"
+    for number, (reader, writer) in enumerate(zip(*ends(experts, table.mlp), strict=True)):
+        tokens, place = torch.where(index == number)
+        rows = hidden[tokens] @ reader.T
+        if case == "gpt_oss":
+            rows = rows + experts.gate_up_proj_bias[number]
+            gate, up = rows[:, ::2].clamp(max=experts.limit), rows[:, 1::2].clamp(-experts.limit, experts.limit)
+            inner = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
+        else:
+            gate, up = rows.chunk(2, dim=-1)
+            inner = experts.act_fn(gate) * up
+        inner = (inner * weights[tokens, place, None] / size[tokens, None].sqrt()).detach()
+        kept = (inner.square().sum(0) * writer.square().sum(0)).topk(kept_count).indices.sort().values
+        gram = inner[:, kept].T @ inner[:, kept]
+        missing = inner[:, kept].T @ inner @ writer.T - gram @ writer[:, kept].T
+        actual = result[name][number].double()
+        actual = actual.T if table.mlp.transposed else actual
+        errors = []
+        for ridge in RIDGES:  # which one is chosen, the tests of the fits look at
+            regular = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram))
+            expected = writer[:, kept] + torch.linalg.solve(regular, missing).T
+            errors.append(relative(actual.T @ actual, expected.T @ expected))
+        assert min(errors) < 1e-4
+        assert relative(actual.T @ actual, writer[:, kept].T @ writer[:, kept]) > 1e-2
+
+
+@pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
+def test_a_size_is_reached_by_cutting_experts(case: str, run_slice: Slicer) -> None:
+    manifest = run_slice(case, keep=0.7, multiple=4).manifest
+    assert manifest["parameters"]["kept"] <= 0.7
+    assert manifest["form"] == "stock"
+    tried = [trial["neurons"] for trial in manifest["trials"]]
+    assert min(tried) < manifest["dense_neurons"]
 
 
 def test_a_missing_expert_is_refused(dense_folder: Folders, tmp_path: Path) -> None:

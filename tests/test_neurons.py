@@ -48,11 +48,12 @@ def mlp_shapes(model: Any) -> list[tuple[int, int]]:
     return shapes
 
 
-CUTTABLE = [case for case in tiny.CASES if TABLES[tiny.CASES[case].model_type].mlp.neurons]
+MLPS = {case: TABLES[tiny.CASES[case].model_type].mlp for case in tiny.CASES}
+CUTTABLE = [case for case, mlp in MLPS.items() if mlp.neurons and not mlp.stacked]  # experts: tests/test_mixtures.py
 
 
-@pytest.mark.parametrize("case", ["mixtral", "gemma2"])
-def test_neurons_of_experts_and_before_norms_stay(case: str, run_slice: Slicer) -> None:
+@pytest.mark.parametrize("case", ["deepseek_v3", "llama4_text", "gemma2"])
+def test_neurons_before_norms_and_of_experts_tied_to_shared_ones_stay(case: str, run_slice: Slicer) -> None:
     with pytest.raises(OptionsError, match=r"none: this architecture's can't be cut"):
         run_slice(case, width=24, neurons=40)
 

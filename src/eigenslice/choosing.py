@@ -100,12 +100,14 @@ def _allocate(
 ) -> list[list[Plan]]:
     """The plans, those in the custom class with the numbers of neurons by which the blocks lose least together.
 
+    Experts have the same number in all blocks.
+
     The first of each family is there with equal numbers, too.
     """
     dense = run.dense
 
     def uneven(plan: Plan) -> bool:
-        return plan.stock is None and plan.neurons[0] < dense.neurons
+        return plan.stock is None and plan.neurons[0] < dense.neurons and not dense.experts
 
     fewer = [plan.neurons[0] for family in families for plan in family if uneven(plan)]
     if not fewer:

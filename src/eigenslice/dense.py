@@ -34,7 +34,8 @@ class DenseModel:
         source, table, config: The checkpoint, its table and its transformers config.
         shapes: Shape of every stored parameter by transformers' name; a tied head isn't stored.
         device: Where folding is computed (in float64).
-        neurons: Number of neurons in each MLP; 0 if the table doesn't say that they can be cut.
+        neurons: Number of neurons in each MLP, or in each expert; 0 if the table doesn't say that they can be cut.
+        experts: Number of experts in each mixture; 0 if there are none, or their neurons can't be cut.
         heads: Number of key/value heads in each block; 0 if the table doesn't say that they can be cut.
         in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
         sinusoids: Tables of positions that no checkpoint holds, (positions, D).
@@ -55,7 +56,7 @@ class DenseModel:
         self.blocks = int(self.config.num_hidden_layers)
         self.eps = self.table.epsilon(self.config)
         self.layer_norm = self.table.norm == "layer"
-        self.neurons = self._count_neurons()
+        self.experts, self.neurons = self._count_neurons()
         self.heads = self._count_heads()
         self.sinusoids = self._fixed_positions(model)
         self.in_float32 = frozenset(model._keep_in_fp32_modules_strict or ())
@@ -88,12 +89,16 @@ class DenseModel:
         embedding, head = (end.load(self.source.weights) for end in ends)
         return torch.equal(embedding, head)
 
-    def _count_neurons(self) -> int:
+    def _count_neurons(self) -> tuple[int, int]:
+        """Of experts, and of the neurons in each of them, or in the MLP."""
         mlp = self.table.mlp
-        if not mlp.neurons:
-            return 0
-        writer = f"{self.table.layers}.0.{mlp.weight(mlp.writers[0])}"
-        return mlp.turn(mlp.writers[0], self.shapes[writer])[1]
+        writer = mlp.neuron_writer
+        names = (f"{self.table.layers}.{block}.{mlp.weight(writer)}" for block in range(self.blocks))
+        found = next((self.shapes[name] for name in names if name in self.shapes), None)
+        if not mlp.neurons or found is None:
+            return 0, 0
+        *experts, _, neurons = mlp.turn(writer, found)
+        return (experts[0] if experts else 0), neurons
 
     def _count_heads(self) -> int:
         if not self.table.attention.heads:

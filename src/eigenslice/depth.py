@@ -8,6 +8,7 @@ how much a block changes the stream, and refits nothing.)
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def missed_least(
     read: dict[int, list[Tensor]] = {}  # by the last site's writers, for each batch
     parted: dict[int, tuple[float, OffloadedTensors]] = {}  # distance at the block's end, and held-out streams
 
-    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Tensor) -> None:
+    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Any) -> None:
         read.setdefault(a.number, []).append(inputs)
 
     for site in stream.walk(share_batches(held_out_first(batches), ranks), observe, observed):

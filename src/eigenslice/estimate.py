@@ -33,7 +33,8 @@ WRITING = 3.5
 def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
     """Bytes of the activations that live at once: two streams, and what the widest writers read."""
     item = torch.empty((), dtype=dtype).element_size()
-    return tokens * (2 * dense.width + max(dense.width, dense.neurons)) * item
+    inner = 0 if dense.experts else dense.neurons  # what experts write is kept, not what their writers read
+    return tokens * (2 * dense.width + max(dense.width, inner)) * item
 
 
 def whole_bytes(dense: DenseModel, dtype: torch.dtype) -> int:
@@ -141,7 +142,9 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def _allocation(dense: DenseModel) -> float:
     """Tokens that pass all blocks so that each block gets neurons of its own, for results in the custom class."""
-    if not dense.neurons or choose_form(dense, "global", dense.width, True, "auto", dense.neurons // 2).stock:
+    if not dense.neurons or dense.experts:
+        return 0.0
+    if choose_form(dense, "global", dense.width, True, "auto", dense.neurons // 2).stock:
         return 0.0
     return TRIED_TOKENS + ALLOCATION_TOKENS * dense.blocks / 2  # a stream more behind each block
 

@@ -140,10 +140,11 @@ def _warning(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> str:
     """What is known to go wrong with a result elsewhere; empty where nothing is."""
     texts = [plan.stock.warning] if plan.stock and plan.stock.warning else []
     numbers = ROW_BYTES // dtype.itemsize
-    if dense.table.mlp.stacked and any(width % numbers for width in plan.site_widths):
+    sizes = (*plan.site_widths, *plan.neurons)
+    if dense.table.mlp.stacked and any(size % numbers for size in sizes):
         texts.append(
-            "grouped_mm, transformers' default for most types' experts, refuses widths in "
+            "grouped_mm, transformers' default for most types' experts, refuses widths and numbers of neurons in "
             f"{str(dtype).removeprefix('torch.')} that aren't multiples of {numbers}: load the result with "
-            'experts_implementation="eager", or slice to another width'
+            'experts_implementation="eager", or slice to other sizes'
         )
     return "; ".join(texts)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,10 +12,11 @@ from eigenslice.algebra.elimination import rank_groups
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel
+from eigenslice.experts import Experts, Routed
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import RunState
-from eigenslice.stream import STREAMS, Activations, Batch, Site, Stream
+from eigenslice.stream import STREAMS, Activations, Batch, Site, Stream, has_experts
 from eigenslice.transform import Kept
 
 STAGE = "measuring"
@@ -31,7 +33,7 @@ class Measurement:
     Attributes:
         moment: Second moment of the normalized stream, summed over sites, (D, D), float64.
         importance: For each block, the energy that each MLP neuron adds to the stream, as a share of the stream's,
-            summed over tokens, (neurons,). Empty where neurons aren't to be cut.
+            summed over tokens, (neurons,), or (experts, neurons). Empty where neurons aren't to be cut.
         heads: For each block, its key/value heads, those first that are missed most, (heads,). Empty where heads aren't
             to be cut.
     """
@@ -45,7 +47,7 @@ class Measurement:
         result = []
         for block, count in zip(plan.blocks, plan.neurons, strict=True):
             neurons, heads = None, None
-            if self.importance and count < len(self.importance[block]):
+            if self.importance and count < self.importance[block].shape[-1]:
                 neurons = self.importance[block].topk(count).indices.sort().values
             if self.heads and plan.heads is not None:
                 heads = self.heads[block][: plan.heads].sort().values
@@ -66,8 +68,9 @@ def measure(
     """Run the dense model once.
 
     A neuron's importance is sum over tokens of a_i^2 / mean(x^2), times |W_i|^2: the energy that it adds to the
-    stream x, which the next norm divides by the stream's. Heads are eliminated one after the other, each time the one
-    that the others, their writer refitted, can best make up for.
+    stream x, which the next norm divides by the stream's. An expert's neuron has it from the tokens that the expert is
+    given, a_i times the router's weight; where there are none, it is |W_i|^2. Heads are eliminated one after the other,
+    each time the one that the others, their writer refitted, can best make up for.
 
     Args:
         dense: The model.
@@ -88,16 +91,21 @@ def measure(
     observed = [s for s, n in ((attention, groups), (mlp, count)) if n]
     options = {"dtype": torch.float64, "device": dense.device}
     moment = torch.zeros(dense.width, dense.width, **options)
-    energies = torch.zeros(dense.blocks if count else 0, count, **options)
+    each = (dense.experts, count) if dense.experts else (count,)
+    energies = torch.zeros(dense.blocks if count else 0, *each, **options)
     columns = torch.ones_like(energies)  # squared norms of the MLP writers' columns
     order = torch.zeros(dense.blocks if groups else 0, groups, dtype=torch.int64, device=dense.device)
+    experts: Experts | None = None  # of the block that the stream passes
     gram = torch.zeros(0, 0, **options)  # of what the attention's writer reads
     reading = torch.zeros(0, 0, **options)  # its weight
 
-    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Tensor) -> None:
+    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Any) -> None:
         nonlocal gram
         size = a.rows(a.hidden).square().mean(-1, keepdim=True) + dense.eps
-        if sublayer is mlp:
+        if sublayer is mlp and dense.experts:
+            assert experts is not None  # the layer has them
+            energies[block] += _experts_energies(experts, Routed.of(a, inputs), size)
+        elif sublayer is mlp:
             energies[block] += (a.rows(inputs).square() / size).sum(0).to(torch.float64)
         else:
             gram = gram + gram_matrix(a.rows(inputs) * size.rsqrt())
@@ -113,20 +121,34 @@ def measure(
         if state and site.index == 0 and site.block and not site.resumed:
             sums = {"moment": moment, "energies": energies, "columns": columns, "heads": order}
             state.save(STAGE, site.block, {STREAMS: site.streams}, sums, {})
-        if count and site.layer is not None and site.index == 0:
-            columns[site.block] = writer_weight(dense, mlp, site).square().sum(0)
+        if count and site.layer is not None and site.index == 0 and (not mlp.stacked or has_experts(site.layer, mlp)):
+            columns[site.block] = writer_weight(dense, mlp, site).square().sum(-2)
+            experts = Experts.of(dense.table, mlp, site.layer) if mlp.stacked else None
         if groups and site.layer is not None and site.index == 0:
             reading = writer_weight(dense, attention, site)
             gram = torch.zeros(reading.shape[1], reading.shape[1], **options)
         moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
-    importance = ranks.sum(energies) * columns
+    energies = ranks.sum(energies)
+    if dense.experts:
+        energies[energies.sum(-1) == 0] = 1.0
+    importance = energies * columns
     ranks.sum(moment)
     if state:
         state.finish(STAGE, {"moment": moment, "importance": importance, "heads": order}, {})
     return Measurement(moment, list(importance), list(order))
 
 
+def _experts_energies(experts: Experts, routed: Routed, size: Tensor) -> Tensor:
+    """Sums over tokens of a_i^2 / size, (experts, neurons): a_i is what a neuron gives, times the router's weight."""
+    sums = []
+    for expert in range(len(experts.reader)):
+        tokens, weights = routed.to(expert)
+        inner = experts.inner(expert, routed.hidden[tokens]) * weights
+        sums.append((inner.square() / size[tokens]).sum(0))
+    return torch.stack(sums).to(torch.float64)
+
+
 def writer_weight(dense: DenseModel, sublayer: Sublayer, site: Site) -> Tensor:
-    """Weight of a sublayer's writer in a site's block, (D, n), float64."""
-    name = sublayer.weight(sublayer.writers[0])
+    """Weight of a sublayer's writer in a site's block, (D, n), or (experts, D, n); float64."""
+    name = sublayer.weight(sublayer.neuron_writer)
     return dense.table.turned({name: site.layer.get_parameter(name)})[name].to(torch.float64)

@@ -24,7 +24,7 @@ class Plan:
         site_widths: Width of the stream at each site; the last one is before the head.
         tied: Whether embedding and head stay one matrix.
         stock: The config class that holds it, None for the custom class.
-        neurons: Number of MLP neurons in each block. Stock configs hold one number for all.
+        neurons: Number of MLP neurons in each block, or in each of its experts. Stock configs hold one number for all.
         heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
         dropped: Numbers of the dense model's blocks that are left out. `neurons` and `site_widths` are of the others.
     """
@@ -139,12 +139,12 @@ def _block_layout(
                     inputs = width
                     if heads is not None:
                         outputs = outputs // dense.heads * heads
-                    if sublayer.neurons:
+                    if sublayer.has_neurons(name):
                         outputs = neurons * (2 if name in sublayer.gated else 1)
                     biased = dense.keeps_bias(bias, stock or (dense.carries_shifts and bool(sublayer.stacked)))
                 else:
                     outputs = following
-                    if sublayer.neurons:
+                    if sublayer.has_neurons(name):
                         inputs = neurons
                     if heads is not None:
                         inputs = inputs // dense.heads * heads

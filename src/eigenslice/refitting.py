@@ -14,14 +14,16 @@ from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
 from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
+from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel, Tensors
+from eigenslice.experts import Experts, Routed
 from eigenslice.folding import FoldedBlock, is_inside
 from eigenslice.forms import custom_config
 from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import Position
-from eigenslice.stream import BESIDE_GROUP, HELD_OUT_GROUP, Activations, BlockRunner, Site, captured_inputs
+from eigenslice.stream import BESIDE_GROUP, HELD_OUT_GROUP, Activations, BlockRunner, Site, captured_inputs, has_experts
 from eigenslice.transform import Kept, SiteBasis, keep_units, turn_end
 
 
@@ -77,7 +79,7 @@ class SlicedTwin:
         self._sites = dense.table.sites(dense.config)
         self._block: Tensors = {}
         self._inputs: list[OffloadedTensors] = []  # of each writer of a site
-        self._choices = {kind: RidgeChoice() for kind in ("read", "write", "neurons")}
+        self._choices = {kind: RidgeChoice() for kind in ("read", "write", "neurons", "experts")}
 
     def content(self) -> dict[str, Any]:
         """Beside `streams`, all it needs to go on after `arrive` at the first site of a block; as JSON."""
@@ -183,12 +185,19 @@ class SlicedTwin:
         """Give a site's sublayers weights, and keep what their writers read."""
         self._place = self._places[site.block]
         layer = self._runner.layers[self._place]
+        kept = self._kept[self._place]
         for sublayer in self._sites[site.index]:
-            weights = {
-                name: turn_end(sublayer, name, weight, reading, self._basis)
-                for name, weight in keep_units(sublayer, folded, self._kept[self._place])
-            }
-            weights |= {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}
+            inner = {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}
+
+            def turned(units: Kept, sublayer: Sublayer = sublayer, inner: Tensors = inner) -> Tensors:
+                ends = keep_units(sublayer, folded, units)
+                return {name: turn_end(sublayer, name, weight, reading, self._basis) for name, weight in ends} | inner
+
+            weights = turned(kept)
+            if sublayer.stacked and kept.neurons is not None and has_experts(layer, sublayer):
+                whole = turned(replace(kept, neurons=None))
+                fitted = self._fit_experts(site, sublayer, whole, kept.neurons)
+                weights[sublayer.weight(sublayer.neuron_writer)] = fitted
             self._runner.assign(layer, self._dense.as_modules(weights.items(), self._basis.width))
             self._block |= weights
         writers = self._fitted_writers(site.index)
@@ -200,8 +209,43 @@ class SlicedTwin:
             for kept_inputs, captured in zip(self._inputs, [inputs[w] for w in writers] or [update], strict=True):
                 kept_inputs.append(captured)
 
+    def _fit_experts(self, site: Site, sublayer: Sublayer, whole: Tensors, kept: Tensor) -> Tensor:
+        """Let the writer of each expert make up for the neurons that it loses.
+
+        Each is fitted, on the tokens that it is given, to what it writes with all of its neurons: which expert a token
+        is given to isn't smooth, so that the error before them isn't repaired here.
+
+        Args:
+            site: The one before them.
+            sublayer: Theirs.
+            whole: The block's weights with all neurons; names relative to the layer, out x in.
+            kept: Neurons that each one keeps, (experts, kept).
+
+        Returns:
+            Weights (experts, width, kept).
+        """
+        layer = self._runner.layers[self._place]
+        self._runner.assign(layer, self._dense.as_modules(whole.items(), self._basis.width))
+        experts = Experts.of(self._dense.table, sublayer, layer)
+        routed: list[Routed] = []
+        for number, a in enumerate(site.activations):
+            with captured_inputs(layer, [sublayer.experts], stop=True) as inputs:
+                layer.update(site.index, layer.normalize(site.index, self.streams[number]), **a.kwargs[site.block])
+            routed.append(Routed.of(a, inputs[sublayer.experts]))
+        fitted = []
+        for expert, writer in enumerate(whole[sublayer.weight(sublayer.neuron_writer)]):
+
+            def tokens(number: int, a: Activations, expert: int = expert, writer: Tensor = writer) -> Tokens:
+                rows, weights = routed[number].to(expert)
+                inner = experts.inner(expert, routed[number].hidden[rows]) * weights
+                inner = inner * torch.rsqrt(a.rows(a.hidden)[rows].square().mean(-1, keepdim=True) + site.eps)
+                return inner[:, kept[expert]], inner @ writer.T.to(inner.dtype)
+
+            fitted.append(self._fit("experts", site, writer[:, kept[expert]], tokens))
+        return torch.stack(fitted)
+
     def _fitted_writers(self, index: int) -> list[str]:
-        """The writers at a site of this block, or none if there are experts: those stay as they were rotated."""
+        """The writers at a site of this block, or none if there are experts: those don't repair what is before them."""
         sublayers = self._sites[index]
         if any(name in self._block for s in sublayers for name in s.stacked):
             return []

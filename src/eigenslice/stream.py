@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 from eigenslice.algebra.covariance import SecondMoment, normalize
 from eigenslice.algebra.finite import all_finite
 from eigenslice.arch import Sublayer
-from eigenslice.dense import DenseModel, Tensors
+from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory, unmap_freed_tensors
 from eigenslice.errors import ActivationError
 from eigenslice.folding import FoldedBlock
@@ -141,8 +141,9 @@ class Site:
             a.put(hidden @ projector.to(hidden.dtype))
 
 
-Observer = Callable[[int, Sublayer, Activations, Tensor], None]
-"""Takes the number of a block, one of its sublayers, a batch before it, and what its writer reads, (B, T, n)."""
+Observer = Callable[[int, Sublayer, Activations, Any], None]
+"""Takes the number of a block, one of its sublayers, a batch before it, and what its writer reads, (B, T, n), or what
+its experts are called with."""
 
 
 class _AllCapturedError(Exception):
@@ -150,19 +151,21 @@ class _AllCapturedError(Exception):
 
 
 @contextmanager
-def captured_inputs(layer: nn.Module, modules: Sequence[str], stop: bool = False) -> Iterator[Tensors]:
+def captured_inputs(layer: nn.Module, modules: Sequence[str], stop: bool = False) -> Iterator[dict[str, Any]]:
     """Give a dictionary that what is called inside the context fills with the inputs of these modules.
+
+    Of what takes several arguments (experts: tokens, which experts get them, and by which weights), it has all.
 
     Args:
         layer: A decoder layer.
         modules: Their names.
         stop: Whether to leave the context as soon as all of them are known; what they would give isn't computed.
     """
-    inputs: Tensors = {}
+    inputs: dict[str, Any] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            inputs[name] = args[0]
+            inputs[name] = args[0] if len(args) == 1 else args
             if stop and len(inputs) == len(modules):
                 raise _AllCapturedError
 
@@ -192,6 +195,11 @@ class _Recorder(nn.Module):
         return (hidden_states, None) if self._gives_tuple else hidden_states
 
 
+def has_experts(layer: nn.Module, sublayer: Sublayer) -> bool:
+    """Whether a decoder layer has a sublayer's experts: in some models, only some layers are mixtures."""
+    return any(name == sublayer.experts for name, _ in layer.named_modules())
+
+
 class BlockRunner:
     """A model in the custom class's form without weights, into which they are put for as long as they are needed."""
 
@@ -200,6 +208,7 @@ class BlockRunner:
         self.device, self.dtype = device, dtype
         with init_empty_weights(include_buffers=False), no_init_weights():
             self._whole: Any = SlicedForCausalLM(config).eval()
+        self._whole.model.set_experts_implementation("eager")  # others want sizes that are multiples of something
         for module in self._whole.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None:
@@ -275,8 +284,8 @@ class Stream:
 
         Args:
             batches: The sequences.
-            observe: Called for each batch with what an observed sublayer's writer reads.
-            observed: Those with one writer.
+            observe: Called for each batch with what an observed sublayer's writer reads, or its experts.
+            observed: Those with one writer, or with experts (in the layers that have them).
             hold: Whether a block's weights stay in memory, in float64's precision, while the stream passes it.
             position: Where to go on, with the streams saved as `STREAMS`; None begins with the embeddings.
 
@@ -324,7 +333,8 @@ class Stream:
         observed: Collection[Sublayer],
     ) -> Tensor:
         """Let one batch pass a site's sublayers; whether it is finite then, a boolean on the device."""
-        writers = {s.writers[0]: s for s in self._sites[site] if observe is not None and s in observed}
+        writers = {s.observed: s for s in self._sites[site] if observe is not None and s in observed}
+        writers = {name: s for name, s in writers.items() if not s.stacked or has_experts(layer, s)}
         hidden = a.hidden
         with captured_inputs(layer, list(writers)) as inputs:
             update = layer.update(site, layer.normalize(site, hidden), **a.kwargs[block])

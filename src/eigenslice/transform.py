@@ -62,7 +62,7 @@ class Kept:
     """What is kept inside of a block's sublayers: indices, ascending; None keeps all.
 
     Attributes:
-        neurons: Of the MLP.
+        neurons: Of the MLP, (kept,); in a mixture those of each expert, (experts, kept).
         heads: Key/value heads of the attention, each with its query heads.
         of_heads: How many there are.
     """
@@ -71,23 +71,33 @@ class Kept:
     heads: Tensor | None = None
     of_heads: int = 0
 
-    def pick(self, sublayer: Sublayer, tensor: Tensor, axis: int, gated: bool = False) -> Tensor:
+    def pick(self, sublayer: Sublayer, name: str, tensor: Tensor, axis: int) -> Tensor:
         """The kept part of a sublayer's weight or bias along one axis.
 
         Args:
             sublayer: Whose.
-            tensor: Out x in, or (out,).
+            name: Of the reader or writer.
+            tensor: Out x in, or (out,); one for each expert if it is stacked.
             axis: 0 for what readers give, 1 for what writers take.
-            gated: Whether it has two rows for each neuron, those of the gate first.
         """
-        if sublayer.neurons and self.neurons is not None:
-            if gated:
-                return tensor.unflatten(0, (2, -1))[:, self.neurons].flatten(0, 1)
-            return tensor.index_select(axis, self.neurons)
+        if sublayer.has_neurons(name) and self.neurons is not None:
+            gate = (1 if sublayer.interleaved else 0) if name in sublayer.gated else None
+            if name in sublayer.stacked:
+                pairs = zip(tensor, self.neurons, strict=True)
+                return torch.stack([_pick_neurons(one, neurons, axis, gate) for one, neurons in pairs])
+            return _pick_neurons(tensor, self.neurons, axis, gate)
         if sublayer.heads and self.heads is not None:
             parts = tensor.unflatten(axis, (self.of_heads, -1))
             return parts.index_select(axis, self.heads).flatten(axis, axis + 1)
         return tensor
+
+
+def _pick_neurons(tensor: Tensor, neurons: Tensor, axis: int, gate: int | None) -> Tensor:
+    """Some neurons' rows or columns. gate: where each has a gate's row, too, 0 if those come first, 1 if in turns."""
+    if gate is None:
+        return tensor.index_select(axis, neurons)
+    pairs = tensor.unflatten(0, (2, -1) if gate == 0 else (-1, 2))
+    return pairs.index_select(1 - gate, neurons).flatten(0, 1)
 
 
 ALL = Kept()
@@ -112,9 +122,9 @@ def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = AL
                 continue
             tensor = folded[part]
             if name in sublayer.readers:
-                tensor = kept.pick(sublayer, tensor, 0, name in sublayer.gated)
+                tensor = kept.pick(sublayer, name, tensor, 0)
             elif part == weight:
-                tensor = kept.pick(sublayer, tensor, 1)
+                tensor = kept.pick(sublayer, name, tensor, 1)
             yield part, tensor
 
 

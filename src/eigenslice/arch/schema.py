@@ -37,12 +37,14 @@ class Sublayer:
     followed by a matrix: `POST_NORM.project` is the writer."""
     neurons: bool = False
     """Whether its neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in
-    between joins two of them."""
+    between joins two of them. In a mixture, those of each expert (`stacked`); other readers and writers stay whole."""
     heads: bool = False
     """Whether its key/value heads can be cut, each with the query heads that share it: the rows of every reader and the
     columns of the writer are those of the first key/value head, then of the next, and nothing joins two of them."""
     gated: tuple[str, ...] = ()
     """Readers that are gate and up projection in one: their rows are those of the gate, then those of the other."""
+    interleaved: bool = False
+    """Whether the rows of gate and up projection take turns instead."""
     transposed: tuple[str, ...] = ()
     """Readers and writers that hold their weights as in x out (transformers' Conv1D; some experts)."""
     stacked: tuple[str, ...] = ()
@@ -57,6 +59,25 @@ class Sublayer:
     def ends(self) -> tuple[str, ...]:
         """Readers and writers."""
         return (*self.readers, *self.writers)
+
+    @property
+    def experts(self) -> str:
+        """Name of the module that holds what is stacked."""
+        return self.stacked[0].rpartition(".")[0]
+
+    @property
+    def observed(self) -> str:
+        """Name of the module whose input says what the writer of its neurons or heads reads; experts', in a mixture."""
+        return self.experts if self.stacked else self.writers[0]
+
+    @property
+    def neuron_writer(self) -> str:
+        """The writer whose columns are the neurons."""
+        return self.stacked[-1] if self.stacked else self.writers[0]
+
+    def has_neurons(self, name: str) -> bool:
+        """Whether the neurons that can be cut are rows of a reader, or columns of a writer."""
+        return self.neurons and (not self.stacked or name in self.stacked)
 
     def weight(self, name: str) -> str:
         """Name of the weight of a reader or writer."""

@@ -34,7 +34,8 @@ class SlicedConfig(PreTrainedConfig):
         architecture: What reads and what writes the residual stream: the names of eigenslice's table.
         site_widths: Width of the residual stream at each site, in the order in which the stream passes them:
             one before each sublayer (parallel blocks have one site a block), the last one before the head.
-        neurons: Number of MLP neurons in each block; None is the dense model's number in all of them.
+        neurons: Number of MLP neurons in each block, or in each of its experts; None is the dense model's number in
+            all of them.
         key_value_heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
         shortcuts: Whether the skip connection of each site passes a matrix to the next site's basis.
         norm_eps: Epsilon of the norms. (The stream is stored scaled so that this is the dense model's.)
@@ -309,6 +310,12 @@ def _of_heads(size: int, config: Any) -> int:
     return size // config.text_config.num_key_value_heads * config.key_value_heads
 
 
+def _neurons_of(sublayer: dict, name: str, neurons: int | None) -> int | None:
+    """Neurons of a reader or writer if they can be cut: the MLP's, and in a mixture only its experts'."""
+    cut = not sublayer["attention"] and (not sublayer["stacked"] or name in sublayer["stacked"])
+    return neurons if cut else None
+
+
 def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None) -> None:
     """Narrow one decoder layer. widths: at each of its sites, then at the next layer's first one."""
     weight = next(layer.parameters())
@@ -326,13 +333,14 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
             if sublayer["post_norm"]:
                 norm = ProjectedRMSNorm(dense_width, next_width, config.norm_eps, weight)
                 setattr(layer, sublayer["post_norm"], norm)
-            inner = None if sublayer["attention"] else neurons
             for name in sublayer["readers"]:
+                inner = _neurons_of(sublayer, name, neurons)
                 outputs = 2 * inner if inner and name in sublayer["gated"] else inner
                 if sublayer["attention"] and config.key_value_heads is not None:
                     outputs = _of_heads(layer.get_submodule(name).weight.shape[0], config)
                 _resize(layer, sublayer, name, width, outputs, config.reader_bias and not sublayer["stacked"])
             for name in sublayer["writers"]:
+                inner = _neurons_of(sublayer, name, neurons)
                 if sublayer["attention"] and config.key_value_heads is not None:
                     inner = _of_heads(layer.get_submodule(name).weight.shape[1], config)
                 _resize(layer, sublayer, name, inner, next_width)

@@ -37,6 +37,7 @@ TABLES = (
         width_scales_embedding=False,
         attention=either(("in_proj_qkvz", "in_proj_ba")),
         mlp=mixtures.mixture(dense=True, shared="shared_expert", more=["shared_expert_gate"]),
+        neurons_field=mixtures.EXPERTS_FIELD,
         stock=(StockForm(model_type="qwen3_next"),),
     ),
     QWEN35,
@@ -44,6 +45,7 @@ TABLES = (
         QWEN35,
         model_type="qwen3_5_moe_text",
         mlp=mixtures.mixture(shared="shared_expert", more=["shared_expert_gate"]),
+        neurons_field=mixtures.EXPERTS_FIELD,
         stock=(StockForm(model_type="qwen3_5_moe_text"),),
     ),
 )

@@ -1,6 +1,7 @@
 """Mixtures of experts with Llama's layout: Mixtral, Qwen, GLM, DeepSeek, Granite, MiniMax, OLMoE, gpt-oss, Llama 4.
 
-transformers holds all experts of a layer in one tensor. The router reads the stream, too. MLP neurons aren't cut.
+transformers holds all experts of a layer in one tensor. The router reads the stream, too. The experts' neurons are
+those that can be cut; where the config ties the width of shared experts to theirs, they stay.
 """
 
 from collections.abc import Iterable
@@ -10,6 +11,7 @@ from eigenslice.arch.schema import StockForm, Sublayer
 from eigenslice.arch.tables import granite, llama
 
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
+EXPERTS_FIELD = "moe_intermediate_size"
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -20,6 +22,7 @@ def mixture(
     shared: str = "",
     more: Iterable[str] = (),
     inner: tuple[str, ...] = (),
+    neurons: bool = True,
 ) -> Sublayer:
     """An MLP that is a mixture.
 
@@ -30,6 +33,7 @@ def mixture(
         shared: Name of the experts that all tokens pass, in it; none if empty.
         more: Names of further readers in it.
         inner: Names of what is kept as it is, in it.
+        neurons: Whether the experts' neurons can be cut.
     """
     plain = [f"{block}.{name}" for name in GATED] if dense else []
     plain += [f"{block}.{shared}.{name}" for name in GATED] if shared else []
@@ -45,6 +49,8 @@ def mixture(
         writers=(*(name for name in plain if name.endswith("down_proj")), experts[1]),
         inner=tuple(f"{block}.{name}" for name in inner),
         stacked=experts,
+        neurons=neurons,
+        gated=experts[:1],
     )
 
 
@@ -62,7 +68,7 @@ LATENT = replace(
 )
 """DeepSeek's attention: keys and values pass a narrow layer with a norm of its own."""
 GPT_OSS = mixture(router="router")
-LLAMA4 = mixture("feed_forward", router="router", dense=True, shared="shared_expert")
+LLAMA4 = mixture("feed_forward", router="router", dense=True, shared="shared_expert", neurons=False)
 
 TABLES = (
     replace(llama.TABLE, model_type="mixtral", mlp=mixture(), stock=stays("mixtral")),
@@ -70,30 +76,36 @@ TABLES = (
         llama.TABLE,
         model_type="qwen2_moe",
         mlp=mixture(dense=True, shared="shared_expert", more=["shared_expert_gate"]),
+        neurons_field=EXPERTS_FIELD,
         stock=stays("qwen2_moe"),
     ),
     replace(
-        llama.TABLE, model_type="qwen3_moe", attention=WITH_NORMS, mlp=mixture(dense=True), stock=stays("qwen3_moe")
+        llama.TABLE,
+        model_type="qwen3_moe",
+        attention=WITH_NORMS,
+        mlp=mixture(dense=True),
+        neurons_field=EXPERTS_FIELD,
+        stock=stays("qwen3_moe"),
     ),
     replace(
         llama.TABLE,
         model_type="glm4_moe",
         attention=WITH_NORMS,
-        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,)),
+        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,), neurons=False),
         stock=stays("glm4_moe"),
     ),
     replace(
         llama.TABLE,
         model_type="deepseek_v2",
         attention=LATENT,
-        mlp=mixture(dense=True, shared="shared_experts"),
+        mlp=mixture(dense=True, shared="shared_experts", neurons=False),
         stock=stays("deepseek_v2"),
     ),
     replace(
         llama.TABLE,
         model_type="deepseek_v3",
         attention=LATENT,
-        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,)),
+        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,), neurons=False),
         stock=stays("deepseek_v3"),
     ),
     replace(
@@ -113,7 +125,7 @@ TABLES = (
         llama.TABLE,
         model_type="gpt_oss",
         attention=replace(llama.ATTENTION, inner=("self_attn.sinks",)),
-        mlp=replace(GPT_OSS, transposed=GPT_OSS.stacked),
+        mlp=replace(GPT_OSS, transposed=GPT_OSS.stacked, interleaved=True),
         stock=(StockForm(model_type="gpt_oss", portable=True),),
     ),
     replace(

@@ -1,0 +1,72 @@
+"""The experts of a mixture: which tokens each one gets, and what its writer reads.
+
+An expert is an MLP of its own: its neurons are chosen, and its writer is fitted, on the tokens that are routed to it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenslice.arch import Sublayer, Table
+from eigenslice.stream import Activations
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The tokens of one batch before the experts of a layer.
+
+    Attributes:
+        hidden: What experts read, (tokens, width); only tokens that count, as in `Activations.rows`.
+        index: Numbers of the experts that each token is given to, (tokens, k).
+        weights: What the outputs of these are multiplied by, (tokens, k).
+    """
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, a: Activations, arguments: tuple[Tensor, ...]) -> "Routed":
+        """From what transformers calls the experts with."""
+        hidden, index, weights = (x.reshape(-1, x.shape[-1]) for x in arguments)
+        if a.mask is not None:
+            hidden, index, weights = (x[a.mask.flatten()] for x in (hidden, index, weights))
+        return cls(hidden, index, weights)
+
+    def to(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Numbers of the tokens that an expert is given, (n,), and what its output is multiplied by, (n, 1)."""
+        tokens, place = torch.where(self.index == expert)
+        return tokens, self.weights[tokens, place, None].float()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's experts with the weights that it has at the moment.
+
+    Attributes:
+        module: transformers' module.
+        reader: Gate and up projection, (experts, out, width).
+        bias: Theirs, (experts, out), or None.
+    """
+
+    module: Any
+    reader: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, table: Table, sublayer: Sublayer, layer: Any) -> "Experts":
+        """Those of a decoder layer."""
+        reader = sublayer.stacked[0]
+        name, module = sublayer.weight(reader), layer.get_submodule(sublayer.experts)
+        bias = getattr(module, sublayer.bias(reader).rpartition(".")[2], None)
+        return cls(module, table.turned({name: layer.get_parameter(name)})[name], bias)
+
+    def inner(self, expert: int, hidden: Tensor) -> Tensor:
+        """What an expert's writer reads, (n, neurons), for tokens (n, width); in float32 or more."""
+        gate_up = torch.nn.functional.linear(
+            hidden, self.reader[expert], None if self.bias is None else self.bias[expert]
+        )
+        inner = self.module._apply_gate(gate_up)
+        return inner.to(torch.promote_types(inner.dtype, torch.float32))
