@@ -14,26 +14,24 @@ from eigenslice.stream import Activations
 
 
 @dataclass(frozen=True)
-class Routed:
-    """The tokens of one batch before the experts of a layer.
+class Routing:
+    """Which experts of a layer the tokens of a batch are given to; only those that count, as in `Activations.rows`.
 
     Attributes:
-        hidden: What experts read, (tokens, width); only tokens that count, as in `Activations.rows`.
-        index: Numbers of the experts that each token is given to, (tokens, k).
+        index: Numbers of the experts, (tokens, k).
         weights: What the outputs of these are multiplied by, (tokens, k).
     """
 
-    hidden: Tensor
     index: Tensor
     weights: Tensor
 
     @classmethod
-    def of(cls, a: Activations, arguments: tuple[Tensor, ...]) -> "Routed":
-        """From what transformers calls the experts with."""
+    def of(cls, a: Activations, arguments: tuple[Tensor, ...]) -> tuple[Tensor, "Routing"]:
+        """What experts read, (tokens, width), and the routing, from what transformers calls them with."""
         hidden, index, weights = (x.reshape(-1, x.shape[-1]) for x in arguments)
         if a.mask is not None:
             hidden, index, weights = (x[a.mask.flatten()] for x in (hidden, index, weights))
-        return cls(hidden, index, weights)
+        return hidden, cls(index, weights)
 
     def to(self, expert: int) -> tuple[Tensor, Tensor]:
         """Numbers of the tokens that an expert is given, (n,), and what its output is multiplied by, (n, 1)."""

@@ -12,7 +12,7 @@ from eigenslice.algebra.elimination import rank_groups
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel
-from eigenslice.experts import Experts, Routed
+from eigenslice.experts import Experts, Routing
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import RunState
@@ -104,7 +104,7 @@ def measure(
         size = a.rows(a.hidden).square().mean(-1, keepdim=True) + dense.eps
         if sublayer is mlp and dense.experts:
             assert experts is not None  # the layer has them
-            energies[block] += _experts_energies(experts, Routed.of(a, inputs), size)
+            energies[block] += _experts_energies(experts, *Routing.of(a, inputs), size)
         elif sublayer is mlp:
             energies[block] += (a.rows(inputs).square() / size).sum(0).to(torch.float64)
         else:
@@ -138,12 +138,12 @@ def measure(
     return Measurement(moment, list(importance), list(order))
 
 
-def _experts_energies(experts: Experts, routed: Routed, size: Tensor) -> Tensor:
+def _experts_energies(experts: Experts, hidden: Tensor, routing: Routing, size: Tensor) -> Tensor:
     """Sums over tokens of a_i^2 / size, (experts, neurons): a_i is what a neuron gives, times the router's weight."""
     sums = []
     for expert in range(len(experts.reader)):
-        tokens, weights = routed.to(expert)
-        inner = experts.inner(expert, routed.hidden[tokens]) * weights
+        tokens, weights = routing.to(expert)
+        inner = experts.inner(expert, hidden[tokens]) * weights
         sums.append((inner.square() / size[tokens]).sum(0))
     return torch.stack(sums).to(torch.float64)
 

@@ -75,7 +75,7 @@ class SliceOptions(BaseModel):
         width: The hidden width to keep.
         recipe: A file with a plan: an eigenslice.json, or YAML with width, neurons, key_value_heads,
             dropped_blocks, tied, basis.
-        neurons: MLP neurons to keep in every block, with slicing or width; None keeps all.
+        neurons: MLP neurons to keep in every block, or expert, with slicing or width; None keeps all.
         mlp: Whether keep may cut MLP neurons (global basis).
         heads: Whether keep may cut key/value heads, each with its query heads (global basis, with refit).
         depth: Whether keep may leave out whole blocks, where all are alike (global basis, with refit).

@@ -102,7 +102,7 @@ def _check_neurons(dense: DenseModel, basis: BasisKind, neurons: int, found: str
         )
     if neurons != dense.neurons and not 1 <= neurons <= dense.neurons:
         raise OptionsError(
-            f"{found}; the model has {dense.neurons} MLP neurons in each block",
+            f"{found}; the model has {dense.neurons} MLP neurons in each {'expert' if dense.experts else 'block'}",
             allowed=f"1 to {dense.neurons}" if dense.neurons else "none: this architecture's can't be cut",
             next_step="leave it out to keep all of them",
         )

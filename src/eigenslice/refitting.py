@@ -16,7 +16,7 @@ from eigenslice.algebra.covariance import normalize
 from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
 from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel, Tensors
-from eigenslice.experts import Experts, Routed
+from eigenslice.experts import Experts, Routing
 from eigenslice.folding import FoldedBlock, is_inside
 from eigenslice.forms import custom_config
 from eigenslice.offload import Offload, OffloadedTensors
@@ -193,11 +193,11 @@ class SlicedTwin:
                 ends = keep_units(sublayer, folded, units)
                 return {name: turn_end(sublayer, name, weight, reading, self._basis) for name, weight in ends} | inner
 
-            weights = turned(kept)
+            fitted: Tensors = {}
             if sublayer.stacked and kept.neurons is not None and has_experts(layer, sublayer):
-                whole = turned(replace(kept, neurons=None))
-                fitted = self._fit_experts(site, sublayer, whole, kept.neurons)
-                weights[sublayer.weight(sublayer.neuron_writer)] = fitted
+                writers = self._fit_experts(site, sublayer, turned(replace(kept, neurons=None)), kept.neurons)
+                fitted = {sublayer.weight(sublayer.neuron_writer): writers}
+            weights = turned(kept) | fitted
             self._runner.assign(layer, self._dense.as_modules(weights.items(), self._basis.width))
             self._block |= weights
         writers = self._fitted_writers(site.index)
@@ -218,7 +218,7 @@ class SlicedTwin:
         Args:
             site: The one before them.
             sublayer: Theirs.
-            whole: The block's weights with all neurons; names relative to the layer, out x in.
+            whole: The block's weights with all neurons; names relative to the layer, out x in. Used up.
             kept: Neurons that each one keeps, (experts, kept).
 
         Returns:
@@ -226,22 +226,27 @@ class SlicedTwin:
         """
         layer = self._runner.layers[self._place]
         self._runner.assign(layer, self._dense.as_modules(whole.items(), self._basis.width))
+        writers = whole.pop(sublayer.weight(sublayer.neuron_writer))
+        whole.clear()  # it is large
         experts = Experts.of(self._dense.table, sublayer, layer)
-        routed: list[Routed] = []
+        hidden, routings = self._offload.tensors(), list[Routing]()
         for number, a in enumerate(site.activations):
             with captured_inputs(layer, [sublayer.experts], stop=True) as inputs:
                 layer.update(site.index, layer.normalize(site.index, self.streams[number]), **a.kwargs[site.block])
-            routed.append(Routed.of(a, inputs[sublayer.experts]))
+            rows, routing = Routing.of(a, inputs[sublayer.experts])
+            hidden.append(rows)
+            routings.append(routing)
         fitted = []
-        for expert, writer in enumerate(whole[sublayer.weight(sublayer.neuron_writer)]):
+        for expert, writer in enumerate(writers):
 
             def tokens(number: int, a: Activations, expert: int = expert, writer: Tensor = writer) -> Tokens:
-                rows, weights = routed[number].to(expert)
-                inner = experts.inner(expert, routed[number].hidden[rows]) * weights
-                inner = inner * torch.rsqrt(a.rows(a.hidden)[rows].square().mean(-1, keepdim=True) + site.eps)
+                given, weights = routings[number].to(expert)
+                inner = experts.inner(expert, hidden[number][given]) * weights
+                inner = inner * torch.rsqrt(a.rows(a.hidden)[given].square().mean(-1, keepdim=True) + site.eps)
                 return inner[:, kept[expert]], inner @ writer.T.to(inner.dtype)
 
             fitted.append(self._fit("experts", site, writer[:, kept[expert]], tokens))
+        hidden.clear()
         return torch.stack(fitted)
 
     def _fitted_writers(self, index: int) -> list[str]:

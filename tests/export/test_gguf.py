@@ -72,6 +72,14 @@ def test_what_runs_at_one_width_only_can_be_cut_elsewhere(
     exported(sliced(case, **size, **config))
 
 
+@pytest.mark.parametrize(("case", "neurons"), [("qwen3_moe", 16), ("mixtral", 40)])
+def test_experts_with_fewer_neurons(case: str, neurons: int, sliced: Sliced, exported: Exporter) -> None:
+    """The file is compared with transformers there."""
+    result = exported(sliced(case, neurons=[neurons] * 2))
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in GGUFReader(result.output).tensors}
+    assert shapes["blk.1.ffn_down_exps.weight"][:2] == [neurons, 32]
+
+
 def test_a_tied_head_is_stored_once(sliced: Sliced, exported: Exporter) -> None:
     tied = exported(sliced("llama-tied"))
     assert "output.weight" not in {tensor.name for tensor in GGUFReader(tied.output).tensors}

@@ -23,7 +23,8 @@ def slice_(
         Path | None, typer.Option(help="Plan from a file: an eigenslice.json, or YAML with width and neurons.")
     ] = None,
     neurons: Annotated[
-        int | None, typer.Option(help="MLP neurons to keep in every block, with --width or --slicing [all].")
+        int | None,
+        typer.Option(help="MLP neurons (of each expert) to keep in every block, with --width or --slicing [all]."),
     ] = None,
     mlp: Annotated[bool, typer.Option(help="With --keep: cut MLP neurons, too; --no-mlp cuts the width only.")] = True,
     heads: Annotated[
