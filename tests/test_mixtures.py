@@ -105,6 +105,15 @@ def experts_of(model: Any) -> list[Any]:
     return [layer.get_submodule(table.mlp.experts) for layer in layers if has_experts(layer, table.mlp)]
 
 
+def shared_of(model: Any) -> list[Any]:
+    """Writers of the shared experts that lose neurons together with the others."""
+    table = lookup(getattr(model.config, "text_config", model.config))
+    inner = model.model if isinstance(model, SlicedForCausalLM) else model
+    layers = inner.get_submodule(table.layers)
+    name = table.mlp.shared_writer
+    return [layer.get_submodule(name) for layer in layers if has_experts(layer, table.mlp)] if name else []
+
+
 def ends(experts: Any, mlp: Sublayer) -> tuple[torch.Tensor, torch.Tensor]:
     """Readers (experts, 2 x neurons, width) and writers (experts, width, neurons), as views."""
     weights = (getattr(experts, name.rpartition(".")[2]).data for name in mlp.stacked)
@@ -132,6 +141,8 @@ def test_experts_lose_neurons(case: str, run_slice: Slicer, dense_folder: Folder
     assert manifest["plan"]["neurons"] == whole - 8
     assert neurons_of(model) == {whole - 8}
     assert len(experts_of(model)) == len(experts_of(dense)) > 0
+    for one, other in zip(shared_of(dense), shared_of(model), strict=True):
+        assert other.in_features * whole == one.in_features * (whole - 8)
     assert 1e-3 < relative(logits(model), logits(dense)) < 0.6
 
 
@@ -146,6 +157,9 @@ def test_idle_neurons_of_experts_are_cut_first(case: str, refit: bool, run_slice
     for experts in experts_of(model):
         for writer in ends(experts, table.mlp)[1]:  # what is the same for all coordinates is nothing behind a LayerNorm
             writer[:, torch.randperm(whole, generator=generator)[:8]] = 3.0 if table.norm == "layer" else 0.0
+    for module in shared_of(model):  # they have a multiple
+        idle = torch.randperm(module.in_features, generator=generator)[: 8 * module.in_features // whole]
+        module.weight.data[:, idle] = 0.0
     folder, dense = tiny.save(model, tmp_path / "idle"), logits(model)
     exact = run_slice(case, model=str(folder), width=tiny.WIDTH, neurons=whole - 8, refit=refit)
     assert (logits(load(exact.output)) - dense).abs().max() <= 1e-4 * dense.abs().max()
@@ -155,50 +169,63 @@ def test_idle_neurons_of_experts_are_cut_first(case: str, refit: bool, run_slice
     assert (logits(model) - dense).abs().max() > 1e-3 * dense.abs().max()
 
 
-@pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "qwen2_moe"])
-def test_neurons_and_writers_are_those_of_a_formula(case: str, run_slice: Slicer, dense_folder: Folders) -> None:
-    """In float64, from a hook on transformers' experts of the first block, with 8 neurons less.
+def check_fitted(actual: torch.Tensor, inner: torch.Tensor, writer: torch.Tensor, count: int) -> None:
+    """A writer W (width, count) against the formula, in float64; a basis leaves W^T W as it is.
 
-    At full width nothing is lost before them, and a basis leaves W^T W as it is.
+    Args:
+        actual: What was stored.
+        inner: What the dense writer reads, (n, neurons), each token as it counts.
+        writer: The dense one.
+        count: Neurons that are kept.
     """
+    kept = (inner.square().sum(0) * writer.square().sum(0)).topk(count).indices.sort().values
+    gram = inner[:, kept].T @ inner[:, kept]
+    missing = inner[:, kept].T @ inner @ writer.T - gram @ writer[:, kept].T
+    errors = []
+    for ridge in RIDGES:  # which one is chosen, the tests of the fits look at
+        regular = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram))
+        expected = writer[:, kept] + torch.linalg.solve(regular, missing).T
+        errors.append(relative(actual.T @ actual, expected.T @ expected))
+    assert min(errors) < 1e-4
+    assert relative(actual.T @ actual, writer[:, kept].T @ writer[:, kept]) > 5e-3
+
+
+@pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3"])
+def test_neurons_and_writers_are_those_of_a_formula(case: str, run_slice: Slicer, dense_folder: Folders) -> None:
+    """From hooks on transformers' first block with experts: at full width nothing is lost before it."""
     ids = load_file(tiny.calibration_file(dense_folder(case)))["calibration"]
     model = load(dense_folder(case), dtype=torch.float64, experts_implementation="eager")
     table, seen = lookup(model.config), {}
-    layer, experts = model.get_submodule(table.layers)[0], experts_of(model)[0]
-    layer.get_submodule(table.mlp.norm).register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    layers, mlp, experts = model.get_submodule(table.layers), table.mlp, experts_of(model)[0]
+    number, layer = next((n, layer) for n, layer in enumerate(layers) if has_experts(layer, mlp))
+    layer.get_submodule(mlp.norm).register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
     experts.register_forward_pre_hook(lambda module, args: seen.update(routed=args))
+    for module in shared_of(model)[:1]:
+        module.register_forward_pre_hook(lambda module, args: seen.update(shared=args[0]))
     with torch.no_grad():
         model(ids)
     x, (hidden, index, weights) = seen["x"].flatten(0, 1), seen["routed"]
-    size = x.square().mean(-1) + table.epsilon(model.config)
-    kept_count = neurons_of(model).pop() - 8
-    result = load_file(
-        run_slice(case, width=tiny.WIDTH, neurons=kept_count, form="custom").output / "model.safetensors"
-    )
-    name = f"model.{table.layers}.0.{table.mlp.stacked[-1]}"
-    for number, (reader, writer) in enumerate(zip(*ends(experts, table.mlp), strict=True)):
-        tokens, place = torch.where(index == number)
+    size = (x.square().mean(-1, keepdim=True) + table.epsilon(model.config)).sqrt()
+    count = neurons_of(model).pop() - 8
+    result = load_file(run_slice(case, width=tiny.WIDTH, neurons=count, form="custom").output / "model.safetensors")
+    names = [name for name in (mlp.neuron_writer, mlp.shared_writer) if name]
+    stored = {name: result[f"model.{table.layers}.{number}.{mlp.weight(name)}"].double() for name in names}
+    for expert, (reader, writer) in enumerate(zip(*ends(experts, mlp), strict=True)):
+        tokens, place = torch.where(index == expert)
         rows = hidden[tokens] @ reader.T
         if case == "gpt_oss":
-            rows = rows + experts.gate_up_proj_bias[number]
+            rows = rows + experts.gate_up_proj_bias[expert]
             gate, up = rows[:, ::2].clamp(max=experts.limit), rows[:, 1::2].clamp(-experts.limit, experts.limit)
             inner = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
         else:
             gate, up = rows.chunk(2, dim=-1)
             inner = experts.act_fn(gate) * up
-        inner = (inner * weights[tokens, place, None] / size[tokens, None].sqrt()).detach()
-        kept = (inner.square().sum(0) * writer.square().sum(0)).topk(kept_count).indices.sort().values
-        gram = inner[:, kept].T @ inner[:, kept]
-        missing = inner[:, kept].T @ inner @ writer.T - gram @ writer[:, kept].T
-        actual = result[name][number].double()
-        actual = actual.T if table.mlp.transposed else actual
-        errors = []
-        for ridge in RIDGES:  # which one is chosen, the tests of the fits look at
-            regular = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram))
-            expected = writer[:, kept] + torch.linalg.solve(regular, missing).T
-            errors.append(relative(actual.T @ actual, expected.T @ expected))
-        assert min(errors) < 1e-4
-        assert relative(actual.T @ actual, writer[:, kept].T @ writer[:, kept]) > 1e-2
+        actual = stored[mlp.neuron_writer][expert]
+        inner = (inner * weights[tokens, place, None] / size[tokens]).detach()
+        check_fitted(actual.T if mlp.transposed else actual, inner, writer, count)
+    for module in shared_of(model)[:1]:
+        inner = seen["shared"].flatten(0, 1) / size
+        check_fitted(stored[mlp.shared_writer], inner, module.weight.detach(), 2 * count)
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])

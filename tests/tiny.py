@@ -98,7 +98,7 @@ GRANITE = {
 }
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+DEEPSEEK = {"n_routed_experts": 4, "n_shared_experts": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 GEMMA4 = {
     "hidden_size_per_layer_input": 0,
     "global_head_dim": 16,

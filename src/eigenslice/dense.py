@@ -36,6 +36,7 @@ class DenseModel:
         device: Where folding is computed (in float64).
         neurons: Number of neurons in each MLP, or in each expert; 0 if the table doesn't say that they can be cut.
         experts: Number of experts in each mixture; 0 if there are none, or their neurons can't be cut.
+        shared: Number of neurons in the shared experts that are cut with them; 0 if there are none.
         heads: Number of key/value heads in each block; 0 if the table doesn't say that they can be cut.
         in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
         sinusoids: Tables of positions that no checkpoint holds, (positions, D).
@@ -56,7 +57,9 @@ class DenseModel:
         self.blocks = int(self.config.num_hidden_layers)
         self.eps = self.table.epsilon(self.config)
         self.layer_norm = self.table.norm == "layer"
-        self.experts, self.neurons = self._count_neurons()
+        *experts, self.neurons = self._columns(self.table.mlp.neuron_writer)
+        self.experts = experts[0] if experts else 0
+        self.shared = self._columns(self.table.mlp.shared_writer)[-1]
         self.heads = self._count_heads()
         self.sinusoids = self._fixed_positions(model)
         self.in_float32 = frozenset(model._keep_in_fp32_modules_strict or ())
@@ -89,16 +92,15 @@ class DenseModel:
         embedding, head = (end.load(self.source.weights) for end in ends)
         return torch.equal(embedding, head)
 
-    def _count_neurons(self) -> tuple[int, int]:
-        """Of experts, and of the neurons in each of them, or in the MLP."""
+    def _columns(self, writer: str | None) -> list[int]:
+        """Neurons that an MLP's writer reads, behind the number of experts; 0 if there are none that can be cut."""
         mlp = self.table.mlp
-        writer = mlp.neuron_writer
-        names = (f"{self.table.layers}.{block}.{mlp.weight(writer)}" for block in range(self.blocks))
+        names = [f"{self.table.layers}.{block}.{mlp.weight(writer)}" for block in range(self.blocks)] if writer else []
         found = next((self.shapes[name] for name in names if name in self.shapes), None)
-        if not mlp.neurons or found is None:
-            return 0, 0
+        if not mlp.neurons or writer is None or found is None:
+            return [0]
         *experts, _, neurons = mlp.turn(writer, found)
-        return (experts[0] if experts else 0), neurons
+        return [*experts, neurons]
 
     def _count_heads(self) -> int:
         if not self.table.attention.heads:

@@ -6,7 +6,7 @@ when one block alone is gone, refitted on some sequences and measured on others.
 how much a block changes the stream, and refits nothing.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,8 +77,8 @@ def missed_least(
     read: dict[int, list[Tensor]] = {}  # by the last site's writers, for each batch
     parted: dict[int, tuple[float, OffloadedTensors]] = {}  # distance at the block's end, and held-out streams
 
-    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Any) -> None:
-        read.setdefault(a.number, []).append(inputs)
+    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Mapping[str, Any]) -> None:
+        read.setdefault(a.number, []).append(inputs[sublayer.writers[0]])
 
     for site in stream.walk(share_batches(held_out_first(batches), ranks), observe, observed):
         progress(site.block)

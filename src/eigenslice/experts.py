@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eigenslice.arch import Sublayer, Table
+from eigenslice.offload import Offload
 from eigenslice.stream import Activations
 
 
@@ -68,3 +69,44 @@ class Experts:
         )
         inner = self.module._apply_gate(gate_up)
         return inner.to(torch.promote_types(inner.dtype, torch.float32))
+
+
+class WriterInputs:
+    """What the writers of a layer's experts, and of those that all tokens pass, read; batch by batch."""
+
+    def __init__(self, experts: Experts, offload: Offload) -> None:
+        """Nothing is there yet; offload: where it lives."""
+        self._experts = experts
+        self._hidden, self._shared = offload.tensors(), offload.tensors()
+        self._routings: list[Routing] = []
+
+    def append(self, a: Activations, arguments: tuple[Tensor, ...], shared: Tensor | None) -> None:
+        """Add a batch.
+
+        Args:
+            a: Its activations.
+            arguments: What transformers calls the experts with.
+            shared: What the shared experts' writer reads, (B, T, n), if there are any.
+        """
+        hidden, routing = Routing.of(a, arguments)
+        self._hidden.append(hidden)
+        self._routings.append(routing)
+        if shared is not None:
+            self._shared.append(shared)
+
+    def read(self, number: int, a: Activations, expert: int | None) -> tuple[Tensor, Tensor]:
+        """Of a batch, what an expert's writer (None: the shared one) reads, times the router's weight, (n, neurons).
+
+        Returns:
+            That, and the dense stream at these tokens, (n, D).
+        """
+        if expert is None:
+            return a.rows(self._shared[number]), a.rows(a.hidden)
+        tokens, weights = self._routings[number].to(expert)
+        return self._experts.inner(expert, self._hidden[number][tokens]) * weights, a.rows(a.hidden)[tokens]
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        self._hidden.clear()
+        self._shared.clear()
+        self._routings = []

@@ -44,6 +44,7 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
             "gated": list(s.gated),
             "transposed": list(s.transposed),
             "stacked": list(s.stacked),
+            "shared": list(s.shared),
             "renames": {module: dict(names) for module, names in s.renames.items()},
             "adds_stream": s.adds_stream,
         }

@@ -1,7 +1,7 @@
 """One pass of the dense model over the calibration tokens: what bases, neurons and heads are chosen by."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,22 +36,28 @@ class Measurement:
             summed over tokens, (neurons,), or (experts, neurons). Empty where neurons aren't to be cut.
         heads: For each block, its key/value heads, those first that are missed most, (heads,). Empty where heads aren't
             to be cut.
+        shared: For each block, as `importance`, of shared experts' neurons, (neurons,). Empty where there are none.
     """
 
     moment: Tensor
     importance: list[Tensor]
     heads: list[Tensor]
+    shared: list[Tensor] = field(default_factory=list)
 
     def kept(self, plan: Plan) -> list[Kept]:
         """The most important neurons and heads of each block that a plan keeps, as many as it keeps."""
         result = []
         for block, count in zip(plan.blocks, plan.neurons, strict=True):
-            neurons, heads = None, None
+            neurons, shared, heads = None, None, None
             if self.importance and count < self.importance[block].shape[-1]:
+                whole = self.importance[block].shape[-1]
                 neurons = self.importance[block].topk(count).indices.sort().values
+                if self.shared:
+                    times = len(self.shared[block]) // whole
+                    shared = self.shared[block].topk(times * count).indices.sort().values
             if self.heads and plan.heads is not None:
                 heads = self.heads[block][: plan.heads].sort().values
-            result.append(Kept(neurons, heads, len(self.heads[block]) if self.heads else 0))
+            result.append(Kept(neurons, shared, heads, len(self.heads[block]) if self.heads else 0))
         return result
 
 
@@ -85,7 +91,7 @@ def measure(
     finished = state.result(STAGE) if state else None
     if finished:
         found = {name: tensor.to(dense.device) for name, tensor in finished[0].items()}
-        return Measurement(found["moment"], list(found["importance"]), list(found["heads"]))
+        return Measurement(found["moment"], *(list(found[name]) for name in ("importance", "heads", "shared")))
     attention, mlp = dense.table.attention, dense.table.mlp
     count, groups = dense.neurons if neurons else 0, dense.heads if heads else 0
     observed = [s for s, n in ((attention, groups), (mlp, count)) if n]
@@ -94,36 +100,45 @@ def measure(
     each = (dense.experts, count) if dense.experts else (count,)
     energies = torch.zeros(dense.blocks if count else 0, *each, **options)
     columns = torch.ones_like(energies)  # squared norms of the MLP writers' columns
+    shared = torch.zeros(dense.blocks if count and dense.shared else 0, dense.shared, **options)  # times those norms
     order = torch.zeros(dense.blocks if groups else 0, groups, dtype=torch.int64, device=dense.device)
     experts: Experts | None = None  # of the block that the stream passes
+    shared_columns = torch.zeros(0, **options)
     gram = torch.zeros(0, 0, **options)  # of what the attention's writer reads
     reading = torch.zeros(0, 0, **options)  # its weight
 
-    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Any) -> None:
+    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Mapping[str, Any]) -> None:
         nonlocal gram
         size = a.rows(a.hidden).square().mean(-1, keepdim=True) + dense.eps
-        if sublayer is mlp and dense.experts:
-            assert experts is not None  # the layer has them
-            energies[block] += _experts_energies(experts, *Routing.of(a, inputs), size)
-        elif sublayer is mlp:
-            energies[block] += (a.rows(inputs).square() / size).sum(0).to(torch.float64)
+
+        def energy(writer: str) -> Tensor:
+            return (a.rows(inputs[writer]).square() / size).sum(0).to(torch.float64)
+
+        if sublayer is attention:
+            gram = gram + gram_matrix(a.rows(inputs[attention.writers[0]]) * size.rsqrt())
+        elif experts is None:
+            energies[block] += energy(mlp.writers[0])
         else:
-            gram = gram + gram_matrix(a.rows(inputs) * size.rsqrt())
+            energies[block] += _experts_energies(experts, *Routing.of(a, inputs[mlp.experts]), size)
+            if mlp.shared_writer:
+                shared[block] += energy(mlp.shared_writer) * shared_columns
 
     position = state.position(STAGE) if state else None
     if position:
-        saved = [position.tensors[n].to(dense.device) for n in ("moment", "energies", "columns", "heads")]
-        moment, energies, columns, order = saved
+        names = ("moment", "energies", "columns", "shared", "heads")
+        moment, energies, columns, shared, order = (position.tensors[n].to(dense.device) for n in names)
     for site in stream.walk(batches, observe, observed, position):
         progress(site.block)
         if groups and site.index == 0 and site.block and not site.resumed:
             order[site.block - 1] = ranks.decide(rank_groups(ranks.sum(gram), reading, groups, DEFAULT_RIDGE))
         if state and site.index == 0 and site.block and not site.resumed:
-            sums = {"moment": moment, "energies": energies, "columns": columns, "heads": order}
+            sums = {"moment": moment, "energies": energies, "columns": columns, "shared": shared, "heads": order}
             state.save(STAGE, site.block, {STREAMS: site.streams}, sums, {})
         if count and site.layer is not None and site.index == 0 and (not mlp.stacked or has_experts(site.layer, mlp)):
             columns[site.block] = writer_weight(dense, mlp, site).square().sum(-2)
             experts = Experts.of(dense.table, mlp, site.layer) if mlp.stacked else None
+            if mlp.shared_writer:
+                shared_columns = writer_weight(dense, mlp, site, mlp.shared_writer).square().sum(-2)
         if groups and site.layer is not None and site.index == 0:
             reading = writer_weight(dense, attention, site)
             gram = torch.zeros(reading.shape[1], reading.shape[1], **options)
@@ -133,9 +148,10 @@ def measure(
         energies[energies.sum(-1) == 0] = 1.0
     importance = energies * columns
     ranks.sum(moment)
+    ranks.sum(shared)
     if state:
-        state.finish(STAGE, {"moment": moment, "importance": importance, "heads": order}, {})
-    return Measurement(moment, list(importance), list(order))
+        state.finish(STAGE, {"moment": moment, "importance": importance, "heads": order, "shared": shared}, {})
+    return Measurement(moment, list(importance), list(order), list(shared))
 
 
 def _experts_energies(experts: Experts, hidden: Tensor, routing: Routing, size: Tensor) -> Tensor:
@@ -148,7 +164,7 @@ def _experts_energies(experts: Experts, hidden: Tensor, routing: Routing, size: 
     return torch.stack(sums).to(torch.float64)
 
 
-def writer_weight(dense: DenseModel, sublayer: Sublayer, site: Site) -> Tensor:
-    """Weight of a sublayer's writer in a site's block, (D, n), or (experts, D, n); float64."""
-    name = sublayer.weight(sublayer.neuron_writer)
+def writer_weight(dense: DenseModel, sublayer: Sublayer, site: Site, writer: str | None = None) -> Tensor:
+    """Weight of a writer (None: of neurons or heads) in a site's block, (D, n) or (experts, D, n); float64."""
+    name = sublayer.weight(writer or sublayer.neuron_writer)
     return dense.table.turned({name: site.layer.get_parameter(name)})[name].to(torch.float64)

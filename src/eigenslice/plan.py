@@ -140,12 +140,12 @@ def _block_layout(
                     if heads is not None:
                         outputs = outputs // dense.heads * heads
                     if sublayer.has_neurons(name):
-                        outputs = neurons * (2 if name in sublayer.gated else 1)
+                        outputs = outputs // dense.neurons * neurons  # gate and up in one, or shared: a multiple
                     biased = dense.keeps_bias(bias, stock or (dense.carries_shifts and bool(sublayer.stacked)))
                 else:
                     outputs = following
                     if sublayer.has_neurons(name):
-                        inputs = neurons
+                        inputs = inputs // dense.neurons * neurons
                     if heads is not None:
                         inputs = inputs // dense.heads * heads
                     zero = plan.stock is not None and name in plan.stock.zero_biases

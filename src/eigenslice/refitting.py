@@ -16,7 +16,7 @@ from eigenslice.algebra.covariance import normalize
 from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
 from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel, Tensors
-from eigenslice.experts import Experts, Routing
+from eigenslice.experts import Experts, WriterInputs
 from eigenslice.folding import FoldedBlock, is_inside
 from eigenslice.forms import custom_config
 from eigenslice.offload import Offload, OffloadedTensors
@@ -195,8 +195,7 @@ class SlicedTwin:
 
             fitted: Tensors = {}
             if sublayer.stacked and kept.neurons is not None and has_experts(layer, sublayer):
-                writers = self._fit_experts(site, sublayer, turned(replace(kept, neurons=None)), kept.neurons)
-                fitted = {sublayer.weight(sublayer.neuron_writer): writers}
+                fitted = self._fit_experts(site, sublayer, turned(replace(kept, neurons=None, shared=None)), kept)
             weights = turned(kept) | fitted
             self._runner.assign(layer, self._dense.as_modules(weights.items(), self._basis.width))
             self._block |= weights
@@ -209,7 +208,7 @@ class SlicedTwin:
             for kept_inputs, captured in zip(self._inputs, [inputs[w] for w in writers] or [update], strict=True):
                 kept_inputs.append(captured)
 
-    def _fit_experts(self, site: Site, sublayer: Sublayer, whole: Tensors, kept: Tensor) -> Tensor:
+    def _fit_experts(self, site: Site, sublayer: Sublayer, whole: Tensors, kept: Kept) -> Tensors:
         """Let the writer of each expert make up for the neurons that it loses.
 
         Each is fitted, on the tokens that it is given, to what it writes with all of its neurons: which expert a token
@@ -219,35 +218,37 @@ class SlicedTwin:
             site: The one before them.
             sublayer: Theirs.
             whole: The block's weights with all neurons; names relative to the layer, out x in. Used up.
-            kept: Neurons that each one keeps, (experts, kept).
+            kept: Neurons that each one keeps, and shared ones.
 
         Returns:
-            Weights (experts, width, kept).
+            Weights of the writers.
         """
+        assert kept.neurons is not None
         layer = self._runner.layers[self._place]
         self._runner.assign(layer, self._dense.as_modules(whole.items(), self._basis.width))
-        writers = whole.pop(sublayer.weight(sublayer.neuron_writer))
+        name, shared = sublayer.weight(sublayer.neuron_writer), sublayer.shared_writer
+        writers, beside = whole[name], whole[sublayer.weight(shared)] if shared else None
         whole.clear()  # it is large
-        experts = Experts.of(self._dense.table, sublayer, layer)
-        hidden, routings = self._offload.tensors(), list[Routing]()
+        inputs = WriterInputs(Experts.of(self._dense.table, sublayer, layer), self._offload)
         for number, a in enumerate(site.activations):
-            with captured_inputs(layer, [sublayer.experts], stop=True) as inputs:
+            with captured_inputs(layer, sublayer.observed, stop=True) as seen:
                 layer.update(site.index, layer.normalize(site.index, self.streams[number]), **a.kwargs[site.block])
-            rows, routing = Routing.of(a, inputs[sublayer.experts])
-            hidden.append(rows)
-            routings.append(routing)
-        fitted = []
-        for expert, writer in enumerate(writers):
+            inputs.append(a, seen[sublayer.experts], seen[shared] if shared else None)
 
-            def tokens(number: int, a: Activations, expert: int = expert, writer: Tensor = writer) -> Tokens:
-                given, weights = routings[number].to(expert)
-                inner = experts.inner(expert, hidden[number][given]) * weights
-                inner = inner * torch.rsqrt(a.rows(a.hidden)[given].square().mean(-1, keepdim=True) + site.eps)
-                return inner[:, kept[expert]], inner @ writer.T.to(inner.dtype)
+        def fit(writer: Tensor, neurons: Tensor, expert: int | None) -> Tensor:
+            def tokens(number: int, a: Activations) -> Tokens:
+                rows, stream = inputs.read(number, a, expert)
+                rows = rows * torch.rsqrt(stream.square().mean(-1, keepdim=True) + site.eps)
+                return rows[:, neurons], rows @ writer.T.to(rows.dtype)
 
-            fitted.append(self._fit("experts", site, writer[:, kept[expert]], tokens))
-        hidden.clear()
-        return torch.stack(fitted)
+            return self._fit("experts", site, writer[:, neurons], tokens)
+
+        pairs = zip(writers, kept.neurons, strict=True)
+        result = {name: torch.stack([fit(writer, neurons, expert) for expert, (writer, neurons) in enumerate(pairs)])}
+        if shared and beside is not None and kept.shared is not None:
+            result[sublayer.weight(shared)] = fit(beside, kept.shared, None)
+        inputs.clear()
+        return result
 
     def _fitted_writers(self, index: int) -> list[str]:
         """The writers at a site of this block, or none if there are experts: those don't repair what is before them."""

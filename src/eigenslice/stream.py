@@ -1,6 +1,6 @@
 """Running the canonical dense model over calibration sequences, one block at a time."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -141,9 +141,9 @@ class Site:
             a.put(hidden @ projector.to(hidden.dtype))
 
 
-Observer = Callable[[int, Sublayer, Activations, Any], None]
-"""Takes the number of a block, one of its sublayers, a batch before it, and what its writer reads, (B, T, n), or what
-its experts are called with."""
+Observer = Callable[[int, Sublayer, Activations, Mapping[str, Any]], None]
+"""Takes the number of a block, one of its sublayers, a batch before it, and by name what `Sublayer.observed` modules
+read: writers (B, T, n); experts what they are called with."""
 
 
 class _AllCapturedError(Exception):
@@ -333,14 +333,14 @@ class Stream:
         observed: Collection[Sublayer],
     ) -> Tensor:
         """Let one batch pass a site's sublayers; whether it is finite then, a boolean on the device."""
-        writers = {s.observed: s for s in self._sites[site] if observe is not None and s in observed}
-        writers = {name: s for name, s in writers.items() if not s.stacked or has_experts(layer, s)}
+        seen = [s for s in self._sites[site] if observe is not None and s in observed]
+        seen = [s for s in seen if not s.stacked or has_experts(layer, s)]
         hidden = a.hidden
-        with captured_inputs(layer, list(writers)) as inputs:
+        with captured_inputs(layer, [name for s in seen for name in s.observed]) as inputs:
             update = layer.update(site, layer.normalize(site, hidden), **a.kwargs[block])
         if observe is not None:
-            for name, captured in inputs.items():
-                observe(block, writers[name], a, captured)
+            for sublayer in seen:
+                observe(block, sublayer, a, inputs)
         hidden = layer.pass_on(site, hidden + update)
         a.put(hidden)
         last = site == len(self._sites) - 1  # what isn't finite stays so: it is enough to look at the end of a block

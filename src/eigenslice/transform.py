@@ -63,11 +63,13 @@ class Kept:
 
     Attributes:
         neurons: Of the MLP, (kept,); in a mixture those of each expert, (experts, kept).
+        shared: Those of the shared experts that are cut with them, (kept,).
         heads: Key/value heads of the attention, each with its query heads.
         of_heads: How many there are.
     """
 
     neurons: Tensor | None = None
+    shared: Tensor | None = None
     heads: Tensor | None = None
     of_heads: int = 0
 
@@ -80,12 +82,13 @@ class Kept:
             tensor: Out x in, or (out,); one for each expert if it is stacked.
             axis: 0 for what readers give, 1 for what writers take.
         """
-        if sublayer.has_neurons(name) and self.neurons is not None:
+        neurons = self.shared if name in sublayer.shared else self.neurons
+        if sublayer.has_neurons(name) and neurons is not None:
             gate = (1 if sublayer.interleaved else 0) if name in sublayer.gated else None
             if name in sublayer.stacked:
-                pairs = zip(tensor, self.neurons, strict=True)
-                return torch.stack([_pick_neurons(one, neurons, axis, gate) for one, neurons in pairs])
-            return _pick_neurons(tensor, self.neurons, axis, gate)
+                pairs = zip(tensor, neurons, strict=True)
+                return torch.stack([_pick_neurons(one, those, axis, gate) for one, those in pairs])
+            return _pick_neurons(tensor, neurons, axis, gate)
         if sublayer.heads and self.heads is not None:
             parts = tensor.unflatten(axis, (self.of_heads, -1))
             return parts.index_select(axis, self.heads).flatten(axis, axis + 1)

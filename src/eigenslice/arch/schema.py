@@ -37,7 +37,7 @@ class Sublayer:
     followed by a matrix: `POST_NORM.project` is the writer."""
     neurons: bool = False
     """Whether its neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in
-    between joins two of them. In a mixture, those of each expert (`stacked`); other readers and writers stay whole."""
+    between joins two of them. In a mixture, those of each expert (`stacked`); others but `shared` ones stay whole."""
     heads: bool = False
     """Whether its key/value heads can be cut, each with the query heads that share it: the rows of every reader and the
     columns of the writer are those of the first key/value head, then of the next, and nothing joins two of them."""
@@ -50,6 +50,9 @@ class Sublayer:
     stacked: tuple[str, ...] = ()
     """Readers and writers that are no modules, but one parameter for all experts, (experts, out, in); a bias, if there
     is one, is called NAME_bias. They aren't refitted where they write."""
+    shared: tuple[str, ...] = ()
+    """Readers and the writer of experts that all tokens pass, where configs say how many times as many neurons as each
+    other expert they have: they lose as large a share of them."""
     renames: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     """For a module of the attention: arguments of the layer that it takes under another name, or (None) doesn't get."""
     adds_stream: bool = False
@@ -66,9 +69,15 @@ class Sublayer:
         return self.stacked[0].rpartition(".")[0]
 
     @property
-    def observed(self) -> str:
-        """Name of the module whose input says what the writer of its neurons or heads reads; experts', in a mixture."""
-        return self.experts if self.stacked else self.writers[0]
+    def shared_writer(self) -> str | None:
+        """Name of the writer among the shared ones."""
+        return next((name for name in self.writers if name in self.shared), None)
+
+    @property
+    def observed(self) -> tuple[str, ...]:
+        """Modules whose inputs say what the writer of its neurons or heads reads: experts, in a mixture."""
+        shared = (self.shared_writer,) if self.shared_writer else ()
+        return (self.experts, *shared) if self.stacked else self.writers[:1]
 
     @property
     def neuron_writer(self) -> str:
@@ -77,7 +86,7 @@ class Sublayer:
 
     def has_neurons(self, name: str) -> bool:
         """Whether the neurons that can be cut are rows of a reader, or columns of a writer."""
-        return self.neurons and (not self.stacked or name in self.stacked)
+        return self.neurons and (not self.stacked or name in (*self.stacked, *self.shared))
 
     def weight(self, name: str) -> str:
         """Name of the weight of a reader or writer."""

@@ -310,10 +310,23 @@ def _of_heads(size: int, config: Any) -> int:
     return size // config.text_config.num_key_value_heads * config.key_value_heads
 
 
-def _neurons_of(sublayer: dict, name: str, neurons: int | None) -> int | None:
-    """Neurons of a reader or writer if they can be cut: the MLP's, and in a mixture only its experts'."""
-    cut = not sublayer["attention"] and (not sublayer["stacked"] or name in sublayer["stacked"])
-    return neurons if cut else None
+def _neurons_of(layer: Any, sublayer: dict, neurons: int | None) -> dict[str, int]:
+    """Neurons of readers and writers where they are cut: the MLP's, and in a mixture its experts'.
+
+    Shared experts have so many times as many as the others, as before.
+    """
+    if sublayer["attention"] or not neurons:
+        return {}
+    if not sublayer["stacked"]:
+        return dict.fromkeys((*sublayer["readers"], *sublayer["writers"]), neurons)
+    counts = dict.fromkeys(sublayer["stacked"], neurons)
+    shared = sublayer.get("shared", [])  # folders of earlier versions don't say
+    path, _, leaf = sublayer["stacked"][-1].rpartition(".")
+    experts, first = _module(layer, path), _module(layer, shared[0]) if shared else None
+    if experts is not None and first is not None:
+        dense = getattr(experts, leaf).shape[-2 if sublayer["stacked"][-1] in sublayer["transposed"] else -1]
+        counts |= dict.fromkeys(shared, first.weight.shape[0] // dense * neurons)
+    return counts
 
 
 def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None) -> None:
@@ -333,14 +346,15 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
             if sublayer["post_norm"]:
                 norm = ProjectedRMSNorm(dense_width, next_width, config.norm_eps, weight)
                 setattr(layer, sublayer["post_norm"], norm)
+            of = _neurons_of(layer, sublayer, neurons)
             for name in sublayer["readers"]:
-                inner = _neurons_of(sublayer, name, neurons)
+                inner = of.get(name)
                 outputs = 2 * inner if inner and name in sublayer["gated"] else inner
                 if sublayer["attention"] and config.key_value_heads is not None:
                     outputs = _of_heads(layer.get_submodule(name).weight.shape[0], config)
                 _resize(layer, sublayer, name, width, outputs, config.reader_bias and not sublayer["stacked"])
             for name in sublayer["writers"]:
-                inner = _neurons_of(sublayer, name, neurons)
+                inner = of.get(name)
                 if sublayer["attention"] and config.key_value_heads is not None:
                     inner = _of_heads(layer.get_submodule(name).weight.shape[1], config)
                 _resize(layer, sublayer, name, inner, next_width)

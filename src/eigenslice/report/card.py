@@ -76,7 +76,8 @@ def _text(manifest: dict[str, Any], name: str) -> str:
         "| --- | --- | --- |",
         f"| parameters | {sizes['dense']:,} | {sizes['stored']:,} |",
         f"| hidden width | {manifest['dense_width']} | {plan['width']} |",
-        f"| MLP neurons per block or expert | {manifest.get('dense_neurons') or ''} | {neurons_text(plan['neurons'])} |",
+        f"| MLP neurons per block or expert | {manifest.get('dense_neurons') or ''} "
+        f"| {neurons_text(plan['neurons'])} |",
         *_fewer(manifest),
         f"| basis | | {plan['basis']} |",
         f"| saved as | {manifest['source']['model_type']} | {manifest['model_type']} ({manifest['dtype']}) |",

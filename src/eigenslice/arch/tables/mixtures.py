@@ -1,7 +1,7 @@
 """Mixtures of experts with Llama's layout: Mixtral, Qwen, GLM, DeepSeek, Granite, MiniMax, OLMoE, gpt-oss, Llama 4.
 
 transformers holds all experts of a layer in one tensor. The router reads the stream, too. The experts' neurons are
-those that can be cut; where the config ties the width of shared experts to theirs, they stay.
+those that can be cut, together with those of shared experts where configs have one field for both.
 """
 
 from collections.abc import Iterable
@@ -23,6 +23,7 @@ def mixture(
     more: Iterable[str] = (),
     inner: tuple[str, ...] = (),
     neurons: bool = True,
+    together: bool = False,
 ) -> Sublayer:
     """An MLP that is a mixture.
 
@@ -34,9 +35,11 @@ def mixture(
         more: Names of further readers in it.
         inner: Names of what is kept as it is, in it.
         neurons: Whether the experts' neurons can be cut.
+        together: Whether the shared experts' number of neurons is a multiple of theirs.
     """
     plain = [f"{block}.{name}" for name in GATED] if dense else []
-    plain += [f"{block}.{shared}.{name}" for name in GATED] if shared else []
+    beside = [f"{block}.{shared}.{name}" for name in GATED] if shared else []
+    plain += beside
     experts = (f"{block}.experts.gate_up_proj", f"{block}.experts.down_proj")
     return Sublayer(
         norm="post_attention_layernorm",
@@ -51,6 +54,7 @@ def mixture(
         stacked=experts,
         neurons=neurons,
         gated=experts[:1],
+        shared=tuple(beside) if together else (),
     )
 
 
@@ -91,21 +95,24 @@ TABLES = (
         llama.TABLE,
         model_type="glm4_moe",
         attention=WITH_NORMS,
-        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,), neurons=False),
+        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,), together=True),
+        neurons_field=EXPERTS_FIELD,
         stock=stays("glm4_moe"),
     ),
     replace(
         llama.TABLE,
         model_type="deepseek_v2",
         attention=LATENT,
-        mlp=mixture(dense=True, shared="shared_experts", neurons=False),
+        mlp=mixture(dense=True, shared="shared_experts", together=True),
+        neurons_field=EXPERTS_FIELD,
         stock=stays("deepseek_v2"),
     ),
     replace(
         llama.TABLE,
         model_type="deepseek_v3",
         attention=LATENT,
-        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,), neurons=False),
+        mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,), together=True),
+        neurons_field=EXPERTS_FIELD,
         stock=stays("deepseek_v3"),
     ),
     replace(
