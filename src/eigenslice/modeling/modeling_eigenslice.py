@@ -322,7 +322,8 @@ def _neurons_of(layer: Any, sublayer: dict, neurons: int | None) -> dict[str, in
     counts = dict.fromkeys(sublayer["stacked"], neurons)
     shared = sublayer.get("shared", [])  # folders of earlier versions don't say
     path, _, leaf = sublayer["stacked"][-1].rpartition(".")
-    experts, first = _module(layer, path), _module(layer, shared[0]) if shared else None
+    experts: Any = _module(layer, path)
+    first: Any = _module(layer, shared[0]) if shared else None
     if experts is not None and first is not None:
         dense = getattr(experts, leaf).shape[-2 if sublayer["stacked"][-1] in sublayer["transposed"] else -1]
         counts |= dict.fromkeys(shared, first.weight.shape[0] // dense * neurons)
