@@ -147,10 +147,11 @@ class Runner:
     def neurons(self) -> str:
         if not self.table.mlp.neurons:
             return "none"
-        result = self.slice(width=24, neurons=40)
+        count = 16 if self.table.mlp.stacked else 40  # some experts have 24
+        result = self.slice(width=24, neurons=count)
         model, plan = load(result.output), result.manifest["plan"]
         sizes = sum({t.data_ptr(): t.numel() for t in model.state_dict().values()}.values())
-        right = plan["neurons"] == 40 and sizes == result.manifest["parameters"]["stored"]
+        right = plan["neurons"] == count and sizes == result.manifest["parameters"]["stored"]
         return "yes" if right and torch.isfinite(logits(result.output)).all() else "no"
 
     def again(self, name: str, width: int, rows: int, tokenizer: Any = None, **config: Any) -> tuple[Path, Path]:
