@@ -20,7 +20,8 @@ from eigenslice.stream import Batch
 SLICED: dict[str, dict[str, Any]] = {
     "ours": {},
     "ours-custom": {"form": "custom"},
-    "ours-custom-half": {"form": "custom", "own_text": 0.5},  # more of the model's own text
+    "ours-quarter": {"own_text": 0.25},  # less of the model's own text
+    "ours-custom-quarter": {"form": "custom", "own_text": 0.25},
     "ours-given": {"own_text": 0.0},  # nothing but the given text and random tokens
     "ours-custom-given": {"form": "custom", "own_text": 0.0},
     "paper-per-block": {"basis": "per-block", "refit": False},

@@ -206,8 +206,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--field", action="append", help="as eigenslice slice --field")
     add("--test", action="append", required=True, help="NAME=SOURCE or NAME=SOURCE#FIELD; may be repeated")
     add("--sizes", type=sizes, default=[0.9, 0.85, 0.75, 0.6], help="shares of the stored parameters")
-    usual = [method for method in methods if not method.endswith(("-given", "-half"))]
-    add("--methods", type=listed, default=usual, help=", ".join(methods) + " [those without -given and -half]")
+    usual = [method for method in methods if not method.endswith(("-given", "-quarter"))]
+    add("--methods", type=listed, default=usual, help=", ".join(methods) + " [those without -given and -quarter]")
     add("--samples", type=int, default=64, help="calibration sequences")
     add("--seqlen", type=int, default=1024, help="tokens a sequence, for calibration and tests")
     add("--test-samples", type=int, default=64, help="windows of each test text, from its start")

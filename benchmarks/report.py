@@ -51,8 +51,8 @@ def _note(result: dict[str, Any]) -> str:
     if not any(row["method"].startswith("ours") for row in result["rows"]):
         return ""
     return (
-        "\nours, ours-custom: the defaults, with a quarter as many sequences that the model wrote itself; -half: half "
-        "as many (--own-text 0.5); -given: the given text and random tokens only (--own-text 0).\n"
+        "\nours, ours-custom: the defaults, with half as many sequences that the model wrote itself; -quarter: a "
+        "quarter as many (--own-text 0.25); -given: the given text and random tokens only (--own-text 0).\n"
     )
 
 

@@ -108,13 +108,13 @@ def test_slicing_calibrates_on_own_text_too(model: Path, text: Path, run_slice: 
     data = CalibrationOptions(data=str(text), samples=12, seqlen=30, seed=3)
     result = run_slice("llama", model=str(model), width=24, calibration=data)
     assert result.manifest["calibration"]["sequences"] == 12
-    assert result.manifest["calibration"]["own_sequences"] == 3
+    assert result.manifest["calibration"]["own_sequences"] == 6
     assert "random_sequences" not in result.manifest["calibration"]
     own = max(batch.group for batch in seen)
     quarters = {0, 1, 2, 3}  # of the only text
     assert {batch.group for batch in seen if batch.group != own} == quarters | {BESIDE_GROUP}
     drawn = torch.cat([batch.input_ids for batch in seen if batch.group == own])
-    assert torch.equal(drawn, draw(load(model), words.tokenizer(), 3, 30, 64, seed=3))
+    assert torch.equal(drawn, draw(load(model), words.tokenizer(), 6, 30, 64, seed=3))
 
 
 def test_a_long_sequence_holds_several_own_texts(

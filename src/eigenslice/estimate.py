@@ -15,7 +15,7 @@ from eigenslice.data.tokens import longest_sequence
 from eigenslice.dense import DenseModel
 from eigenslice.forms import choose_form
 from eigenslice.holdout import FIT_TOKENS, TRIAL_TOKENS
-from eigenslice.options import BESIDE_SHARE
+from eigenslice.options import OWN_SHARE, RANDOM_SHARE
 from eigenslice.planning import DROPS
 from eigenslice.stream import Batch, Stream
 
@@ -105,8 +105,10 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     measuring = share * (block + sites * narrow)
     # The model's own text; plans tried on some of the tokens, in two passes; and a pass of two streams with their
     # products and solutions
-    text = BESIDE_SHARE * (measuring + share * WRITING * block)
-    more = (1 + BESIDE_SHARE) * (1 + BEGINNINGS_SHARE)
+    whole = whole_bytes(dense, dtype)
+    writes = whole <= room_for_model(dense, tokens, dtype)
+    text = OWN_SHARE * (measuring + share * WRITING * block) if writes else 0.0
+    more = (1 + (OWN_SHARE if writes else RANDOM_SHARE)) * (1 + BEGINNINGS_SHARE)
     twin = block + 2 * sites * narrow + 2 * broad
     fit = more * share * (block + twin) + dense.blocks * 2 * broad
     plans = PLANS + (len(DROPS) if dense.blocks_alike else 0)
@@ -121,8 +123,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     plain = rss + activations // 2 + max(running, torch.Size(vocabulary).numel() * item)
     gram = max(dense.width, dense.neurons) ** 2 * 8
     refitted = plain + activations // 2 + weights * 8 + 5 * gram // 2
-    whole = whole_bytes(dense, dtype)
-    if whole <= room_for_model(dense, tokens, dtype):
+    if writes:
         refitted = max(refitted, rss + whole)
     plain_seconds = measuring + write
     return Estimate(tokens, plain_seconds, plain_seconds + text + trial + fit, plain, refitted)

@@ -9,8 +9,10 @@ from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from eigenslice.errors import OptionsError
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
-BESIDE_SHARE = 0.25
-"""Sequences of the model's own text, or of random tokens, that join calibration texts, as a share of those."""
+OWN_SHARE = 0.5
+"""Sequences of the model's own text that join calibration texts, as a share of those; where there are none, ..."""
+RANDOM_SHARE = 0.25
+"""... sequences of random tokens."""
 
 
 class CalibrationOptions(BaseModel):
@@ -83,7 +85,7 @@ class SliceOptions(BaseModel):
         refit: Fit the sliced weights to the dense model's activations, in closed form; None is yes with a global
             basis. Per-block is the paper's algorithm, which has none.
         own_text: Sequences of text that the model writes itself, to calibrate on beside texts, as a share of those; the
-            model is loaded as a whole for it. None is 0.25, unless that takes more memory than slicing. Token ids are
+            model is loaded as a whole for it. None is 0.5, unless that takes more memory than slicing. Token ids are
             used as they are.
         random_tokens: Sequences of random tokens to fit on beside texts, as such a share, so that every part of the
             vocabulary is seen; None is 0.25 where there is no text of the model's own, else 0.

@@ -23,7 +23,7 @@ from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.estimate import room_for_model, whole_bytes
 from eigenslice.evaluate import load_model
 from eigenslice.offload import FREE_SHARE, free_bytes
-from eigenslice.options import BESIDE_SHARE, DtypeName, SliceOptions
+from eigenslice.options import OWN_SHARE, DtypeName, SliceOptions
 from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks
 from eigenslice.resume import RunState
@@ -203,7 +203,7 @@ def add_own_text(
     Raises:
         OptionsError: text was asked for, and there is no room for the model.
     """
-    share = BESIDE_SHARE if options.own_text is None else options.own_text
+    share = OWN_SHARE if options.own_text is None else options.own_text
     count = math.ceil(share * tokens.description["sequences"])
     if not count:
         return tokens
@@ -248,7 +248,7 @@ def _has_room(tokens: Tokens, dense: DenseModel, share: float | None, dtype: tor
         if needed > room:
             warnings.warn(
                 f"no text of the model's own to calibrate on: {size}, more than slicing it. "
-                f"--own-text {BESIDE_SHARE} lets it write, --own-text 0 does without and says nothing.",
+                f"--own-text {OWN_SHARE} lets it write, --own-text 0 does without and says nothing.",
                 EigensliceWarning,
                 stacklevel=2,
             )

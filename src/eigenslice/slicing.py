@@ -21,7 +21,7 @@ from eigenslice.forms import custom_config, stock_config
 from eigenslice.manifest import NAME, finished_manifest, manifest, run_identity
 from eigenslice.measuring import Measurement, measure
 from eigenslice.offload import Offload, choose_place
-from eigenslice.options import BESIDE_SHARE, SliceOptions
+from eigenslice.options import RANDOM_SHARE, SliceOptions
 from eigenslice.passes import Run, Slicing
 from eigenslice.plan import Plan, stored_parameters
 from eigenslice.planning import make_plans
@@ -131,7 +131,7 @@ def _more_tokens(
     tokens = add_own_text(given, dense, options, compute, state, ranks, progress)
     share = options.random_tokens
     if share is None:
-        share = BESIDE_SHARE if tokens is given else 0.0  # beside text of its own, they gain nothing
+        share = RANDOM_SHARE if tokens is given else 0.0  # beside text of its own, they gain nothing
     tokenizer, vocabulary, seed = dense.source.tokenizer, dense.config.vocab_size, options.calibration.seed
     tokens = beginnings(tokens, tokenizer, vocabulary, seed)
     return random_sequences(tokens, tokenizer, vocabulary, share, seed)

@@ -243,7 +243,10 @@ def test_a_test_on_the_calibration_text_is_marked(command: list[str], tmp_path: 
 def test_options_that_are_none(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         quality.main([*command, "--methods=magic"])
-    assert "no method magic; there are ours, ours-custom, ours-custom-half, ours-given" in capsys.readouterr().err
+    assert (
+        "no method magic; there are ours, ours-custom, ours-quarter, ours-custom-quarter, ours-given"
+        in capsys.readouterr().err
+    )
     with pytest.raises(OptionsError, match="NAME=SOURCE"):
         quality.main([*command, "--test=wikitext2"])
 

@@ -69,7 +69,7 @@ def slice_(
     own_text: Annotated[
         float | None,
         typer.Option(
-            help="Sequences of text that the model writes itself, as a share of those of the texts [0.25, if the whole "
+            help="Sequences of text that the model writes itself, as a share of those of the texts [0.5, if the whole "
             "model takes less memory than slicing]."
         ),
     ] = None,
