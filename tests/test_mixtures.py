@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eigenslice.algebra.refit import RIDGES
-from eigenslice.arch import TABLES, Sublayer, lookup
+from eigenslice.arch import TABLES, Sublayer, Table, lookup
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
 from eigenslice.errors import CheckpointError
@@ -19,8 +19,8 @@ from eigenslice.stream import has_experts
 from tests import tiny
 from tests.conftest import Folders, Slicer, load, relative, size, stored_tensors
 
-TABLE_OF = {case: TABLES[tiny.CASES[case].model_type] for case in tiny.CASES}
-CUTTABLE = [case for case, table in TABLE_OF.items() if table.mlp.neurons and table.mlp.stacked]
+MLPS = {case: TABLES[tiny.CASES[case].model_type].mlp for case in tiny.CASES}
+CUTTABLE = [case for case, mlp in MLPS.items() if mlp.neurons and mlp.stacked]
 STOCK = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss", "llama4_text", "minimax_m2"]
 IDS = tiny.random_ids(2, 20, seed=5)
 
@@ -97,21 +97,26 @@ def test_fitted_readers_and_attention_lose_less(
     assert errors[1] < 0.95 * errors[0]
 
 
+def table_of(model: Any) -> Table:
+    return lookup(getattr(model.config, "text_config", model.config))
+
+
+def inside_mixtures(model: Any, name: str) -> list[Any]:
+    """A module of each layer that has experts."""
+    table, inner = table_of(model), model.model if isinstance(model, SlicedForCausalLM) else model
+    layers = inner.get_submodule(table.layers)
+    return [layer.get_submodule(name) for layer in layers if has_experts(layer, table.mlp)]
+
+
 def experts_of(model: Any) -> list[Any]:
     """Experts of the layers that have them."""
-    table = lookup(getattr(model.config, "text_config", model.config))
-    inner = model.model if isinstance(model, SlicedForCausalLM) else model
-    layers = inner.get_submodule(table.layers)
-    return [layer.get_submodule(table.mlp.experts) for layer in layers if has_experts(layer, table.mlp)]
+    return inside_mixtures(model, table_of(model).mlp.experts)
 
 
 def shared_of(model: Any) -> list[Any]:
     """Writers of the shared experts that lose neurons together with the others."""
-    table = lookup(getattr(model.config, "text_config", model.config))
-    inner = model.model if isinstance(model, SlicedForCausalLM) else model
-    layers = inner.get_submodule(table.layers)
-    name = table.mlp.shared_writer
-    return [layer.get_submodule(name) for layer in layers if has_experts(layer, table.mlp)] if name else []
+    name = table_of(model).mlp.shared_writer
+    return inside_mixtures(model, name) if name else []
 
 
 def ends(experts: Any, mlp: Sublayer) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,7 +128,7 @@ def ends(experts: Any, mlp: Sublayer) -> tuple[torch.Tensor, torch.Tensor]:
 
 def neurons_of(model: Any) -> set[int]:
     """Neurons of all experts, by what their readers give and what their writers take."""
-    mlp = lookup(getattr(model.config, "text_config", model.config)).mlp
+    mlp = table_of(model).mlp
     pairs = [ends(experts, mlp) for experts in experts_of(model)]
     return {count for reader, writer in pairs for count in (reader.shape[1] // 2, writer.shape[2])}
 

@@ -100,9 +100,7 @@ def _allocate(
 ) -> list[list[Plan]]:
     """The plans, those in the custom class with the numbers of neurons by which the blocks lose least together.
 
-    Experts have the same number in all blocks.
-
-    The first of each family is there with equal numbers, too.
+    The first of each family is there with equal numbers, too. Experts have the same number in all blocks.
     """
     dense = run.dense
 

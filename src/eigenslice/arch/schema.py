@@ -49,7 +49,7 @@ class Sublayer:
     """Readers and writers that hold their weights as in x out (transformers' Conv1D; some experts)."""
     stacked: tuple[str, ...] = ()
     """Readers and writers that are no modules, but one parameter for all experts, (experts, out, in); a bias, if there
-    is one, is called NAME_bias. They aren't refitted where they write."""
+    is one, is called NAME_bias. They don't repair the error before them, as other writers do."""
     shared: tuple[str, ...] = ()
     """Readers and the writer of experts that all tokens pass, where configs say how many times as many neurons as each
     other expert they have: they lose as large a share of them."""
