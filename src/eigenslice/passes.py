@@ -143,6 +143,7 @@ class Slicing:
             run.dtype,
             write,
             groups=groups,
+            readers=True,
             offload=run.offload,
             ranks=run.ranks,
         )

@@ -5,7 +5,7 @@ after it, so that it also repairs the error before it. Only Gram matrices are ke
 one ridge regression, its ridge chosen on tokens that were held out.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from eigenslice.dense import DenseModel, Tensors
 from eigenslice.experts import Experts, WriterInputs
 from eigenslice.folding import FoldedBlock, is_inside
 from eigenslice.forms import custom_config
+from eigenslice.neuronfit import Errors, Readers, fit_readers
 from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
@@ -48,6 +49,7 @@ class SlicedTwin:
         *,
         groups: Collection[int],
         ridge: float | None = None,
+        readers: bool = False,
         offload: Offload | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -62,6 +64,7 @@ class SlicedTwin:
             write: Takes the number of a sliced block and its weights when they are done.
             groups: Those of the sequences, of all ranks, that layers are fitted on; others run along.
             ridge: Of all fits; None chooses it by holding groups out in turn, if there are two or more.
+            readers: Whether what MLP neurons read is fitted, too, behind their writer.
             offload: Where activations live between sites; None is on the device.
             ranks: Whose tokens it is fitted on.
         """
@@ -71,9 +74,9 @@ class SlicedTwin:
         self._dense, self._basis, self._kept, self._write, self._tied = dense, basis, kept, write, plan.tied
         self._fitted = frozenset(groups)
         self._held_out = sorted(self._fitted - {BESIDE_GROUP})
-        self._ridge, self._ranks = ridge, ranks
+        self._ridge, self._fits_readers, self._ranks = ridge, readers, ranks
         self._places = {block: place for place, block in enumerate(plan.blocks)}
-        self._place = 0  # of the block whose writers, the last ones that ran, have yet to be fitted
+        self._number = self._place = 0  # of the block whose writers, the last ones that ran, have yet to be fitted
         config = custom_config(dense, replace(plan, stock=None), torch.float32)
         self._runner = BlockRunner(config, dense.table.layers, dense.device, dtype)
         self._sites = dense.table.sites(dense.config)
@@ -183,7 +186,7 @@ class SlicedTwin:
 
     def _run(self, site: Site, folded: FoldedBlock, reading: Tensor) -> None:
         """Give a site's sublayers weights, and keep what their writers read."""
-        self._place = self._places[site.block]
+        self._number, self._place = site.block, self._places[site.block]
         layer = self._runner.layers[self._place]
         kept = self._kept[self._place]
         for sublayer in self._sites[site.index]:
@@ -199,12 +202,16 @@ class SlicedTwin:
             weights = turned(kept) | fitted
             self._runner.assign(layer, self._dense.as_modules(weights.items(), self._basis.width))
             self._block |= weights
-        writers = self._fitted_writers(site.index)
+        self._capture(site.activations, site.index, self._fitted_writers(site.index))
+
+    def _capture(self, activations: list[Activations], index: int, writers: list[str]) -> None:
+        """Keep what the writers of a site read, which have yet to be fitted, or without any what is written."""
+        layer = self._runner.layers[self._place]
         self._inputs = [self._offload.tensors() for _ in writers or [""]]
-        for number, a in enumerate(site.activations):
-            with captured_inputs(layer, writers, stop=True) as inputs:  # they have yet to be fitted
-                normalized = layer.normalize(site.index, self.streams[number])
-                update = layer.update(site.index, normalized, **a.kwargs[site.block])
+        for number, a in enumerate(activations):
+            with captured_inputs(layer, writers, stop=True) as inputs:
+                normalized = layer.normalize(index, self.streams[number])
+                update = layer.update(index, normalized, **a.kwargs[self._number])
             for kept_inputs, captured in zip(self._inputs, [inputs[w] for w in writers] or [update], strict=True):
                 kept_inputs.append(captured)
 
@@ -277,29 +284,69 @@ class SlicedTwin:
             inputs = self._stacked(number, bool(biases))
             target = self._basis.embed(a.hidden)
             missing = (target if scale is None else target / scale) - self.streams[number]
-            # The next norm divides by the stream's size: an error counts by its share of it
-            weight = torch.rsqrt(a.rows(a.hidden).square().mean(-1, keepdim=True) + site.eps)
+            weight = _weight(site, a)
             return a.rows(inputs) * weight, a.rows(missing) * weight
 
         kind = "neurons" if any(sublayer.neurons for sublayer in sublayers) else "write"
         fitted = self._fit(kind, site, torch.cat(parts, dim=1), tokens)
+        pieces = fitted.split([part.shape[1] for part in parts], dim=1)
+        self._block |= {module + ".weight": piece for module, piece in zip(writers, pieces, strict=False)}
+        if biases:
+            # Together they are the fitted bias; the others stay as they are
+            self._block[biases[0]] = self._block[biases[0]] + pieces[-1][:, 0] - parts[-1][:, 0]
+        if self._fits_readers:
+            for sublayer in sublayers:
+                if sublayer.neurons and sublayer.neuron_writer in writers:
+                    self._fit_readers(site, before, sublayer, fitted, tokens)
+                    self._capture(site.activations, before, writers)
         for number in range(len(self.streams)):
             inputs = self._stacked(number, bool(biases))
             written = inputs @ fitted.T.to(inputs.dtype)
             self.streams[number] = layer.pass_on(before, self.streams[number] + written)
         for inputs in self._inputs:
             inputs.clear()
-        pieces = fitted.split([part.shape[1] for part in parts], dim=1)
-        self._block |= {module + ".weight": piece for module, piece in zip(writers, pieces, strict=False)}
-        if biases:
-            # Together they are the fitted bias; the others stay as they are
-            self._block[biases[0]] = self._block[biases[0]] + pieces[-1][:, 0] - parts[-1][:, 0]
+
+    def _fit_readers(
+        self, site: Site, before: int, sublayer: Sublayer, fitted: Tensor, tokens: Callable[[int, Activations], Tokens]
+    ) -> None:
+        """Let an MLP's readers reach what its writer, as it has been fitted, can't.
+
+        Args:
+            site: The one behind it.
+            before: Number of the site before it, in its block.
+            sublayer: The MLP.
+            fitted: Weights of all writers beside each other, and the bias.
+            tokens: Gives what they read and what was missing before they wrote, weighted.
+        """
+        layer = self._runner.layers[self._place]
+
+        def batches() -> Iterator[Errors]:
+            for number, a in enumerate(site.activations):
+                if a.group in self._fitted:
+                    inputs, missing = tokens(number, a)
+                    weight = _weight(site, a)
+                    normalized = layer.normalize(before, self.streams[number])
+                    kwargs = a.kwargs[self._number]
+                    yield Errors(a, normalized, kwargs, missing - inputs @ fitted.T.to(inputs.dtype), weight)
+
+        writer = self._block[sublayer.weight(sublayer.neuron_writer)]
+        names = tuple(name for name in sublayer.readers if sublayer.weight(name) in self._block)
+        changes = fit_readers(Readers(layer, before, sublayer, names), batches, writer, self._offload, self._ranks)
+        changed = {sublayer.weight(name): change for name, change in changes.items()}
+        changed = {name: self._block[name] + change.to(self._block[name].dtype) for name, change in changed.items()}
+        self._runner.assign(layer, self._dense.as_modules(changed.items(), self._basis.width))
+        self._block |= changed
 
     def _stacked(self, number: int, bias: bool) -> Tensor:
         """Inputs of all writers of the site beside each other, and a one where there is a bias."""
         inputs = [of_writer[number] for of_writer in self._inputs]
         ones = [torch.ones_like(inputs[0][..., :1])] if bias else []
         return torch.cat([*inputs, *ones], dim=-1)
+
+
+def _weight(site: Site, a: Activations) -> Tensor:
+    """How much each token's errors count, (tokens, 1): the next norm divides by the stream's size."""
+    return torch.rsqrt(a.rows(a.hidden).square().mean(-1, keepdim=True) + site.eps)
 
 
 def _names(modules: list[str], tensors: Tensors) -> list[str]:
