@@ -19,6 +19,7 @@ from eigenslice.arch import lookup
 from tests.reference import moment, rms_norm
 
 FADING = 0.8
+READER_STEPS, READER_RIDGE = 3, 0.1
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,10 @@ class Fit:
         self.writers = [[block + s.writers[0] for s in site] for block in blocks for site in at_site]
         self.kinds = ["neurons" if table.mlp in site else "write" for _ in blocks for site in at_site]
         self.mlps = {k: self.writers[k][-1] for k, kind in enumerate(self.kinds) if kind == "neurons"}
+        self.readers = {
+            k: {blocks[k // len(at_site)] + name: 2 if name in table.mlp.gated else 1 for name in table.mlp.readers}
+            for k in self.mlps
+        }
         self.first, self.head = blocks[0].rstrip("."), table.head
         self.gone = {k for k in range(len(self.writers)) if k // len(at_site) in twin.dropped}
 
@@ -78,6 +83,7 @@ class Fit:
         self.c = (twin.width / self.basis.shape[0]) ** 0.5
         self.sliced = copy.deepcopy(model)
         self.readings: list[Tensor | None] = [None] * len(self.norms)
+        self.seen: dict[int, Tensor] = {}  # what the norms of a site make of the stream in the basis
         self.errors: dict[str, dict[float, float]] = {}
 
     def centre(self, x: Tensor) -> Tensor:
@@ -166,6 +172,7 @@ class Fit:
         tied_head = self.twin.tied and site == len(self.norms) - 1
 
         def hook(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            self.seen[site] = rms_norm(self.c * self.centre(args[0]) @ self.basis.to(args[0].dtype), self.eps)
             gain, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
             plain = output if shift is None else output - shift
             plain = plain if gain is None else plain / gain
@@ -198,3 +205,66 @@ class Fit:
             module.weight[:, some] = piece
         for number, module in enumerate(biased):
             module.bias.copy_(pieces[-1][:, 0] if number == 0 else torch.zeros_like(module.bias))
+        if before in self.mlps:
+            missing = share * (y - torch.cat(a, dim=1) @ fitted.T)
+            columns = fitted.split([part.shape[1] for part in parts], dim=1)[names.index(self.mlps[before])]
+            self.fit_readers(before, missing, share, rms_norm(self.c * stream @ Q, self.eps), columns)
+
+    def fit_readers(self, site: int, missing: Tensor, share: Tensor, z: Tensor, columns: Tensor) -> None:
+        """A Gauss-Newton step of what the kept neurons read, in the Krylov space of its least-squares problem.
+
+        Slopes are finite differences of the model itself.
+
+        Args:
+            site: Theirs.
+            missing: (tokens, width), times `share`.
+            share: Weight of each token.
+            z: What they read, (tokens, width).
+            columns: The writer's, in the basis, (width, kept).
+        """
+        writer, some = self.mlps[site], self.kept[self.mlps[site]]
+        count = self.sliced.get_submodule(writer).weight.numel() // len(self.basis)
+        kinds = [
+            (self.sliced.get_submodule(name), some + part * count)
+            for name, parts in self.readers[site].items()
+            for part in range(parts)
+        ]
+
+        def nudged(module: Any, rows: Tensor, by: float) -> Tensor:
+            def hook(_: Any, args: Any, output: Tensor) -> Tensor:
+                return output.index_add(-1, rows, torch.full((*output.shape[:-1], len(rows)), by).to(output))
+
+            handle = module.register_forward_hook(hook)
+            given = self.inputs(self.sliced, [writer])[writer][:, some]
+            handle.remove()
+            return given
+
+        slopes = torch.stack([(nudged(*kind, 1e-5) - nudged(*kind, -1e-5)) / 2e-5 * share for kind in kinds], 1)
+
+        def forward(p: Tensor) -> Tensor:  # (kinds, kept, width) -> (tokens, width)
+            return torch.einsum("tkn,knw,tw,on->to", slopes, p, z, columns)
+
+        def backward(errors: Tensor) -> Tensor:
+            return torch.einsum("tkn,to,on,tw->knw", slopes, errors, columns, z)
+
+        weights = columns.square().sum(0) * slopes.square().sum(0)  # (kinds, kept)
+        second = (share * z).T @ (share * z)
+        level = READER_RIDGE * weights.mean() * second.diagonal().mean() / len(z)
+        inverse = torch.linalg.inv(second / second.diagonal().mean() + torch.eye(len(second)))
+        scale = (weights + 0.05 * weights.mean(1, keepdim=True))[..., None]
+        right = backward(missing)
+        space: list[Tensor] = []
+        for _ in range(READER_STEPS):
+            image = right if not space else backward(forward(space[-1])) + level * space[-1]
+            space.append(image @ inverse / scale)
+            space[-1] = space[-1] / space[-1].norm()
+        rows = torch.linalg.qr(torch.stack([p.flatten() for p in space], 1)).Q.T.reshape(-1, *right.shape)
+        images = torch.stack([backward(forward(p)) + level * p for p in rows])
+        matrix = torch.einsum("iknw,jknw->ij", rows, images)
+        best = torch.linalg.solve(matrix, (rows * right).sum((1, 2, 3)))
+        for (module, where), change in zip(kinds, torch.einsum("i,iknw->knw", best, rows), strict=True):
+
+            def hook(_: Any, args: Any, output: Tensor, where: Tensor = where, change: Tensor = change) -> Tensor:
+                return output.index_add(-1, where, (self.seen[site] @ change.T.to(self.seen[site])).to(output))
+
+            module.register_forward_hook(hook)

@@ -160,6 +160,15 @@ class DenseModel:
         return (self.neurons,) * self.blocks
 
     @property
+    def neuron_rows(self) -> int:
+        """Rows of all that an MLP's neurons read by, in the first block; 0 where they aren't fitted."""
+        mlp, names = self.table.mlp, self._names_in(0)
+        if not mlp.neurons or mlp.stacked:
+            return 0
+        weights = {name: self.shapes[names[mlp.weight(name)]] for name in mlp.readers if mlp.weight(name) in names}
+        return sum(mlp.turn(name, shape)[0] for name, shape in weights.items())
+
+    @property
     def reader_bias(self) -> bool:
         """Whether folding gives every reader a bias (the norms have a shift)."""
         return f"{self.table.final_norm}.bias" in self.shapes

@@ -15,6 +15,7 @@ from eigenslice.data.tokens import longest_sequence
 from eigenslice.dense import DenseModel
 from eigenslice.forms import choose_form
 from eigenslice.holdout import FIT_TOKENS, TRIAL_TOKENS
+from eigenslice.neuronfit import STEPS as READER_STEPS
 from eigenslice.options import OWN_SHARE, RANDOM_SHARE
 from eigenslice.planning import DROPS
 from eigenslice.stream import Batch, Stream
@@ -30,11 +31,15 @@ WRITING = 3.5
 """Time of a token that the model writes, over that of one it reads: measured on SmolLM2-135M, on 2 CPU cores."""
 
 
-def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of the activations that live at once: two streams, and what the widest writers read."""
+def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype, refitted: bool = False) -> int:
+    """Bytes of the activations that live at once: two streams, and what the widest writers read.
+
+    Where layers are refitted, what MLP neurons read and the slopes of what they make of it, too.
+    """
     item = torch.empty((), dtype=dtype).element_size()
     inner = 0 if dense.experts else dense.neurons  # what experts write is kept, not what their writers read
-    return tokens * (2 * dense.width + max(dense.width, inner)) * item
+    read = dense.width + dense.neuron_rows if refitted and dense.neuron_rows else 0
+    return tokens * (2 * dense.width + max(dense.width, inner) + read) * item
 
 
 def whole_bytes(dense: DenseModel, dtype: torch.dtype) -> int:
@@ -87,6 +92,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     sites, a = len(dense.table.sites(dense.config)), site.activations[0]
     rows = torch.randn(ids.numel(), dense.width, device=dense.device)
     wide = torch.randn(ids.numel(), max(dense.width, dense.neurons), device=dense.device)
+    readers = torch.randn(dense.neuron_rows, dense.width, device=dense.device)
 
     def run_block() -> None:
         for index in range(sites):
@@ -100,6 +106,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         block = _seconds(run_block, dense.device)
         narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
         fold = _seconds(fold_block, dense.device)
+        read = _seconds(lambda: rows @ readers.T, dense.device)
     share = dense.blocks * tokens / ids.numel()
     write = dense.blocks * fold * 3  # folded to be run; folded again to be sliced, and written
     measuring = share * (block + sites * narrow)
@@ -110,7 +117,9 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     text = OWN_SHARE * (measuring + share * WRITING * block) if writes else 0.0
     more = (1 + (OWN_SHARE if writes else RANDOM_SHARE)) * (1 + BEGINNINGS_SHARE)
     twin = block + 2 * sites * narrow + 2 * broad
-    fit = more * share * (block + twin) + dense.blocks * 2 * broad
+    # What neurons read is fitted by products as large as that of their readers, three for each gradient
+    twin_with_readers = twin + (READER_STEPS + 1) * 3 * read
+    fit = more * share * (block + twin_with_readers) + dense.blocks * 2 * broad
     plans = PLANS + (len(DROPS) if dense.blocks_alike else 0)
     tried = dense.blocks * min(more * tokens, TRIED_TOKENS) / ids.numel()
     trial = tried * (2 * block + plans * twin)
@@ -122,7 +131,8 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     running = 2 * weights * max(4, item) + 6 * dense.width**2 * 8
     plain = rss + activations // 2 + max(running, torch.Size(vocabulary).numel() * item)
     gram = max(dense.width, dense.neurons) ** 2 * 8
-    refitted = plain + activations // 2 + weights * 8 + 5 * gram // 2
+    more_activations = activation_bytes(dense, tokens, dtype, refitted=True) - activations
+    refitted = plain + activations // 2 + more_activations + weights * 8 + 5 * gram // 2
     if writes:
         refitted = max(refitted, rss + whole)
     plain_seconds = measuring + write

@@ -104,7 +104,7 @@ class Errors:
 
 
 def fit_readers(
-    readers: Readers, batches: Callable[[], Iterable[Errors]], writer: Tensor, offload: Offload, ranks: Ranks = ALONE
+    readers: Readers, batches: Iterable[Errors], writer: Tensor, offload: Offload, ranks: Ranks = ALONE
 ) -> dict[str, Tensor]:
     """The change of an MLP's readers that lets it write most of what is missing, to first order.
 
@@ -116,7 +116,7 @@ def fit_readers(
 
     Args:
         readers: Which.
-        batches: Gives the tokens to fit on.
+        batches: The tokens to fit on.
         writer: (width, neurons), as it has been fitted.
         offload: Where slopes live: the size of what all readers give, for each token.
         ranks: Who share the tokens.
@@ -126,41 +126,41 @@ def fit_readers(
     """
     neurons, device = writer.shape[1], writer.device
     held = offload.tensors(), offload.tensors()  # slopes times weight, and what is read
-    columns = writer.float()
-    moments: list[Tensor] = []  # the gradient, the second moment of what is read, the curvature of rows, tokens
-    for batch in batches():
+    weight = readers.layer.get_parameter(readers.sublayer.weight(readers.names[0]))
+    columns = writer.to(torch.promote_types(weight.dtype, torch.float32))
+    rows, width = [readers.rows(name) for name in readers.names], writer.shape[0]
+    shapes = (sum(rows), width), (width, width), (sum(rows),), ()
+    # The gradient, the second moment of what is read, the curvature of each row, and how many tokens there are
+    sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
+    for batch in batches:
         a, dtype = batch.activations, batch.normalized.dtype
         read, slopes = readers.linearize(batch.normalized, batch.kwargs)
         read, slopes = a.rows(read), a.rows(slopes) * batch.weight
-        found = [
-            _backward(slopes, read, batch.missing @ columns),
-            gram_matrix(read * batch.weight),
-            slopes.square().sum(0).double(),
-            torch.tensor(float(len(read)), dtype=torch.float64, device=device),
-        ]
-        moments = [old + new for old, new in zip(moments, found, strict=True)] if moments else found
+        sums[0] += _backward(slopes, read, batch.missing @ columns)
+        sums[1] += gram_matrix(read * batch.weight)
+        sums[2] += slopes.square().sum(0)
+        sums[3] += len(read)
         for tensors, tensor in zip(held, (slopes, read), strict=True):
             tensors.append(tensor.to(dtype))
-    gradient, moment, curvature, tokens = (ranks.sum(x) for x in moments)
+    gradient, moment, curvature, tokens = (ranks.sum(total) for total in sums)
 
     kinds = curvature.view(-1, neurons) * columns.square().sum(0).double()
     level = RIDGE * kinds.mean() * moment.diagonal().mean() / tokens
     kinds = (kinds + FLOOR * kinds.mean(1, keepdim=True)).clamp_min(SMALLEST).view(-1, 1)
     mean = moment.diagonal().mean().clamp_min(SMALLEST)
-    inverse = torch.linalg.inv(moment / mean + torch.eye(len(moment), dtype=torch.float64, device=device))
+    inverse = torch.linalg.inv(moment / mean + torch.eye(width, dtype=torch.float64, device=device))
 
     def product(change: Tensor) -> Tensor:
-        total = level * change
+        total = torch.zeros_like(change)
         for slopes, read in zip(*held, strict=True):
-            slopes, read = slopes.float(), read.float()
-            given = (read @ change.T.float()).mul_(slopes).unflatten(1, (-1, neurons)).sum(1)
-            total += ranks.sum(_backward(slopes, read, given @ columns.T @ columns))
-        return total
+            slopes, read = slopes.to(columns.dtype), read.to(columns.dtype)
+            given = (read @ change.T.to(columns.dtype)).mul_(slopes).unflatten(1, (-1, neurons)).sum(1)
+            total += _backward(slopes, read, given @ columns.T @ columns)
+        return ranks.sum(total) + level * change
 
     change = conjugate_gradients(product, gradient, lambda x: x @ inverse / kinds, STEPS)
     for tensors in held:
         tensors.clear()
-    rows = [readers.rows(name) for name in readers.names]
     return dict(zip(readers.names, ranks.decide(change).split(rows), strict=True))
 
 

@@ -1,8 +1,9 @@
 """The sliced model beside the dense one: each layer is fitted, in closed form, as the dense stream passes it.
 
 A reader is fitted to the dense reader's output, from the sliced stream as it has become; a writer to the dense stream
-after it, so that it also repairs the error before it. Only Gram matrices are kept. Nothing is trained: every fit is
-one ridge regression, its ridge chosen on tokens that were held out.
+after it, so that it also repairs the error before it. Only Gram matrices are kept. What a writer can't repair, its MLP's
+readers are fitted to, by a Gauss-Newton step (`neuronfit`). Nothing is trained: each layer is fitted once, by least
+squares, the ridge of most fits chosen on tokens that were held out.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
-from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
+from eigenslice.algebra.refit import Tokens
 from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel, Tensors
 from eigenslice.experts import Experts, WriterInputs
@@ -24,6 +25,7 @@ from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
 from eigenslice.resume import Position
+from eigenslice.ridges import RidgeFits
 from eigenslice.stream import BESIDE_GROUP, HELD_OUT_GROUP, Activations, BlockRunner, Site, captured_inputs, has_experts
 from eigenslice.transform import Kept, SiteBasis, keep_units, turn_end
 
@@ -72,9 +74,7 @@ class SlicedTwin:
         self.streams = self._offload.tensors()
         self.reading: Tensor | None = None
         self._dense, self._basis, self._kept, self._write, self._tied = dense, basis, kept, write, plan.tied
-        self._fitted = frozenset(groups)
-        self._held_out = sorted(self._fitted - {BESIDE_GROUP})
-        self._ridge, self._fits_readers, self._ranks = ridge, readers, ranks
+        self._fit, self._fits_readers, self._ranks = RidgeFits(groups, ridge, ranks), readers, ranks
         self._places = {block: place for place, block in enumerate(plan.blocks)}
         self._number = self._place = 0  # of the block whose writers, the last ones that ran, have yet to be fitted
         config = custom_config(dense, replace(plan, stock=None), torch.float32)
@@ -82,17 +82,15 @@ class SlicedTwin:
         self._sites = dense.table.sites(dense.config)
         self._block: Tensors = {}
         self._inputs: list[OffloadedTensors] = []  # of each writer of a site
-        self._choices = {kind: RidgeChoice() for kind in ("read", "write", "neurons", "experts")}
 
     def content(self) -> dict[str, Any]:
         """Beside `streams`, all it needs to go on after `arrive` at the first site of a block; as JSON."""
-        return {kind: list(choice.errors.values()) for kind, choice in self._choices.items()}
+        return self._fit.content()
 
     def restore(self, position: Position, name: str, content: dict[str, Any]) -> None:
         """Go on where `arrive` was done, with streams saved under a name."""
         position.restore(name, self.streams)
-        for kind, errors in content.items():
-            self._choices[kind] = RidgeChoice(errors=dict(zip(RIDGES, errors, strict=True)))
+        self._fit.restore(content)
 
     def waits(self, site: Site) -> bool:
         """Whether nothing happens at a site, since the result is without its block.
@@ -151,38 +149,16 @@ class SlicedTwin:
         def tokens(number: int, a: Activations) -> Tokens:
             return a.rows(seen(self.streams[number])), a.rows(seen(a.hidden))
 
-        reading = self._fit("read", site, self._basis.reading, tokens)
+        reading = self._fit("read", self._turn(site), site.activations, self._basis.reading, tokens)
         if site.folded is None:
             assert site.layer is None, "a twin needs the weights that the walk holds"
             self.reading = reading
         else:
             self._run(site, site.folded, reading)
 
-    def _fit(self, kind: str, site: Site, base: Tensor, tokens: Callable[[int, Activations], Tokens]) -> Tensor:
-        """Ridge regression towards `base` (m, n); tokens gives a batch's inputs (T, n) and outputs (T, m).
-
-        Groups take turns in being held out, to choose the ridge; the fit itself then has all tokens.
-        """
-        choosing = self._ridge is None and len(self._held_out) > 1
-        number = site.block * len(self._sites) + site.index
-        held_out = self._held_out[number % len(self._held_out)] if choosing else None
-        batches = [(n, a) for n, a in enumerate(site.activations) if a.group in self._fitted]
-        held = [(n, a) for n, a in batches if a.group == held_out]
-        sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
-        for n, a in batches:
-            if a.group != held_out:
-                sums.add(*tokens(n, a))
-        sums.add_up(self._ranks.sum)
-        ridge = DEFAULT_RIDGE if self._ridge is None else self._ridge
-        if choosing:
-            ridge = self._choices[kind].choose(sums, (tokens(n, a) for n, a in held), base, self._ranks.sum)
-            ridge = float(self._ranks.decide(torch.tensor(ridge, dtype=torch.float64, device=base.device)))
-            if not self._ranks.first:
-                sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
-            for n, a in held:
-                sums.add(*tokens(n, a))
-            sums.add_up(self._ranks.sum)
-        return self._ranks.decide(sums.solve(base, ridge))
+    def _turn(self, site: Site) -> int:
+        """Number of a site, which says whose turn it is to be held out."""
+        return site.block * len(self._sites) + site.index
 
     def _run(self, site: Site, folded: FoldedBlock, reading: Tensor) -> None:
         """Give a site's sublayers weights, and keep what their writers read."""
@@ -248,7 +224,7 @@ class SlicedTwin:
                 rows = rows * torch.rsqrt(stream.square().mean(-1, keepdim=True) + site.eps)
                 return rows[:, neurons], rows @ writer.T.to(rows.dtype)
 
-            return self._fit("experts", site, writer[:, neurons], tokens)
+            return self._fit("experts", self._turn(site), site.activations, writer[:, neurons], tokens)
 
         pairs = zip(writers, kept.neurons, strict=True)
         result = {name: torch.stack([fit(writer, neurons, expert) for expert, (writer, neurons) in enumerate(pairs)])}
@@ -288,7 +264,7 @@ class SlicedTwin:
             return a.rows(inputs) * weight, a.rows(missing) * weight
 
         kind = "neurons" if any(sublayer.neurons for sublayer in sublayers) else "write"
-        fitted = self._fit(kind, site, torch.cat(parts, dim=1), tokens)
+        fitted = self._fit(kind, self._turn(site), site.activations, torch.cat(parts, dim=1), tokens)
         pieces = fitted.split([part.shape[1] for part in parts], dim=1)
         self._block |= {module + ".weight": piece for module, piece in zip(writers, pieces, strict=False)}
         if biases:
@@ -322,7 +298,7 @@ class SlicedTwin:
 
         def batches() -> Iterator[Errors]:
             for number, a in enumerate(site.activations):
-                if a.group in self._fitted:
+                if a.group in self._fit.groups:
                     inputs, missing = tokens(number, a)
                     weight = _weight(site, a)
                     normalized = layer.normalize(before, self.streams[number])
@@ -331,7 +307,7 @@ class SlicedTwin:
 
         writer = self._block[sublayer.weight(sublayer.neuron_writer)]
         names = tuple(name for name in sublayer.readers if sublayer.weight(name) in self._block)
-        changes = fit_readers(Readers(layer, before, sublayer, names), batches, writer, self._offload, self._ranks)
+        changes = fit_readers(Readers(layer, before, sublayer, names), batches(), writer, self._offload, self._ranks)
         changed = {sublayer.weight(name): change for name, change in changes.items()}
         changed = {name: self._block[name] + change.to(self._block[name].dtype) for name, change in changed.items()}
         self._runner.assign(layer, self._dense.as_modules(changed.items(), self._basis.width))

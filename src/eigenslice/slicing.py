@@ -82,7 +82,8 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     with work_folder(options.output, identity, options.resume, ranks) as work:
         state = RunState(work.state, ranks)
         tokens = _more_tokens(given, options, dense, compute, state, ranks, progress)
-        place = choose_place(options.offload, activation_bytes(dense, tokens.count, compute) // ranks.size, device)
+        needed = activation_bytes(dense, tokens.count, compute, options.fits) // ranks.size
+        place = choose_place(options.offload, needed, device)
         offload = Offload(place, device, work.offload / str(ranks.rank))
         run = Run(dense, tokens, compute, offload, ranks, state, progress)
         found = _measure(run, plans) if options.basis == "global" else None
