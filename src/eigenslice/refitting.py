@@ -1,9 +1,9 @@
-"""The sliced model beside the dense one: each layer is fitted, in closed form, as the dense stream passes it.
+"""The sliced model beside the dense one: each layer is fitted as the dense stream passes it.
 
 A reader is fitted to the dense reader's output, from the sliced stream as it has become; a writer to the dense stream
-after it, so that it also repairs the error before it. Only Gram matrices are kept. What a writer can't repair, its MLP's
-readers are fitted to, by a Gauss-Newton step (`neuronfit`). Nothing is trained: each layer is fitted once, by least
-squares, the ridge of most fits chosen on tokens that were held out.
+after it, so that it also repairs the error before it. What it can't repair, the readers of its MLP's neurons are fitted
+to, by a Gauss-Newton step (`neuronfit`). Nothing is trained: each layer is fitted once, by least squares, and their
+ridges (but that step's) are chosen on tokens that were held out.
 """
 
 from collections.abc import Callable, Collection, Iterator
