@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eigenslice import holdout, neuronfit
+from eigenslice import holdout, neuronfit, refitting
 from eigenslice.algebra.refit import RidgeChoice
 from eigenslice.arch import lookup
 from eigenslice.checkpoint.source import open_source
@@ -281,3 +281,24 @@ def test_the_manifest_has_the_errors_that_are_left(
         kept = ((dense @ basis).square().sum(-1) / size).mean()
         assert entry["error"] == pytest.approx(float(error), rel=1e-3)
         assert entry["energy_kept"] == pytest.approx(float(kept), rel=1e-3)
+
+
+@pytest.mark.parametrize("case", ["llama", "opt", "phi"])
+def test_a_step_of_readers_that_loses_is_not_taken(
+    case: str, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def weights(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        def fit(*arguments: Any) -> dict[str, Tensor]:
+            return {name: change(tensor) for name, tensor in neuronfit.fit_readers(*arguments).items()}
+
+        monkeypatch.setattr(refitting, "fit_readers", fit)
+        result = run_slice(case, width=WIDTH, neurons=NEURONS)
+        return list(load_file(result.output / "model.safetensors").values())
+
+    none, half, whole, wrong, twice = (
+        weights(lambda step, share=share: share * step) for share in (0.0, 0.5, 1.0, -1.0, 2.5)
+    )
+    assert all(map(torch.equal, none, wrong))
+    assert not all(map(torch.equal, none, whole))
+    assert not all(map(torch.equal, none, twice)), "a part of it gains"
+    assert not all(map(torch.equal, half, whole))

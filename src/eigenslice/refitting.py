@@ -29,6 +29,9 @@ from eigenslice.ridges import RidgeFits
 from eigenslice.stream import BESIDE_GROUP, HELD_OUT_GROUP, Activations, BlockRunner, Site, captured_inputs, has_experts
 from eigenslice.transform import Kept, SiteBasis, keep_units, turn_end
 
+STEP_SHARES = (1.0, 0.5, 0.25, 0.0)
+"""Of a Gauss-Newton step, which is right to first order only: the largest is taken that lets errors grow no larger."""
+
 
 class SlicedTwin:
     """A sliced model in the making.
@@ -274,7 +277,6 @@ class SlicedTwin:
             for sublayer in sublayers:
                 if sublayer.neurons and sublayer.neuron_writer in writers:
                     self._fit_readers(site, before, sublayer, fitted, tokens)
-                    self._capture(site.activations, before, writers)
         for number in range(len(self.streams)):
             inputs = self._stacked(number, bool(biases))
             written = inputs @ fitted.T.to(inputs.dtype)
@@ -285,7 +287,7 @@ class SlicedTwin:
     def _fit_readers(
         self, site: Site, before: int, sublayer: Sublayer, fitted: Tensor, tokens: Callable[[int, Activations], Tokens]
     ) -> None:
-        """Let an MLP's readers reach what its writer, as it has been fitted, can't.
+        """Let an MLP's readers reach what its writer, as it has been fitted, can't; what writers read is kept anew.
 
         Args:
             site: The one behind it.
@@ -294,24 +296,37 @@ class SlicedTwin:
             fitted: Weights of all writers beside each other, and the bias.
             tokens: Gives what they read and what was missing before they wrote, weighted.
         """
-        layer = self._runner.layers[self._place]
+        layer, writers = self._runner.layers[self._place], self._fitted_writers(before)
 
-        def batches() -> Iterator[Errors]:
+        def left() -> Iterator[tuple[int, Activations, Tensor]]:
             for number, a in enumerate(site.activations):
                 if a.group in self._fit.groups:
                     inputs, missing = tokens(number, a)
-                    weight = _weight(site, a)
-                    normalized = layer.normalize(before, self.streams[number])
-                    kwargs = a.kwargs[self._number]
-                    yield Errors(a, normalized, kwargs, missing - inputs @ fitted.T.to(inputs.dtype), weight)
+                    yield number, a, missing - inputs @ fitted.T.to(inputs.dtype)
 
-        writer = self._block[sublayer.weight(sublayer.neuron_writer)]
+        def batches() -> Iterator[Errors]:
+            for number, a, missing in left():
+                normalized = layer.normalize(before, self.streams[number])
+                yield Errors(a, normalized, a.kwargs[self._number], missing, _weight(site, a))
+
+        def error() -> float:
+            sums = torch.zeros(1, dtype=torch.float64, device=fitted.device)
+            for _, _, missing in left():
+                sums += missing.square().sum()
+            return float(self._ranks.decide(self._ranks.sum(sums)))
+
         names = tuple(name for name in sublayer.readers if sublayer.weight(name) in self._block)
-        changes = fit_readers(Readers(layer, before, sublayer, names), batches(), writer, self._offload, self._ranks)
-        changed = {sublayer.weight(name): change for name, change in changes.items()}
-        changed = {name: self._block[name] + change.to(self._block[name].dtype) for name, change in changed.items()}
-        self._runner.assign(layer, self._dense.as_modules(changed.items(), self._basis.width))
-        self._block |= changed
+        writer = self._block[sublayer.weight(sublayer.neuron_writer)]
+        found = fit_readers(Readers(layer, before, sublayer, names), batches(), writer, self._offload, self._ranks)
+        changes = {sublayer.weight(name): change for name, change in found.items()}
+        weights, most = {name: self._block[name] for name in changes}, error()
+        for share in STEP_SHARES:
+            changed = {name: weights[name] + share * change for name, change in changes.items()}
+            self._runner.assign(layer, self._dense.as_modules(changed.items(), self._basis.width))
+            self._block |= changed
+            self._capture(site.activations, before, writers)
+            if error() <= most:
+                return
 
     def _stacked(self, number: int, bias: bool) -> Tensor:
         """Inputs of all writers of the site beside each other, and a one where there is a bias."""
