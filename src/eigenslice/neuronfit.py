@@ -36,8 +36,8 @@ class Readers:
     Attributes:
         layer: The decoder layer.
         site: Number of the site that they are at.
-        sublayer: Theirs; it has one writer.
-        names: Theirs.
+        sublayer: The MLP; it has one writer.
+        names: Theirs, as far as the layer has them.
     """
 
     layer: Any
