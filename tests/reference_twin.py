@@ -35,6 +35,7 @@ class Twin:
         ridge: Of every fit; None chooses it as `RidgeChoice` does.
         parts: With `ridge` None, the number of equal parts of the calibration sequences that take turns.
         dropped: Numbers of the blocks that are left out.
+        stride: Of so many tokens, one is reckoned with in the curvature of what neurons read.
     """
 
     width: int
@@ -45,6 +46,7 @@ class Twin:
     ridge: float | None = None
     parts: int = 4
     dropped: tuple[int, ...] = ()
+    stride: int = 1
 
     def logits(self, model: Any, calibration: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits on ids of the model that was fitted on the calibration tokens; their mask is 0 for padding."""
@@ -241,25 +243,24 @@ class Fit:
 
         slopes = torch.stack([(nudged(*kind, 1e-5) - nudged(*kind, -1e-5)) / 2e-5 * share for kind in kinds], 1)
 
-        def forward(p: Tensor) -> Tensor:  # (kinds, kept, width) -> (tokens, width)
-            return torch.einsum("tkn,knw,tw,on->to", slopes, p, z, columns)
-
-        def backward(errors: Tensor) -> Tensor:
-            return torch.einsum("tkn,to,on,tw->knw", slopes, errors, columns, z)
+        def curve(p: Tensor) -> Tensor:  # (kinds, kept, width), the curvature of some of the tokens
+            s, x = slopes[:: self.twin.stride], z[:: self.twin.stride]
+            errors = torch.einsum("tkn,knw,tw,on->to", s, p, x, columns)
+            return torch.einsum("tkn,to,on,tw->knw", s, errors, columns, x) * len(z) / len(x) + level * p
 
         weights = columns.square().sum(0) * slopes.square().sum(0)  # (kinds, kept)
         second = (share * z).T @ (share * z)
         level = READER_RIDGE * weights.mean() * second.diagonal().mean() / len(z)
         inverse = torch.linalg.inv(second / second.diagonal().mean() + torch.eye(len(second)))
         scale = (weights + 0.05 * weights.mean(1, keepdim=True))[..., None]
-        right = backward(missing)
+        right = torch.einsum("tkn,to,on,tw->knw", slopes, missing, columns, z)
         space: list[Tensor] = []
         for _ in range(READER_STEPS):
-            image = right if not space else backward(forward(space[-1])) + level * space[-1]
+            image = curve(space[-1]) if space else right
             space.append(image @ inverse / scale)
             space[-1] = space[-1] / space[-1].norm()
         rows = torch.linalg.qr(torch.stack([p.flatten() for p in space], 1)).Q.T.reshape(-1, *right.shape)
-        images = torch.stack([backward(forward(p)) + level * p for p in rows])
+        images = torch.stack([curve(p) for p in rows])
         matrix = torch.einsum("iknw,jknw->ij", rows, images)
         best = torch.linalg.solve(matrix, (rows * right).sum((1, 2, 3)))
         for (module, where), change in zip(kinds, torch.einsum("i,iknw->knw", best, rows), strict=True):

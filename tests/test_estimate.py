@@ -31,8 +31,9 @@ def test_activations_are_two_streams_and_what_writers_read(dense_folder: Folders
 @pytest.mark.parametrize(("case", "kinds"), [("llama", 2), ("phi3", 2), ("opt", 1), ("gpt2", 1), ("mixtral", 0)])
 def test_fitting_readers_keeps_slopes_and_what_they_read(case: str, kinds: int, dense_folder: Folders) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
-    more = activation_bytes(dense, 10, torch.float32, refitted=True) - activation_bytes(dense, 10, torch.float32)
-    assert more == (10 * 4 * (dense.width + kinds * dense.neurons) if kinds else 0)
+    for tokens, some in ((40, 40), (100_000, 25_000)):  # the curvature is that of some of many tokens
+        sizes = [activation_bytes(dense, tokens, torch.float32, refitted=refitted) for refitted in (True, False)]
+        assert sizes[0] - sizes[1] == (some * 4 * (dense.width + kinds * dense.neurons) if kinds else 0)
 
 
 def test_results_in_the_custom_class_take_a_pass_more(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Fitting sliced layers beside the dense stream, against a reference on transformers' own model."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,15 @@ def twin_of(case: str, result: SliceResult, ridge: float | None) -> Twin:
     )
 
 
+def logits(result: SliceResult) -> Tensor:
+    with torch.no_grad():
+        return load(result.output)(IDS).logits
+
+
 def check(result: SliceResult, expected: Tensor, dense: Any) -> None:
     """The result's logits are the reference's, which are far from the dense model's."""
     with torch.no_grad():
-        assert relative(load(result.output)(IDS).logits, expected) < 1e-4
+        assert relative(logits(result), expected) < 1e-4
         assert relative(dense(IDS).logits, expected) > 0.01
     assert result.manifest["refitted"]
 
@@ -80,6 +86,20 @@ def test_it_is_one_regression_after_the_other(
     model = load(dense_folder(case), dtype=torch.float64)
     expected = twin_of(case, result, RIDGE).logits(model, load_file(calibration)["calibration"], IDS)
     check(result, expected, model)
+
+
+@pytest.mark.usefixtures("constant_ridge")
+@pytest.mark.parametrize("case", ["llama", "opt", "phi"])
+def test_of_many_tokens_some_have_to_do_for_the_curvature(
+    case: str, run_slice: Slicer, dense_folder: Folders, calibration: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = load_file(calibration)["calibration"]
+    monkeypatch.setattr(neuronfit, "CURVATURE_TOKENS", ids.numel() // 2)
+    monkeypatch.setattr(refitting, "STEP_SHARES", (1.0,))  # of so few, a step goes too far
+    result = run_slice(case, width=WIDTH, neurons=NEURONS)
+    model, twin = load(dense_folder(case), dtype=torch.float64), twin_of(case, result, RIDGE)
+    check(result, replace(twin, stride=2).logits(model, ids, IDS), model)
+    assert relative(twin.logits(model, ids, IDS), logits(result)) > 1e-3, "it made no difference"
 
 
 @pytest.mark.usefixtures("constant_ridge")

@@ -16,6 +16,7 @@ from eigenslice.dense import DenseModel
 from eigenslice.forms import choose_form
 from eigenslice.holdout import FIT_TOKENS, TRIAL_TOKENS
 from eigenslice.neuronfit import STEPS as READER_STEPS
+from eigenslice.neuronfit import curvature_stride
 from eigenslice.options import OWN_SHARE, RANDOM_SHARE
 from eigenslice.planning import DROPS
 from eigenslice.stream import Batch, Stream
@@ -34,12 +35,12 @@ WRITING = 3.5
 def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype, refitted: bool = False) -> int:
     """Bytes of the activations that live at once: two streams, and what the widest writers read.
 
-    Where layers are refitted, what MLP neurons read and the slopes of what they make of it, too.
+    Where layers are refitted, what MLP neurons read and the slopes of what they make of it, too, at some of the tokens.
     """
     item = torch.empty((), dtype=dtype).element_size()
     inner = 0 if dense.experts else dense.neurons  # what experts write is kept, not what their writers read
-    read = dense.width + dense.neuron_rows if refitted and dense.neuron_rows else 0
-    return tokens * (2 * dense.width + max(dense.width, inner) + read) * item
+    read = (dense.width + dense.neuron_rows) / curvature_stride(tokens) if refitted and dense.neuron_rows else 0
+    return int(tokens * (2 * dense.width + max(dense.width, inner) + read)) * item
 
 
 def whole_bytes(dense: DenseModel, dtype: torch.dtype) -> int:
@@ -117,8 +118,8 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     text = OWN_SHARE * (measuring + share * WRITING * block) if writes else 0.0
     more = (1 + (OWN_SHARE if writes else RANDOM_SHARE)) * (1 + BEGINNINGS_SHARE)
     twin = block + 2 * sites * narrow + 2 * broad
-    # What neurons read is fitted by products as large as that of their readers, three for each gradient
-    twin_with_readers = twin + (READER_STEPS + 1) * 3 * read
+    # What neurons read is fitted by products as large as that of their readers, three for each gradient; they run again
+    twin_with_readers = twin + (3 + READER_STEPS / curvature_stride(tokens) * 3 + 4) * read
     fit = more * share * (block + twin_with_readers) + dense.blocks * 2 * broad
     plans = PLANS + (len(DROPS) if dense.blocks_alike else 0)
     tried = dense.blocks * min(more * tokens, TRIED_TOKENS) / ids.numel()

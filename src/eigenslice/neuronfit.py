@@ -22,6 +22,8 @@ from eigenslice.stream import Activations, captured_inputs
 
 STEPS = 3
 """Conjugate gradients. With more, what is gained on other text is lost on text of other kinds."""
+CURVATURE_TOKENS, LARGEST_STRIDE = 16_384, 4
+"""The curvature is that of so many tokens or more, but of a quarter in any case; the gradient, which leads, of all."""
 RIDGE = 0.1
 """As a share of the mean curvature per weight."""
 FLOOR = 0.05
@@ -103,8 +105,18 @@ class Errors:
     weight: Tensor
 
 
+def curvature_stride(tokens: int) -> int:
+    """Of how many tokens one is enough for the curvature, if there are so many."""
+    return min(LARGEST_STRIDE, max(1, tokens // CURVATURE_TOKENS))
+
+
 def fit_readers(
-    readers: Readers, batches: Iterable[Errors], writer: Tensor, offload: Offload, ranks: Ranks = ALONE
+    readers: Readers,
+    batches: Iterable[Errors],
+    writer: Tensor,
+    offload: Offload,
+    stride: int = 1,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """The change of an MLP's readers that lets it write most of what is missing, to first order.
 
@@ -118,7 +130,8 @@ def fit_readers(
         readers: Which.
         batches: The tokens to fit on.
         writer: (width, neurons), as it has been fitted.
-        offload: Where slopes live: the size of what all readers give, for each token.
+        offload: Where slopes live: the size of what all readers give, for each token that the curvature has.
+        stride: It has every so many.
         ranks: Who share the tokens.
 
     Returns:
@@ -126,11 +139,12 @@ def fit_readers(
     """
     neurons, device = writer.shape[1], writer.device
     held = offload.tensors(), offload.tensors()  # slopes times weight, and what is read
+    passed = 0
     weight = readers.layer.get_parameter(readers.sublayer.weight(readers.names[0]))
     columns = writer.to(torch.promote_types(weight.dtype, torch.float32))
     rows, width = [readers.rows(name) for name in readers.names], writer.shape[0]
     shapes = (sum(rows), width), (width, width), (sum(rows),), ()
-    # The gradient, the second moment of what is read, the curvature of each row, and how many tokens there are
+    # The gradient, the second moment of what is read, each row's own curvature, and how many tokens there are
     sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
     for batch in batches:
         a, dtype = batch.activations, batch.normalized.dtype
@@ -141,8 +155,11 @@ def fit_readers(
         sums[2] += slopes.square().sum(0)
         sums[3] += len(read)
         for tensors, tensor in zip(held, (slopes, read), strict=True):
-            tensors.append(tensor.to(dtype))
+            tensors.append(tensor[-passed % stride :: stride].to(dtype, copy=True))
+        passed += len(read)
     gradient, moment, curvature, tokens = (ranks.sum(total) for total in sums)
+    some = torch.tensor(float(-(-passed // stride)), dtype=torch.float64, device=device)
+    share = ranks.sum(some) / tokens
 
     kinds = curvature.view(-1, neurons) * columns.square().sum(0).double()
     level = RIDGE * kinds.mean() * moment.diagonal().mean() / tokens
@@ -156,7 +173,7 @@ def fit_readers(
             slopes, read = slopes.to(columns.dtype), read.to(columns.dtype)
             given = (read @ change.T.to(columns.dtype)).mul_(slopes).unflatten(1, (-1, neurons)).sum(1)
             total += _backward(slopes, read, given @ columns.T @ columns)
-        return ranks.sum(total) + level * change
+        return ranks.sum(total) / share + level * change
 
     change = conjugate_gradients(product, gradient, lambda x: x @ inverse / kinds, STEPS)
     for tensors in held:

@@ -20,7 +20,7 @@ from eigenslice.dense import DenseModel, Tensors
 from eigenslice.experts import Experts, WriterInputs
 from eigenslice.folding import FoldedBlock, is_inside
 from eigenslice.forms import custom_config
-from eigenslice.neuronfit import Errors, Readers, fit_readers
+from eigenslice.neuronfit import Errors, Readers, curvature_stride, fit_readers
 from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
@@ -309,23 +309,26 @@ class SlicedTwin:
                 normalized = layer.normalize(before, self.streams[number])
                 yield Errors(a, normalized, a.kwargs[self._number], missing, _weight(site, a))
 
-        def error() -> float:
-            sums = torch.zeros(1, dtype=torch.float64, device=fitted.device)
+        def error() -> tuple[float, int]:
+            sums = torch.zeros(2, dtype=torch.float64, device=fitted.device)
             for _, _, missing in left():
-                sums += missing.square().sum()
-            return float(self._ranks.decide(self._ranks.sum(sums)))
+                sums += torch.stack([missing.square().sum(), missing.new_tensor(len(missing))])
+            total, count = self._ranks.decide(self._ranks.sum(sums)).tolist()
+            return total, int(count)
 
         names = tuple(name for name in sublayer.readers if sublayer.weight(name) in self._block)
         writer = self._block[sublayer.weight(sublayer.neuron_writer)]
-        found = fit_readers(Readers(layer, before, sublayer, names), batches(), writer, self._offload, self._ranks)
+        most, count = error()
+        readers, stride = Readers(layer, before, sublayer, names), curvature_stride(count)
+        found = fit_readers(readers, batches(), writer, self._offload, stride, self._ranks)
         changes = {sublayer.weight(name): change for name, change in found.items()}
-        weights, most = {name: self._block[name] for name in changes}, error()
+        weights = {name: self._block[name] for name in changes}
         for share in STEP_SHARES:
             changed = {name: weights[name] + share * change for name, change in changes.items()}
             self._runner.assign(layer, self._dense.as_modules(changed.items(), self._basis.width))
             self._block |= changed
             self._capture(site.activations, before, writers)
-            if error() <= most:
+            if error()[0] <= most:
                 return
 
     def _stacked(self, number: int, bias: bool) -> Tensor:
