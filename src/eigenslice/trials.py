@@ -43,7 +43,7 @@ def try_plans(
         state: Where to save what is found, and to go on from; None saves nothing.
         ranks: Who share the batches.
         stage: Name of this trial in the state.
-        fit: Whether layers are fitted, as they will be in the result.
+        fit: Whether layers are fitted, as they will be in the result; not what neurons read, which takes longer.
     """
     finished = state.result(stage) if state else None
     if finished:
