@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eigenslice import head
+from eigenslice import head, neuronfit
 from eigenslice.holdout import hold_out
 from eigenslice.options import CalibrationOptions
 from eigenslice.slicing import SliceResult
@@ -67,6 +67,7 @@ def test_no_other_gain_is_better(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The gradient of the KL by autograd, through transformers' model, vanishes."""
+    monkeypatch.setattr(neuronfit, "STEPS", 0)  # with them, qwen3-tied's float32 losses end L-BFGS at 1.2e-4
     monkeypatch.setattr(head, "PULL", 0.0)
     monkeypatch.setattr(head, "STEPS", 300)
     result = sliced(case, ids, run_slice, tmp_path)
@@ -79,7 +80,7 @@ def test_no_other_gain_is_better(
     actual = model.lm_head(states * gain).log_softmax(-1)
     (expected.exp() * (expected - actual)).sum(-1).mean().backward()
     assert gain.grad is not None
-    assert gain.grad.abs().max() < 2e-4  # L-BFGS ends where float32 losses change no more
+    assert gain.grad.abs().max() < 1e-4
 
 
 def test_few_sequences_leave_the_head_as_it_is(ids: Tensor, run_slice: Slicer, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eigenslice.algebra.refit import RIDGES
-from eigenslice.arch import TABLES, Sublayer, Table, lookup
+from eigenslice.arch import Sublayer, Table, lookup
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
 from eigenslice.errors import CheckpointError
@@ -19,8 +19,7 @@ from eigenslice.stream import has_experts
 from tests import tiny
 from tests.conftest import Folders, Slicer, load, relative, size, stored_tensors
 
-MLPS = {case: TABLES[tiny.CASES[case].model_type].mlp for case in tiny.CASES}
-CUTTABLE = [case for case, mlp in MLPS.items() if mlp.neurons and mlp.stacked]
+CUTTABLE = [case for case, mlp in tiny.MLPS.items() if mlp.neurons and mlp.stacked]
 STOCK = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss", "llama4_text", "minimax_m2"]
 IDS = tiny.random_ids(2, 20, seed=5)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eigenslice.arch import TABLES, lookup
+from eigenslice.arch import lookup
 from eigenslice.errors import OptionsError
 from eigenslice.modeling import SlicedForCausalLM
 from tests import tiny
@@ -48,17 +48,13 @@ def mlp_shapes(model: Any) -> list[tuple[int, int]]:
     return shapes
 
 
-MLPS = {case: TABLES[tiny.CASES[case].model_type].mlp for case in tiny.CASES}
-CUTTABLE = [case for case, mlp in MLPS.items() if mlp.neurons and not mlp.stacked]  # experts: tests/test_mixtures.py
-
-
 @pytest.mark.parametrize("case", ["llama4_text", "gemma2"])
 def test_some_neurons_stay(case: str, run_slice: Slicer) -> None:
     with pytest.raises(OptionsError, match=r"none: this architecture's can't be cut"):
         run_slice(case, width=24, neurons=40)
 
 
-@pytest.mark.parametrize("case", CUTTABLE)
+@pytest.mark.parametrize("case", tiny.WITH_NEURONS)
 def test_full_width_with_neurons_cut(case: str, run_slice: Slicer, dense_folder: Folders) -> None:
     result = run_slice(case, width=tiny.WIDTH, neurons=40)
     manifest, model, stored = result.manifest, load(result.output), stored_tensors(result.output)

@@ -308,8 +308,9 @@ def test_a_step_of_readers_that_loses_is_not_taken(
     case: str, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def weights(change: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        def fit(*arguments: Any) -> dict[str, Tensor]:
-            return {name: change(tensor) for name, tensor in neuronfit.fit_readers(*arguments).items()}
+        def fit(*arguments: Any) -> tuple[dict[str, Tensor], float]:
+            found, before = neuronfit.fit_readers(*arguments)
+            return {name: change(tensor) for name, tensor in found.items()}, before
 
         monkeypatch.setattr(refitting, "fit_readers", fit)
         result = run_slice(case, width=WIDTH, neurons=NEURONS)

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from eigenslice.arch import TABLES
+
 VOCABULARY = 96
 WIDTH = 32
 POSITIONS = 64
@@ -227,6 +229,9 @@ FAMILIES = {
 """One case or more for each further table: at full width and below, each form loads and computes the same."""
 
 CASES = CORE | FAMILIES
+MLPS = {case: TABLES[CASES[case].model_type].mlp for case in CASES}
+WITH_NEURONS = [case for case, mlp in MLPS.items() if mlp.neurons and not mlp.stacked]
+"""Whose neurons can be cut, and that have no experts (those are in tests/test_mixtures.py)."""
 
 
 def tiny_model(model_type: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.algebra.covariance import gram_matrix, inverse_size
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.dense import DenseModel
 from eigenslice.head import dense_head, divergences
@@ -172,7 +172,7 @@ def _cut(dense: DenseModel, site: Site, importance: Tensor, neurons: int, ranks:
             hidden = a.hidden
             with captured_inputs(site.layer, mlp.writers[:1], stop=True) as inputs:
                 site.update(a, hidden)
-            weight = torch.rsqrt(a.rows(hidden).square().mean(-1, keepdim=True) + site.eps)
+            weight = inverse_size(a.rows(hidden), site.eps)
             gram += gram_matrix(a.rows(inputs[mlp.writers[0]]) * weight)
     order = importance.argsort(descending=True)
     gram = ranks.sum(gram)[order][:, order]

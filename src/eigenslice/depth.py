@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenslice.algebra.covariance import inverse_size
 from eigenslice.algebra.refit import DEFAULT_RIDGE, NormalEquations
 from eigenslice.allocation import held_out_first, run_parted
 from eigenslice.arch import Sublayer
@@ -130,7 +131,7 @@ def _bridge(
         for number, a in enumerate(site.activations):
             if a.group != HELD_OUT_GROUP:
                 hidden = a.hidden
-                weight = torch.rsqrt(a.rows(hidden).square().mean(-1, keepdim=True) + site.eps)
+                weight = inverse_size(a.rows(hidden), site.eps)
                 sums.add(a.rows(gap.inputs[number]) * weight, a.rows(hidden - gap.skipped[number]) * weight)
         sums.add_up(ranks.sum)
         base = torch.zeros(dense.width, inputs, dtype=torch.float64, device=dense.device)

@@ -117,7 +117,7 @@ def fit_readers(
     offload: Offload,
     stride: int = 1,
     ranks: Ranks = ALONE,
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], float]:
     """The change of an MLP's readers that lets it write most of what is missing, to first order.
 
     With s the slopes of what the neurons give, x what their readers read and d their columns of the writer, it is the
@@ -135,16 +135,16 @@ def fit_readers(
         ranks: Who share the tokens.
 
     Returns:
-        By name, the change of each reader's weight, out x in, float64.
+        By name, the change of each reader's weight, out x in, float64; and the sum of |missing|^2 without it.
     """
     neurons, device = writer.shape[1], writer.device
     held = offload.tensors(), offload.tensors()  # slopes times weight, and what is read
-    passed = 0
+    passed, squares = 0, torch.zeros(1, dtype=torch.float64, device=device)
     weight = readers.layer.get_parameter(readers.sublayer.weight(readers.names[0]))
     columns = writer.to(torch.promote_types(weight.dtype, torch.float32))
     rows, width = [readers.rows(name) for name in readers.names], writer.shape[0]
-    shapes = (sum(rows), width), (width, width), (sum(rows),), ()
-    # The gradient, the second moment of what is read, each row's own curvature, and how many tokens there are
+    shapes = (sum(rows), width), (width, width), (sum(rows),)
+    # The gradient, the second moment of what is read, each row's own curvature
     sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
     for batch in batches:
         a, dtype = batch.activations, batch.normalized.dtype
@@ -153,13 +153,13 @@ def fit_readers(
         sums[0] += _backward(slopes, read, batch.missing @ columns)
         sums[1] += gram_matrix(read * batch.weight)
         sums[2] += slopes.square().sum(0)
-        sums[3] += len(read)
+        squares += batch.missing.square().sum()
         for tensors, tensor in zip(held, (slopes, read), strict=True):
             tensors.append(tensor[-passed % stride :: stride].to(dtype, copy=True))
         passed += len(read)
-    gradient, moment, curvature, tokens = (ranks.sum(total) for total in sums)
-    some = torch.tensor(float(-(-passed // stride)), dtype=torch.float64, device=device)
-    share = ranks.sum(some) / tokens
+    gradient, moment, curvature = (ranks.sum(total) for total in sums)
+    tokens, some = ranks.sum(torch.tensor([passed, -(-passed // stride)], dtype=torch.float64, device=device))
+    share = some / tokens
 
     kinds = curvature.view(-1, neurons) * columns.square().sum(0).double()
     level = RIDGE * kinds.mean() * moment.diagonal().mean() / tokens
@@ -178,7 +178,8 @@ def fit_readers(
     change = conjugate_gradients(product, gradient, lambda x: x @ inverse / kinds, STEPS)
     for tensors in held:
         tensors.clear()
-    return dict(zip(readers.names, ranks.decide(change).split(rows), strict=True))
+    changes = dict(zip(readers.names, ranks.decide(change).split(rows), strict=True))
+    return changes, float(ranks.decide(ranks.sum(squares)))
 
 
 def _backward(slopes: Tensor, read: Tensor, errors: Tensor) -> Tensor:

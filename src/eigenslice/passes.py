@@ -23,6 +23,7 @@ from eigenslice.head import GainFit, fit_gain, sliced_head
 from eigenslice.holdout import hold_out
 from eigenslice.manifest import site_summary
 from eigenslice.measuring import Measurement
+from eigenslice.neuronfit import curvature_stride
 from eigenslice.offload import Offload
 from eigenslice.plan import Plan
 from eigenslice.progress import Progress
@@ -143,7 +144,7 @@ class Slicing:
             run.dtype,
             write,
             groups=groups,
-            readers=True,
+            reader_stride=curvature_stride(sum(batch.tokens for batch in batches if batch.group in groups)),
             offload=run.offload,
             ranks=run.ranks,
         )

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenslice.algebra.covariance import normalize
+from eigenslice.algebra.covariance import inverse_size, normalize
 from eigenslice.algebra.refit import Tokens
 from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel, Tensors
 from eigenslice.experts import Experts, WriterInputs
 from eigenslice.folding import FoldedBlock, is_inside
 from eigenslice.forms import custom_config
-from eigenslice.neuronfit import Errors, Readers, curvature_stride, fit_readers
+from eigenslice.neuronfit import Errors, Readers, fit_readers
 from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.plan import Plan
 from eigenslice.ranks import ALONE, Ranks
@@ -54,7 +54,7 @@ class SlicedTwin:
         *,
         groups: Collection[int],
         ridge: float | None = None,
-        readers: bool = False,
+        reader_stride: int = 0,
         offload: Offload | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
@@ -69,7 +69,8 @@ class SlicedTwin:
             write: Takes the number of a sliced block and its weights when they are done.
             groups: Those of the sequences, of all ranks, that layers are fitted on; others run along.
             ridge: Of all fits; None chooses it by holding groups out in turn, if there are two or more.
-            readers: Whether what MLP neurons read is fitted, too, behind their writer.
+            reader_stride: What MLP neurons read is fitted, too, behind their writer; the curvature is that of every so
+                many tokens. 0 leaves it as it is.
             offload: Where activations live between sites; None is on the device.
             ranks: Whose tokens it is fitted on.
         """
@@ -77,9 +78,9 @@ class SlicedTwin:
         self.streams = self._offload.tensors()
         self.reading: Tensor | None = None
         self._dense, self._basis, self._kept, self._write, self._tied = dense, basis, kept, write, plan.tied
-        self._fit, self._fits_readers, self._ranks = RidgeFits(groups, ridge, ranks), readers, ranks
-        self._places = {block: place for place, block in enumerate(plan.blocks)}
-        self._number = self._place = 0  # of the block whose writers, the last ones that ran, have yet to be fitted
+        self._fit, self._reader_stride, self._ranks = RidgeFits(groups, ridge, ranks), reader_stride, ranks
+        self._blocks = plan.blocks
+        self._place = 0  # among them, of the one whose writers, the last ones that ran, have yet to be fitted
         config = custom_config(dense, replace(plan, stock=None), torch.float32)
         self._runner = BlockRunner(config, dense.table.layers, dense.device, dtype)
         self._sites = dense.table.sites(dense.config)
@@ -100,7 +101,7 @@ class SlicedTwin:
 
         What writes to it is fitted to the stream behind that block, and so makes up for it.
         """
-        return site.layer is not None and site.block not in self._places
+        return site.layer is not None and site.block not in self._blocks
 
     def arrive(self, site: Site) -> None:
         """Fit what writes to a site; a block is done when the stream arrives at the next one."""
@@ -114,7 +115,7 @@ class SlicedTwin:
         if site.index == 0 and site.block > 0:
             self._write(self._place, self._block)
             self._block = {}
-            self._runner.release(self._runner.layers[self._place])
+            self._runner.release(self._layer)
 
     def error(self, site: Site) -> dict[str, float]:
         """How far the sliced stream is from the dense one at a site where `arrive` was called.
@@ -159,15 +160,23 @@ class SlicedTwin:
         else:
             self._run(site, site.folded, reading)
 
+    @property
+    def _layer(self) -> Any:
+        """The block that ran last."""
+        return self._runner.layers[self._place]
+
+    def _kwargs(self, a: Activations) -> dict[str, Any]:
+        """What that block is called with beside the stream."""
+        return a.kwargs[self._blocks[self._place]]
+
     def _turn(self, site: Site) -> int:
         """Number of a site, which says whose turn it is to be held out."""
         return site.block * len(self._sites) + site.index
 
     def _run(self, site: Site, folded: FoldedBlock, reading: Tensor) -> None:
         """Give a site's sublayers weights, and keep what their writers read."""
-        self._number, self._place = site.block, self._places[site.block]
-        layer = self._runner.layers[self._place]
-        kept = self._kept[self._place]
+        self._place = self._blocks.index(site.block)
+        layer, kept = self._layer, self._kept[self._place]
         for sublayer in self._sites[site.index]:
             inner = {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}
 
@@ -185,12 +194,11 @@ class SlicedTwin:
 
     def _capture(self, activations: list[Activations], index: int, writers: list[str]) -> None:
         """Keep what the writers of a site read, which have yet to be fitted, or without any what is written."""
-        layer = self._runner.layers[self._place]
         self._inputs = [self._offload.tensors() for _ in writers or [""]]
         for number, a in enumerate(activations):
-            with captured_inputs(layer, writers, stop=True) as inputs:
-                normalized = layer.normalize(index, self.streams[number])
-                update = layer.update(index, normalized, **a.kwargs[self._number])
+            with captured_inputs(self._layer, writers, stop=True) as inputs:
+                normalized = self._layer.normalize(index, self.streams[number])
+                update = self._layer.update(index, normalized, **self._kwargs(a))
             for kept_inputs, captured in zip(self._inputs, [inputs[w] for w in writers] or [update], strict=True):
                 kept_inputs.append(captured)
 
@@ -210,7 +218,7 @@ class SlicedTwin:
             Weights of the writers.
         """
         assert kept.neurons is not None
-        layer = self._runner.layers[self._place]
+        layer = self._layer
         self._runner.assign(layer, self._dense.as_modules(whole.items(), self._basis.width))
         name, shared = sublayer.weight(sublayer.neuron_writer), sublayer.shared_writer
         writers, beside = whole[name], whole[sublayer.weight(shared)] if shared else None
@@ -218,13 +226,13 @@ class SlicedTwin:
         inputs = WriterInputs(Experts.of(self._dense.table, sublayer, layer), self._offload)
         for number, a in enumerate(site.activations):
             with captured_inputs(layer, sublayer.observed, stop=True) as seen:
-                layer.update(site.index, layer.normalize(site.index, self.streams[number]), **a.kwargs[site.block])
+                layer.update(site.index, layer.normalize(site.index, self.streams[number]), **self._kwargs(a))
             inputs.append(a, seen[sublayer.experts], seen[shared] if shared else None)
 
         def fit(writer: Tensor, neurons: Tensor, expert: int | None) -> Tensor:
             def tokens(number: int, a: Activations) -> Tokens:
                 rows, stream = inputs.read(number, a, expert)
-                rows = rows * torch.rsqrt(stream.square().mean(-1, keepdim=True) + site.eps)
+                rows = rows * inverse_size(stream, site.eps)
                 return rows[:, neurons], rows @ writer.T.to(rows.dtype)
 
             return self._fit("experts", self._turn(site), site.activations, writer[:, neurons], tokens)
@@ -247,7 +255,7 @@ class SlicedTwin:
         """Fit what writes to a site so that the sliced stream becomes the dense one, in the basis."""
         before = (site.index - 1) % len(self._sites)
         sublayers, writers = self._sites[before], self._fitted_writers(before)
-        layer = self._runner.layers[self._place]
+        layer = self._layer
         scale = layer.scale_behind(before)
         if not writers:
             for number, update in enumerate(self._inputs[0]):
@@ -263,7 +271,7 @@ class SlicedTwin:
             inputs = self._stacked(number, bool(biases))
             target = self._basis.embed(a.hidden)
             missing = (target if scale is None else target / scale) - self.streams[number]
-            weight = _weight(site, a)
+            weight = inverse_size(a.rows(a.hidden), site.eps)
             return a.rows(inputs) * weight, a.rows(missing) * weight
 
         kind = "neurons" if any(sublayer.neurons for sublayer in sublayers) else "write"
@@ -273,7 +281,7 @@ class SlicedTwin:
         if biases:
             # Together they are the fitted bias; the others stay as they are
             self._block[biases[0]] = self._block[biases[0]] + pieces[-1][:, 0] - parts[-1][:, 0]
-        if self._fits_readers:
+        if self._reader_stride:
             for sublayer in sublayers:
                 if sublayer.neurons and sublayer.neuron_writer in writers:
                     self._fit_readers(site, before, sublayer, fitted, tokens)
@@ -296,7 +304,7 @@ class SlicedTwin:
             fitted: Weights of all writers beside each other, and the bias.
             tokens: Gives what they read and what was missing before they wrote, weighted.
         """
-        layer, writers = self._runner.layers[self._place], self._fitted_writers(before)
+        layer, writers = self._layer, self._fitted_writers(before)
 
         def left() -> Iterator[tuple[int, Activations, Tensor]]:
             for number, a in enumerate(site.activations):
@@ -307,20 +315,19 @@ class SlicedTwin:
         def batches() -> Iterator[Errors]:
             for number, a, missing in left():
                 normalized = layer.normalize(before, self.streams[number])
-                yield Errors(a, normalized, a.kwargs[self._number], missing, _weight(site, a))
+                weight = inverse_size(a.rows(a.hidden), site.eps)
+                yield Errors(a, normalized, self._kwargs(a), missing, weight)
 
-        def error() -> tuple[float, int]:
-            sums = torch.zeros(2, dtype=torch.float64, device=fitted.device)
+        def error() -> float:
+            squares = torch.zeros(1, dtype=torch.float64, device=fitted.device)
             for _, _, missing in left():
-                sums += torch.stack([missing.square().sum(), missing.new_tensor(len(missing))])
-            total, count = self._ranks.decide(self._ranks.sum(sums)).tolist()
-            return total, int(count)
+                squares += missing.square().sum()
+            return float(self._ranks.decide(self._ranks.sum(squares)))
 
         names = tuple(name for name in sublayer.readers if sublayer.weight(name) in self._block)
         writer = self._block[sublayer.weight(sublayer.neuron_writer)]
-        most, count = error()
-        readers, stride = Readers(layer, before, sublayer, names), curvature_stride(count)
-        found = fit_readers(readers, batches(), writer, self._offload, stride, self._ranks)
+        readers = Readers(layer, before, sublayer, names)
+        found, most = fit_readers(readers, batches(), writer, self._offload, self._reader_stride, self._ranks)
         changes = {sublayer.weight(name): change for name, change in found.items()}
         weights = {name: self._block[name] for name in changes}
         for share in STEP_SHARES:
@@ -328,7 +335,7 @@ class SlicedTwin:
             self._runner.assign(layer, self._dense.as_modules(changed.items(), self._basis.width))
             self._block |= changed
             self._capture(site.activations, before, writers)
-            if error()[0] <= most:
+            if error() <= most:
                 return
 
     def _stacked(self, number: int, bias: bool) -> Tensor:
@@ -336,11 +343,6 @@ class SlicedTwin:
         inputs = [of_writer[number] for of_writer in self._inputs]
         ones = [torch.ones_like(inputs[0][..., :1])] if bias else []
         return torch.cat([*inputs, *ones], dim=-1)
-
-
-def _weight(site: Site, a: Activations) -> Tensor:
-    """How much each token's errors count, (tokens, 1): the next norm divides by the stream's size."""
-    return torch.rsqrt(a.rows(a.hidden).square().mean(-1, keepdim=True) + site.eps)
 
 
 def _names(modules: list[str], tensors: Tensors) -> list[str]:

@@ -12,7 +12,15 @@ STRIP = 64  # columns; narrower ones are not worth it
 def normalize(x: Tensor, eps: float) -> Tensor:
     """RMSN(x) = x / sqrt(mean(x^2) + eps), over the last axis, in at least float32 (SliceGPT, section 3)."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return (wide * inverse_size(wide, eps)).to(x.dtype)
+
+
+def inverse_size(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, which stays, of size 1.
+
+    That is how much an error in a token counts: the next norm divides by the stream's size.
+    """
+    return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
