@@ -13,6 +13,7 @@ from typing import Any
 
 from baselines import Baseline, Importance, drop_blocks, measure, prune_width, stored, without_blocks
 from eigenslice import CalibrationOptions, SliceOptions, slice_model
+from eigenslice.checkpoint.output import partial_path
 from eigenslice.evaluate import load_model
 from eigenslice.options import DtypeName
 from eigenslice.stream import Batch
@@ -47,7 +48,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Slicer:
-    """Slices by eigenslice, into the work folder; a folder that exists is taken as it is."""
+    """Slices by eigenslice, into the work folder; what is there is taken as it is, an interrupted run goes on."""
 
     model: str
     calibration: CalibrationOptions
@@ -60,10 +61,11 @@ class Slicer:
         folder = self.work / f"{method}-{size:g}"
         if not folder.exists():
             options = {"model": self.model, "output": folder, "calibration": self.calibration, "device": self.device}
-            start = time.perf_counter()
-            slice_model(SliceOptions(keep=size, **options, **SLICED[method]))
-            record(folder, {"seconds": round(time.perf_counter() - start, 1)})
-            print(f"{folder.name}: sliced in {recorded(folder)['seconds']} s", flush=True)
+            begun, start = partial_path(folder).exists(), time.perf_counter()
+            slice_model(SliceOptions(keep=size, resume=True, **options, **SLICED[method]))
+            seconds = round(time.perf_counter() - start, 1)
+            record(folder, {"seconds": None if begun else seconds})  # the first part's time isn't known
+            print(f"{folder.name}: sliced in {seconds} s", flush=True)
         manifest = json.loads((folder / "eigenslice.json").read_text(encoding="utf-8"))
         row = {
             "method": method,

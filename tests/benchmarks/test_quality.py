@@ -13,6 +13,7 @@ from torch import Tensor
 import baselines
 import quality
 from candidates import plan_text
+from eigenslice import slice_model
 from eigenslice.errors import EigensliceError, OptionsError
 from eigenslice.evaluate import perplexity
 from eigenslice.stream import Batch
@@ -225,6 +226,27 @@ def test_the_whole_benchmark(command: list[str], tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("candidates.slice_model", never)
     quality.main([*command, "--sizes=0.9", "--methods=" + ",".join(dict.fromkeys(row["method"] for row in good))])
     assert json.loads((tmp_path / "out" / "x.json").read_text())["rows"] == good
+
+
+def test_an_interrupted_slicing_goes_on(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(stage: str, *_: object) -> None:
+        if stage == "slicing":
+            raise KeyboardInterrupt
+
+    command = [*command, "--methods=ours", "--sizes=0.9"]
+    stages: set[str] = set()
+    with monkeypatch.context() as patched:
+        patched.setattr("candidates.slice_model", lambda options: slice_model(options, stop))
+        with pytest.raises(KeyboardInterrupt):
+            quality.main(command)
+    monkeypatch.setattr(
+        "candidates.slice_model", lambda options: slice_model(options, lambda stage, *_: stages.add(stage))
+    )
+    quality.main(command)
+    assert stages == {"slicing"}
+    (row,) = json.loads((tmp_path / "out" / "x.json").read_text())["rows"]
+    assert row["seconds"] is None, "the time of the first part isn't known"
+    assert row["kept"] <= 0.9
 
 
 def test_a_work_folder_of_other_settings_is_refused(command: list[str], tmp_path: Path) -> None:
