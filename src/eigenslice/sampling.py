@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
-from transformers import GenerationConfig, set_seed
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from eigenslice.checkpoint.output import check_output, write_whole
 from eigenslice.data.tokens import Tokens, longest_sequence, ordinary_tokens
@@ -80,6 +80,30 @@ class SampleOptions(BaseModel):
                 f"--output {self.output}", allowed="a .json file", next_step=f"write to {self.output}.json"
             )
         return self
+
+
+class Drawn(LogitsProcessor):
+    """Leaves one token, drawn from what a model predicts, so that the most likely one is that.
+
+    It inverts the cumulative distribution, with one random number for each text. `do_sample` draws one for each token
+    of the vocabulary, which takes a third of the time on CPU, and from the process's generator.
+    """
+
+    def __init__(self, temperature: float, generator: torch.Generator) -> None:
+        """temperature: what logits are divided by. generator: of the CPU, so that all devices draw the same."""
+        self._temperature, self._generator = temperature, generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """0 for the token that is drawn, minus infinity for the others.
+
+        Args:
+            input_ids: The texts so far, (B, T).
+            scores: Logits of their next tokens, (B, vocabulary).
+        """
+        cumulative = (scores.float() / self._temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        point = torch.rand(len(scores), 1, generator=self._generator, dtype=torch.float64).to(scores.device)
+        token = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)
+        return torch.full_like(scores, -math.inf).scatter_(1, token.clamp_max(scores.shape[-1] - 1), 0.0)
 
 
 def sample_text(options: SampleOptions, progress: Progress = no_progress) -> list[str]:
@@ -157,22 +181,20 @@ def draw(
     first = ordinary[torch.randint(len(ordinary), (samples, 1), generator=generator)]
     prompts = torch.cat([start.expand(samples, -1), first], dim=1)
     # A config of its own: those of checkpoints cut the tail off and stop where a text ends
-    sampling = GenerationConfig(
-        max_length=len(start) + length,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=0,
-    )
+    sampling = GenerationConfig(max_length=len(start) + length, do_sample=False, pad_token_id=0)
     model.generation_config = sampling
-    set_seed(seed)
+    processors = LogitsProcessorList([Drawn(temperature, generator)])
     drawn: list[Tensor] = []
     for prompt in prompts.split(batch):
         progress(STAGE, sum(map(len, drawn)), samples)
         prompt = prompt.to(model.device)
         with torch.no_grad():
-            ids = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=sampling)
+            ids = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=sampling,
+                logits_processor=processors,
+            )
         drawn.append(ids.cpu())
     progress(STAGE, samples, samples)
     return torch.cat(drawn)
