@@ -3,6 +3,7 @@
 Importing it lets transformers' `AutoModelForCausalLM` load sliced models of every form.
 """
 
+from eigenslice import _interrupt as _interrupt
 from eigenslice._version import __version__
 from eigenslice.arch import Refusal, StockForm, Sublayer, Table, Variant, register_table
 from eigenslice.errors import EigensliceError

@@ -10,9 +10,24 @@ EigensliceError                  base: the command line prints it and exits with
 ├── OutputError                  an output folder that can't be written
 │   └── IncompleteError          a run that can't go on now: what is done is kept, for --resume
 └── RankError                    another process of the same run has failed
+    └── EchoedError              the first one, which says itself why
 
-Every message says what was found, what is allowed, and what to do next.
+Every message says what was found, what is allowed, and what to do next, each on one line.
 """
+
+import re
+from typing import Any
+
+LONGEST_LINE = 300
+"""Characters of another library's reason that are shown."""
+LONGEST_PART = 5000
+"""Characters of each of the three lines of a message: more than a path has."""
+LONGEST_TEXT = 100_000
+"""Characters that are searched for a reason."""
+ANSI = re.compile(r"\x1b(?:\[[0-9:;<=>?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[@-Z\\-_])")
+"""Sequences that a terminal obeys: colours, titles, links."""
+WRAPPERS = ("DatasetGenerationError", "DatasetGenerationCastError")
+"""Errors of datasets whose own text says nothing; the cause is the error that they were raised from."""
 
 
 class EigensliceWarning(UserWarning):
@@ -23,8 +38,9 @@ class EigensliceError(Exception):
     """Base of all errors with a message meant for the user."""
 
     def __init__(self, found: str, *, allowed: str, next_step: str) -> None:
-        self.found, self.allowed, self.next_step = found, allowed, next_step
-        super().__init__(f"{found}\n  allowed: {allowed}\n  next:    {next_step}")
+        parts = (printable(shortened(part, LONGEST_PART)) for part in (found, allowed, next_step))
+        self.found, self.allowed, self.next_step = parts
+        super().__init__(f"{self.found}\n  allowed: {self.allowed}\n  next:    {self.next_step}")
 
 
 class OptionsError(EigensliceError):
@@ -63,6 +79,53 @@ class RankError(EigensliceError):
     """Another process of the same run has failed."""
 
 
+class EchoedError(RankError):
+    """The first process has failed, and says itself why."""
+
+
 def first_line(error: BaseException) -> str:
-    """The type of any error and the first line of what it says."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    """The type of any error and, on one line, the cause that its text tells.
+
+    Headings ("Class validation error for validator ...:"), empty and decorative lines are passed over, colours and
+    control characters are taken out, and long lines are cut.
+    """
+    if type(error).__name__ in WRAPPERS and error.__cause__ is not None:
+        return first_line(error.__cause__)
+    reason = printable(shortened(_reason(error).strip(), LONGEST_LINE))
+    return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+
+
+def printable(text: str) -> str:
+    """A text on one line, with an escape in the place of each character that has no shape of its own.
+
+    These are line breaks, control characters, those that change the direction of writing, and broken Unicode.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shortened(text: str, longest: int) -> str:
+    """A text of at most `longest` characters; the middle of a longer text is left out."""
+    if len(text) <= longest:
+        return text
+    half = (longest - 5) // 2
+    return f"{text[:half]} ... {text[len(text) - half :]}"
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an error's text that tells the cause."""
+    try:
+        special: Any = error
+        if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):  # pydantic's
+            first = special.errors(include_url=False)[0]
+            return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
+        if getattr(error, "problem_mark", None) is not None:  # yaml's, whose first line says what was being read
+            mark = special.problem_mark
+            return f"{special.problem} (line {mark.line + 1}, column {mark.column + 1})"
+        text = str(error)[:LONGEST_TEXT]
+    except Exception:  # an error whose text can't be made is still an error of its type
+        return ""
+    lines = [line.strip() for line in ANSI.sub("", text).splitlines()]
+    lines = [line for line in lines if any(c.isalnum() for c in line)]
+    if any(line.startswith("Traceback (most recent call last)") for line in lines):
+        return lines[-1]  # a traceback of another process
+    return next((line for line in lines if not line.endswith(":")), lines[0] if lines else "")

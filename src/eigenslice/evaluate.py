@@ -18,7 +18,7 @@ from eigenslice.checkpoint.source import load_tokenizer, locate, no_bars, refuse
 from eigenslice.checkpoint.towers import TOWERS
 from eigenslice.data import evaluation_tokens
 from eigenslice.device import resolve_device
-from eigenslice.errors import ActivationError, CalibrationError, CheckpointError
+from eigenslice.errors import ActivationError, CalibrationError, CheckpointError, first_line
 from eigenslice.options import CalibrationOptions, DtypeName
 from eigenslice.stream import Batch
 
@@ -91,9 +91,8 @@ def load_model(
                 **unpacked,
             )
     except Exception as error:  # whatever configs, safetensors and models raise
-        first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
-            f"transformers can't load {name} ({type(error).__name__}: {first})",
+            f"transformers can't load {name} ({first_line(error)})",
             allowed="a checkpoint in safetensors, or a .gguf file, that AutoModelForCausalLM loads",
             next_step="check the folder; a model with its own code needs --trust-remote-code",
         ) from error

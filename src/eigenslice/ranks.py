@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eigenslice.errors import EigensliceError, EigensliceWarning, RankError
+from eigenslice.errors import EchoedError, EigensliceError, EigensliceWarning, RankError, first_line
 
 CPU = torch.device("cpu")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
@@ -77,7 +77,7 @@ class Ranks:
             raise error
         answer = json.loads(text)
         if "result" not in answer:
-            raise RankError(answer["found"], allowed=answer["allowed"], next_step=answer["next_step"])
+            raise EchoedError(answer["found"], allowed=answer["allowed"], next_step=answer["next_step"])
         return answer["result"]
 
     def _broadcast_text(self, text: str) -> str:
@@ -93,7 +93,7 @@ class Ranks:
         except RuntimeError as error:
             raise RankError(
                 f"rank {self.rank} of {self.size} lost the others "
-                f"({(str(error).strip().splitlines() or [type(error).__name__])[0]})",
+                f"({first_line(error)})",
                 allowed="all ranks running to the end",
                 next_step="see what the rank that failed first printed, then run the same command with --resume",
             ) from error

@@ -14,8 +14,8 @@ from eigenslice.cli import inspect as inspect_verb
 from eigenslice.cli import report as report_verb
 from eigenslice.cli import sample as sample_verb
 from eigenslice.cli import slice as slice_verb
-from eigenslice.cli.console import errors, output
-from eigenslice.errors import EigensliceError
+from eigenslice.cli.boundary import run
+from eigenslice.cli.console import output
 
 app = typer.Typer(
     name="eigenslice",
@@ -27,7 +27,7 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        output.print(__version__, highlight=False)
+        output.print(__version__)
         raise typer.Exit
 
 
@@ -51,10 +51,5 @@ app.command("export")(export_verb.export)
 
 
 def main() -> None:
-    """Run the command line; an error of eigenslice's own ends in one message and exit code 2."""
-    try:
-        app()
-    except EigensliceError as error:
-        errors.print("error:", style="bold red", end=" ")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+    """Run the command line; every error ends in one message and exit code 2, Ctrl-C in 130."""
+    sys.exit(run(app))

@@ -13,12 +13,24 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.text import Text
 
-from eigenslice.errors import EigensliceWarning, OptionsError
+from eigenslice._interrupt import INTERRUPTED
+from eigenslice.errors import EigensliceWarning, OptionsError, first_line, printable
 
-output = Console()
-errors = Console(stderr=True)
-INTERRUPTED = 130  # the exit code of a process that Ctrl-C ended
+
+class Printer(Console):
+    """Prints texts as they are: names may look like rich's markup or emoji codes, or hold what terminals obey."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, highlight=False, emoji=False, **settings)
+
+    def render_str(self, text: str, **settings: Any) -> Text:
+        return super().render_str("\n".join(map(printable, text.split("\n"))), **settings)
+
+
+output = Printer()
+errors = Printer(stderr=True)
 SECONDS = 5.0  # between two lines of progress where there is no terminal
 
 
@@ -69,25 +81,27 @@ def progress_bar(
         elif not quiet and (done == total or time.monotonic() - printed.get(stage, 0.0) > SECONDS):
             printed[stage] = time.monotonic()
             line = json.dumps(asdict(pace)) if as_json else str(pace)
-            errors.print(line, highlight=False, markup=False, soft_wrap=True)
-
-    def show(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
-        errors.print("warning:", style="yellow", end=" ")
-        errors.print(str(message), markup=False, highlight=False, soft_wrap=True)
+            errors.print(line, soft_wrap=True)
 
     with warnings.catch_warnings(), bar:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", EigensliceWarning)
-        warnings.showwarning = show
+        warnings.showwarning = show_warning
         try:
             yield report
         except KeyboardInterrupt:
             bar.stop()
-            errors.print(f"interrupted; {interrupted()}", highlight=False, markup=False, soft_wrap=True)
+            errors.print(f"interrupted; {interrupted()}", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         finally:
             if events:
                 events.close()
+
+
+def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:
+    """Print a warning of eigenslice's on one line; in the place of `warnings.showwarning`."""
+    errors.print("warning:", style="yellow", end=" ")
+    errors.print(printable(str(message)), soft_wrap=True)
 
 
 def _events(folder: Path | None) -> Any:
@@ -102,4 +116,11 @@ def _events(folder: Path | None) -> Any:
             allowed="--log-dir where tensorboard is installed",
             next_step="pip install tensorboard, or leave the option out",
         ) from error
-    return SummaryWriter(str(folder))
+    try:
+        return SummaryWriter(str(folder))
+    except (OSError, ValueError) as error:
+        raise OptionsError(
+            f"--log-dir {folder} can't be written ({first_line(error)})",
+            allowed="a folder to write to, or a name for one",
+            next_step="choose another --log-dir, or leave the option out",
+        ) from error

@@ -84,9 +84,8 @@ def _open(options: ExportOptions) -> tuple[Path, Any]:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # config classes raise all kinds
-        first = (str(error).strip().splitlines() or [""])[0]
         raise CheckpointError(
-            f"transformers can't read the config of {options.model} ({type(error).__name__}: {first})",
+            f"transformers can't read the config of {options.model} ({first_line(error)})",
             allowed="a folder as transformers or eigenslice saves it",
             next_step="check the folder; a model with its own code needs --trust-remote-code",
         ) from error
