@@ -2,25 +2,40 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from eigenslice.modeling.modeling_eigenslice import SlicedConfig, SlicedForCausalLM, SlicedModel
+from eigenslice.modeling.modeling_eigenslice import (
+    AUTO_MAP,
+    SlicedConfig,
+    SlicedForCausalLM,
+    SlicedForSequenceClassification,
+    SlicedForTokenClassification,
+    SlicedModel,
+)
 
 MODELING_FILE = Path(__file__).with_name("modeling_eigenslice.py")
 """The file that a custom result's folder carries."""
-
-AUTO_MAP = {
-    "AutoConfig": "modeling_eigenslice.SlicedConfig",
-    "AutoModel": "modeling_eigenslice.SlicedModel",
-    "AutoModelForCausalLM": "modeling_eigenslice.SlicedForCausalLM",
+CLASSES = {
+    AutoModel: SlicedModel,
+    AutoModelForCausalLM: SlicedForCausalLM,
+    AutoModelForSequenceClassification: SlicedForSequenceClassification,
+    AutoModelForTokenClassification: SlicedForTokenClassification,
 }
 
 
 def register() -> None:
-    """Let `AutoConfig`, `AutoModel` and `AutoModelForCausalLM` load folders of `model_type` eigenslice."""
+    """Let transformers' auto classes load folders of `model_type` eigenslice, and save the file with such a model."""
     AutoConfig.register(SlicedConfig.model_type, SlicedConfig, exist_ok=True)
-    AutoModel.register(SlicedConfig, SlicedModel, exist_ok=True)
-    AutoModelForCausalLM.register(SlicedConfig, SlicedForCausalLM, exist_ok=True)
+    SlicedConfig.register_for_auto_class()
+    for auto, model in CLASSES.items():
+        auto.register(SlicedConfig, model, exist_ok=True)
+        model.register_for_auto_class(auto)
 
 
 __all__ = ["AUTO_MAP", "MODELING_FILE", "SlicedConfig", "SlicedForCausalLM", "SlicedModel", "register"]

@@ -10,6 +10,7 @@ This file needs only torch and transformers. A copy of it travels in the folder 
 """
 
 import inspect
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,12 +18,21 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation.utils import GenerationMixin
+from transformers.modeling_layers import GenericForSequenceClassification, GenericForTokenClassification
 from transformers.modeling_utils import PreTrainedModel
 
 try:
     from transformers.configuration_utils import SubConfigSpec
 except ImportError:  # transformers 5 before 5.23, which vLLM asks for
     SubConfigSpec = None
+
+AUTO_MAP = {
+    "AutoConfig": "modeling_eigenslice.SlicedConfig",
+    "AutoModel": "modeling_eigenslice.SlicedModel",
+    "AutoModelForCausalLM": "modeling_eigenslice.SlicedForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_eigenslice.SlicedForSequenceClassification",
+    "AutoModelForTokenClassification": "modeling_eigenslice.SlicedForTokenClassification",
+}
 
 
 class SlicedConfig(PreTrainedConfig):
@@ -70,6 +80,11 @@ class SlicedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         config: Any = self.text_config
         config.tie_word_embeddings = self.tie_word_embeddings
+
+    def save_pretrained(self, *args: Any, **kwargs: Any):
+        """Name all classes of this file, which is saved beside the config, whichever of them was loaded."""
+        self.auto_map = dict(AUTO_MAP)
+        super().save_pretrained(*args, **kwargs)
 
     def get_text_config(self, *args: Any, **kwargs: Any):
         """This config: it is one decoder's, and answers all questions about it (vLLM would look for images else)."""
@@ -212,7 +227,7 @@ class SlicedLayerMixin(nn.Module):
         return result
 
 
-class CenteredEmbeddingMixin(nn.Module):
+class CenteredMixin(nn.Module):
     """Token embedding that removes one direction, `center` (a unit vector), from what it returns.
 
     A LayerNorm model's embeddings are centred before slicing, x - mean(x). A tied head needs the rows as they
@@ -226,9 +241,28 @@ class CenteredEmbeddingMixin(nn.Module):
         return x - (x @ self.center)[..., None] * self.center
 
 
-def _derive(module: Any, mixin: type, name: str) -> None:
+@cache
+def _derived(mixin: type, base: type) -> Any:
+    """A class with `mixin`'s forward on top of another class."""
+    name = mixin.__name__.removesuffix("Mixin").removesuffix("Layer") + base.__name__
+    return type(name, (mixin, base), {"__module__": __name__, "__reduce_ex__": _reduce})
+
+
+def _reduce(module: Any, protocol: Any) -> tuple:
+    """What pickle needs: a derived class has no place in this file where pickle would find it."""
+    mixin, base = type(module).__bases__
+    return _restore, (mixin, base), module.__dict__
+
+
+def _restore(mixin: type, base: type) -> Any:
+    """A module of a derived class, without its content."""
+    derived = _derived(mixin, base)
+    return derived.__new__(derived)
+
+
+def _derive(module: Any, mixin: type) -> None:
     """Give one module `mixin`'s forward on top of its own class."""
-    module.__class__ = type(name + type(module).__name__, (mixin, type(module)), {"__module__": __name__})
+    module.__class__ = _derived(mixin, type(module))
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -242,7 +276,7 @@ def _resize_embedding(module: Any, width: int) -> None:
     module.embedding_dim = width
 
 
-class SinusoidsMixin(nn.Module):
+class StoredMixin(nn.Module):
     """Computed positions that are stored, since they are in the model's basis."""
 
     weights: nn.Parameter
@@ -367,7 +401,7 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
                     names, others = _parameters(module.forward)
                     layer.takes[name] = None if others else frozenset(names)
         shortcuts.append(nn.Linear(width, next_width, bias=False, device=weight.device, dtype=weight.dtype))
-    _derive(layer, SlicedLayerMixin, "Sliced")
+    _derive(layer, SlicedLayerMixin)
     layer.sites = sites
     layer.shortcuts = nn.ModuleList(shortcuts) if config.shortcuts else None
     layer.gives_tuple = config.architecture["layers_give_tuples"]
@@ -394,12 +428,12 @@ def _slice_model(model: nn.Module, config: Any) -> None:
     embedding: Any = model.get_submodule(architecture["embeddings"][0])
     head: Any = model.get_submodule(architecture["head"])
     if config.centered_embedding:
-        _derive(embedding, CenteredEmbeddingMixin, "Centered")
+        _derive(embedding, CenteredMixin)
         embedding.center = nn.Parameter(embedding.weight.new_zeros(widths[0]))
     _resize(model, {"stacked": (), "transposed": ()}, architecture["head"], widths[-1], None, config.head_bias)
     if architecture["sinusoids"]:
         positions: Any = model.get_submodule(architecture["sinusoids"])
-        _derive(positions, SinusoidsMixin, "Stored")
+        _derive(positions, StoredMixin)
         # Not trained: transformers' module detaches them
         rows = embedding.weight.new_zeros(len(positions.weights), widths[0])
         positions.weights = nn.Parameter(rows, requires_grad=False)
@@ -409,16 +443,22 @@ def _slice_model(model: nn.Module, config: Any) -> None:
     _replace(model, architecture["final_norm"], norm)
 
 
-class SlicedModel(PreTrainedModel):
-    """The sliced model without its head, for `AutoModel`; vLLM's transformers backend builds this one."""
+class SlicedPreTrainedModel(PreTrainedModel):
+    """What the sliced models have in common."""
 
     config: SlicedConfig
     config_class = SlicedConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+
+class SlicedModel(SlicedPreTrainedModel):
+    """The sliced model without its head, for `AutoModel`; vLLM's transformers backend builds this one."""
 
     def __init__(self, config: SlicedConfig):
         super().__init__(config)
@@ -443,18 +483,34 @@ class SlicedModel(PreTrainedModel):
         return self.get_decoder()(*args, **kwargs)
 
 
-class SlicedForCausalLM(PreTrainedModel, GenerationMixin):
+class SlicedForSequenceClassification(GenericForSequenceClassification, SlicedPreTrainedModel):
+    """The sliced model with transformers' own classification head on each sequence's last token."""
+
+    def __init__(self, config: SlicedConfig):
+        SlicedPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = SlicedModel(config)
+        self.score = nn.Linear(int(config.hidden_size), int(config.num_labels or 2), bias=False)
+        self._no_split_modules = self.model._no_split_modules
+        self.post_init()
+
+
+class SlicedForTokenClassification(GenericForTokenClassification, SlicedPreTrainedModel):
+    """The sliced model with transformers' own classification head on every token."""
+
+    def __init__(self, config: SlicedConfig):
+        SlicedPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = SlicedModel(config)
+        self.dropout = nn.Dropout(getattr(config, "classifier_dropout", None) or 0.1)
+        self.score = nn.Linear(int(config.hidden_size), int(config.num_labels or 2))
+        self._no_split_modules = self.model._no_split_modules
+        self.post_init()
+
+
+class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
     """The dense architecture's own causal language model with a sliced residual stream."""
 
-    config: SlicedConfig
-    config_class = SlicedConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
     _can_compile_fullgraph = True
 
     def __init__(self, config: SlicedConfig):
