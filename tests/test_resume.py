@@ -120,7 +120,7 @@ def test_a_changed_input_or_option_is_refused_with_the_difference(
         return caught.value
 
     check_message(refused(neurons=40), "option neurons was 48, is 40")
-    check_message(refused(dtype="bfloat16"), "option dtype was None, is bfloat16")
+    check_message(refused(multiple=16), "option multiple was 8, is 16")
     with pytest.raises(OutputError) as caught:
         slice_model(options.model_copy(update={"resume": False}))
     check_message(caught.value, "holds an interrupted run")
@@ -146,8 +146,8 @@ def test_a_complete_result_is_complete(dense_folder: Folders, calibration: Path,
     before = contents(tmp_path / "out")
     assert slice_model(options.model_copy(update={"resume": True})).manifest == whole.manifest
     with pytest.raises(OptionsError) as caught:
-        slice_model(options.model_copy(update={"resume": True, "width": 20}))
-    check_message(caught.value, "is complete", "option width was 24, is 20")
+        slice_model(options.model_copy(update={"resume": True, "width": 20, "dtype": "bfloat16"}))
+    check_message(caught.value, "is complete", "option dtype was None, is bfloat16; option width was 24, is 20")
     assert contents(tmp_path / "out") == before
 
 
@@ -206,12 +206,12 @@ def test_a_state_is_current_only_when_it_is_complete(tmp_path: Path, monkeypatch
     streams = Offload("device", torch.device("cpu")).tensors()
     streams.append(torch.ones(2, 3))
     state = RunState(tmp_path, ALONE)
-    state.save("measuring", 3, {"dense": streams}, {"sum": torch.full((2,), 3.0)}, {"note": 3})
+    state.save("measuring", 3, {"dense": streams}, {"sum": torch.full((2,), 3.0)}, lambda: {"note": 3})
     streams[0] = torch.zeros(2, 3)
     with monkeypatch.context() as patched:
         patched.setattr(RunState, "_commit", lambda *_: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
-            state.save("measuring", 4, {"dense": streams}, {"sum": torch.full((2,), 4.0)}, {"note": 4})
+            state.save("measuring", 4, {"dense": streams}, {"sum": torch.full((2,), 4.0)}, lambda: {"note": 4})
     position = RunState(tmp_path, ALONE).position("measuring")
     assert position is not None
     assert (position.block, position.content) == (3, {"note": 3})
@@ -220,7 +220,7 @@ def test_a_state_is_current_only_when_it_is_complete(tmp_path: Path, monkeypatch
     position.restore("dense", restored)
     assert torch.equal(restored[0], torch.ones(2, 3))
     again = RunState(tmp_path, ALONE)
-    again.save("measuring", 4, {"dense": streams}, {}, {})
+    again.save("measuring", 4, {"dense": streams}, {}, dict)
     position = RunState(tmp_path, ALONE).position("measuring")
     assert position is not None
     assert position.block == 4

@@ -133,7 +133,7 @@ def measure(
             order[site.block - 1] = ranks.decide(rank_groups(ranks.sum(gram), reading, groups, DEFAULT_RIDGE))
         if state and site.index == 0 and site.block and not site.resumed:
             sums = {"moment": moment, "energies": energies, "columns": columns, "shared": shared, "heads": order}
-            state.save(STAGE, site.block, {STREAMS: site.streams}, sums, {})
+            state.save(STAGE, site.block, {STREAMS: site.streams}, sums, dict)
         if count and site.layer is not None and site.index == 0 and (not mlp.stacked or has_experts(site.layer, mlp)):
             columns[site.block] = writer_weight(dense, mlp, site).square().sum(-2)
             experts = Experts.of(dense.table, mlp, site.layer) if mlp.stacked else None

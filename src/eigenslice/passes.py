@@ -29,7 +29,7 @@ from eigenslice.plan import Plan
 from eigenslice.progress import Progress
 from eigenslice.ranks import Ranks
 from eigenslice.refitting import SlicedTwin
-from eigenslice.resume import RunState
+from eigenslice.resume import Position, RunState
 from eigenslice.stream import HELD_OUT_GROUP, STREAMS, Batch, Stream, share_batches
 from eigenslice.transform import Kept, SiteBasis, identity_basis, slice_block
 
@@ -148,11 +148,10 @@ class Slicing:
             offload=run.offload,
             ranks=run.ranks,
         )
-        position, errors = state.position(STAGE), []
+        position, errors = self._position(), []
         if position:
             twin.restore(position, SLICED_STREAMS, position.content["fits"])
             errors = list(position.content["errors"])
-            self.writer.checksums.update(position.content["written"])
         report = run.report(STAGE)
         for site in stream.walk(share_batches(batches, run.ranks), position=position, hold=True):
             report(site.block)
@@ -161,11 +160,33 @@ class Slicing:
                 if site.index == 0 and site.block and not twin.waits(site):
                     errors.append({"block": site.block - 1} | twin.error(site))
                     streams = {STREAMS: site.streams, SLICED_STREAMS: twin.streams}
-                    content = {"fits": twin.content(), "errors": errors, "written": self.writer.checksums}
-                    state.save(STAGE, site.block, streams, {}, content)
+                    state.save(
+                        STAGE,
+                        site.block,
+                        streams,
+                        {},
+                        lambda: {"fits": twin.content(), "errors": errors} | self._written(),
+                    )
             twin.leave(site)
         head = sliced_head(run.dense, self.plan, basis, twin.reading)
         return Fit(twin.reading, errors, fit_gain(run.dense, site, twin, head, run.ranks))
+
+    def _written(self) -> dict[str, Any]:
+        """What the state of this pass says of the files."""
+        return {"dtype": str(self.writer.dtype), "written": self.writer.flushed()}
+
+    def _position(self) -> Position | None:
+        """Where this pass was, if what it wrote until then is still there as it was written, in the same dtype."""
+        state, writer = self.run.state, self.writer
+        position = state.position(STAGE)
+        if position is None or position.content["dtype"] != str(writer.dtype):
+            return None
+        written = position.content["written"]
+        if not self.run.ranks.on_first(lambda: writer.holds(written)):
+            state.forget(STAGE, writer.folder)
+            return None
+        writer.checksums.update(written)
+        return position
 
     def per_block(self) -> dict[str, Any]:
         """A basis for each site, found on the network sliced so far (SliceGPT, section 3.3 and algorithm 1).
@@ -181,18 +202,17 @@ class Slicing:
         sites = dense.table.sites(dense.config)
         summaries: list[dict[str, Any]] = []
         bases: list[SiteBasis] = []
-        position = state.position(STAGE)
+        position = self._position()
         if position:
             summaries = list(position.content["summaries"])
-            self.writer.checksums.update(position.content["written"])
             bases = [SiteBasis(position.tensors[str(n)].to(dense.device)) for n in range(len(sites))]
         report = run.report(STAGE)
         for site in run.stream().walk(run.batches, position=position):
             report(site.block)
             if site.index == 0 and site.block and not site.resumed:
                 tensors = {str(n): basis.matrix for n, basis in enumerate(bases)}
-                content = {"summaries": summaries, "written": self.writer.checksums}
-                state.save(STAGE, site.block, {STREAMS: site.streams}, tensors, content)
+                streams = {STREAMS: site.streams}
+                state.save(STAGE, site.block, streams, tensors, lambda: {"summaries": summaries} | self._written())
             number = site.block * len(sites) + site.index
             width = plan.site_widths[number]
             if site.layer is None and width == dense.width:

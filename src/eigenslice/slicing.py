@@ -1,16 +1,19 @@
 """The algorithm, on one page."""
 
 import json
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from eigenslice.algebra.basis import Spectrum, principal_components
 from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
-from eigenslice.checkpoint.output import check_output, work_folder
-from eigenslice.checkpoint.source import open_source
+from eigenslice.checkpoint.output import check_output, refuse_overlap
+from eigenslice.checkpoint.source import Source, open_source
+from eigenslice.checkpoint.workfolder import remove_finished, work_folder
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_space, write_json
 from eigenslice.choosing import choose_plan
 from eigenslice.data import Tokens, beginnings, calibration_tokens, random_sequences
@@ -18,8 +21,9 @@ from eigenslice.dense import DenseModel, NamedTensors
 from eigenslice.device import resolve_device
 from eigenslice.estimate import activation_bytes
 from eigenslice.forms import custom_config, stock_config
-from eigenslice.manifest import NAME, finished_manifest, manifest, run_identity
+from eigenslice.manifest import NAME, finished_manifest, manifest, resumable, run_identity
 from eigenslice.measuring import Measurement, measure
+from eigenslice.modeling import MODELING_FILE
 from eigenslice.offload import Offload, choose_place
 from eigenslice.options import RANDOM_SHARE, SliceOptions
 from eigenslice.passes import Run, Slicing
@@ -27,7 +31,7 @@ from eigenslice.plan import Plan, stored_parameters
 from eigenslice.planning import make_plans
 from eigenslice.progress import Progress, no_progress
 from eigenslice.ranks import Ranks, join_ranks
-from eigenslice.report.card import CARD, write_card
+from eigenslice.report.card import CARD, read_card_metadata, write_card
 from eigenslice.resume import RunState
 from eigenslice.sampling import add_own_text
 from eigenslice.stored import StoredForm
@@ -59,35 +63,102 @@ def slice_model(options: SliceOptions, progress: Progress = no_progress) -> Slic
         return _slice(options, device, ranks, progress if ranks.first else no_progress)
 
 
+@dataclass(frozen=True)
+class _Job:
+    """Everything that is known before the first pass.
+
+    Attributes:
+        options: What to slice, how far and how.
+        dense: The dense model.
+        families: The plans to choose from, see `make_plans`.
+        given: Tokens of the calibration texts.
+        identity: All that the result depends on.
+        companions: A folder of files that join the result.
+        card: Metadata of the dense model's card.
+        ranks: The processes that share the sequences.
+        progress: Called as the work goes on.
+    """
+
+    options: SliceOptions
+    dense: DenseModel
+    families: list[list[Plan]]
+    given: Tokens
+    identity: dict[str, Any]
+    companions: Path
+    card: dict[str, Any]
+    ranks: Ranks
+    progress: Progress
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of all families."""
+        return [plan for family in self.families for plan in family]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the result is stored in."""
+        return getattr(torch, self.options.dtype) if self.options.dtype else self.dense.dtype
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype of the forward pass."""
+        if self.options.compute_dtype:
+            return getattr(torch, self.options.compute_dtype)
+        return torch.float32 if self.dense.device.type == "cpu" else self.dense.dtype
+
+    @property
+    def names(self) -> list[str]:
+        """Names that the result may have in it, beside the weight files'."""
+        return ["config.json", NAME, CARD, MODELING_FILE.name, *(path.name for path in self.companions.iterdir())]
+
+
 def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: Progress) -> SliceResult:
     finished = options.resume and (options.output / NAME).exists()
     if not finished:
-        ranks.on_first(lambda: check_output(options.output, options.resume))
+        ranks.on_first(lambda: check_output(options.output, options.resume, [Path(options.model)]))
     source = open_source(options.model, options.trust_remote_code)
+    refuse_overlap(options.output, [source.path])
     dense = DenseModel(source, device)
     families = make_plans(dense, options)
-    plans = [plan for family in families for plan in family]
-    _ = source.tokenizer_config  # a broken one is refused now, not when the work is done
     wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work
     given = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
     wait_for_hashes()
     identity = run_identity(options, dense, given)
     if finished:  # it was interrupted after the last step
-        return SliceResult(options.output, finished_manifest(options.output, identity))
-    dtype = getattr(torch, options.dtype) if options.dtype else dense.dtype
-    compute = dense.dtype if device.type != "cpu" else torch.float32
-    compute = getattr(torch, options.compute_dtype) if options.compute_dtype else compute
-    item = torch.empty((), dtype=dtype).element_size()
-    ranks.on_first(lambda: check_space(options.output, max(stored_parameters(dense, p) for p in plans) * item))
-    with work_folder(options.output, identity, options.resume, ranks) as work:
+        content = finished_manifest(options.output, identity)
+        ranks.on_first(lambda: remove_finished(options.output))
+        return SliceResult(options.output, content)
+    with TemporaryDirectory(prefix="eigenslice-") as folder:
+        companions = Path(folder)
+        card = ranks.on_first(lambda: _stage(source, companions))
+        return _run(_Job(options, dense, families, given, identity, companions, card, ranks, progress))
+
+
+def _stage(source: Source, folder: Path) -> dict[str, Any]:
+    """Write into a folder what joins the result; give the metadata of the dense model's card.
+
+    What can't be read or written is an error now, not when the work is done.
+    """
+    write_tokenizer(source, folder)
+    write_generation_config(source, folder)
+    return {} if source.gguf else read_card_metadata(source.folder / CARD)
+
+
+def _run(job: _Job) -> SliceResult:
+    """The passes, in the work folder."""
+    options, dense, ranks, dtype = job.options, job.dense, job.ranks, job.dtype
+    needed = max(stored_parameters(dense, plan) for plan in job.plans) * dtype.itemsize
+    ranks.on_first(lambda: check_space(options.output, needed))
+    with work_folder(options.output, resumable(job.identity), job.names, options.resume, ranks) as work:
+        ranks.on_first(lambda: _copy(job.companions, work.companions))
         state = RunState(work.state, ranks)
-        tokens = _more_tokens(given, options, dense, compute, state, ranks, progress)
-        needed = activation_bytes(dense, tokens.count, compute, options.fits) // ranks.size
-        place = choose_place(options.offload, needed, device)
-        offload = Offload(place, device, work.offload / str(ranks.rank))
-        run = Run(dense, tokens, compute, offload, ranks, state, progress)
-        found = _measure(run, plans) if options.basis == "global" else None
-        plan, trials = choose_plan(run, families, found, options) if found else (plans[0], [])
+        tokens = _more_tokens(job, state)
+        needed = activation_bytes(dense, tokens.count, job.compute, options.fits) // ranks.size
+        place = choose_place(options.offload, needed, dense.device)
+        offload = Offload(place, dense.device, work.offload / str(ranks.rank))
+        run = Run(dense, tokens, job.compute, offload, ranks, state, job.progress)
+        found = _measure(run, job.plans) if options.basis == "global" else None
+        plan, trials = choose_plan(run, job.families, found, options) if found else (job.plans[0], [])
         stored = StoredForm(dense, plan)
         writer = ShardWriter(work.result, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
         ranks.on_first(writer.begin)
@@ -105,31 +176,28 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
             _write_config(dense, plan, dtype, work.result)
             if plan.stock is None:
                 write_modeling_file(work.result)
-            write_tokenizer(source, work.result)
-            write_generation_config(source, work.result)
+            _copy(work.companions, work.result)
             content = manifest(options, dense, plan, tokens, dtype)
-            content |= bases | {"refitted": refitted, "trials": trials, "sha256": hashes, "run": identity}
+            content |= bases | {"refitted": refitted, "trials": trials, "sha256": hashes, "run": job.identity}
             write_json(work.result / NAME, content)
-            write_card(work.result, content, options.output.name, None if source.gguf else source.folder / CARD)
+            write_card(work.result, content, options.output.name, job.card)
             return content
 
         content = ranks.on_first(complete)
     return SliceResult(options.output, content)
 
 
-def _more_tokens(
-    given: Tokens,
-    options: SliceOptions,
-    dense: DenseModel,
-    compute: torch.dtype,
-    state: RunState,
-    ranks: Ranks,
-    progress: Progress,
-) -> Tokens:
+def _copy(folder: Path, target: Path) -> None:
+    """Copy everything in a folder into another one."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+
+
+def _more_tokens(job: _Job, state: RunState) -> Tokens:
     """Calibration texts, and text of the model's own or random tokens, and beginnings, if anything will be fitted."""
+    given, options, dense = job.given, job.options, job.dense
     if not options.fits or "seed" not in given.description:  # token ids are used as they are
         return given
-    tokens = add_own_text(given, dense, options, compute, state, ranks, progress)
+    tokens = add_own_text(given, dense, options, job.compute, state, job.ranks, job.progress)
     share = options.random_tokens
     if share is None:
         share = RANDOM_SHARE if tokens is given else 0.0  # beside text of its own, they gain nothing

@@ -76,7 +76,7 @@ def try_plans(
                 twin.arrive(site)
         if state and site.index == 0 and site.block and not site.resumed and not any(t.waits(site) for t in twins):
             streams = {STREAMS: site.streams} | {f"plan-{n}": twin.streams for n, twin in enumerate(twins)}
-            state.save(stage, site.block, streams, {}, {str(n): twin.content() for n, twin in enumerate(twins)})
+            state.save(stage, site.block, streams, {}, lambda: {str(n): twin.content() for n, twin in enumerate(twins)})
         for twin in twins:
             twin.leave(site)
     heads = [

@@ -1,157 +1,13 @@
-"""The output appears complete or not at all; what is interrupted can go on."""
+"""An output that can't become a new file or folder is refused before any work."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from filelock import FileLock
 
-from eigenslice.checkpoint.output import check_output, partial_path, work_folder
-from eigenslice.errors import ActivationError, IncompleteError, OptionsError, OutputError
+from eigenslice.checkpoint.output import check_output, partial_path
+from eigenslice.errors import OutputError
 from tests.messages import check_message
-
-IDENTITY = {"version": "1", "option": {"width": 24, "seed": 0}}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def complete(output: Path, identity: dict[str, Any] = IDENTITY, resume: bool = False) -> None:
-    with work_folder(output, identity, resume) as work:
-        (work.result / "file").write_text("content")
-
-
-def fail(output: Path, error: BaseException, state: bool = True, made: str = "") -> None:
-    """Write into the folder, and a file beside it if it has a name, and then fail."""
-    with work_folder(output, IDENTITY, resume=False) as work:
-        (work.result / "file").write_text("old")
-        if state:
-            (work.state / "current.json").write_text("{}")
-        if made:
-            (work.path.parent / made).touch()
-        raise error
-
-
-def test_the_folder_appears_when_it_is_complete(tmp_path: Path) -> None:
-    output = tmp_path / "new" / "deep" / "out"
-    with work_folder(output, IDENTITY, resume=False) as work:
-        (work.result / "file").write_text("content")
-        assert names(output.parent) == ["out.partial"]
-    assert names(output.parent) == ["out"]
-    assert (output / "file").read_text() == "content"
-    assert output.stat().st_mode & 0o777 == 0o755
-
-
-def test_a_relative_output_is_written_where_it_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    complete(Path("deep/out"))
-    assert (tmp_path / "deep" / "out" / "file").exists()
-
-
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), SystemExit(3)], ids=repr)
-def test_what_was_interrupted_stays_to_go_on_from(error: BaseException, tmp_path: Path) -> None:
-    output = tmp_path / "new" / "out"
-    with pytest.raises(type(error)) as caught:
-        fail(output, error)
-    assert caught.value is error
-    assert names(tmp_path / "new") == ["out.partial"]
-    with pytest.raises(OutputError) as refused:
-        check_output(output)
-    check_message(refused.value, "out.partial holds an interrupted run")
-    assert "--resume" in refused.value.allowed
-    with work_folder(output, IDENTITY, resume=True) as work:
-        assert (work.result / "file").read_text() == "old"
-        assert names(work.state) == ["current.json"]
-    assert names(tmp_path / "new") == ["out"]
-
-
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=repr)
-def test_nothing_stays_where_there_is_nothing_to_go_on_from(error: BaseException, tmp_path: Path) -> None:
-    with pytest.raises(type(error)):
-        fail(tmp_path / "new" / "deep" / "out", error, state=False)
-    assert names(tmp_path) == []
-
-
-def test_nothing_stays_after_an_error_that_would_come_again(tmp_path: Path) -> None:
-    with pytest.raises(ActivationError):
-        fail(tmp_path / "new" / "out", ActivationError("NaN", allowed="", next_step=""))
-    assert names(tmp_path) == []
-
-
-def test_folders_that_were_there_or_hold_something_stay(tmp_path: Path) -> None:
-    (tmp_path / "old").mkdir()
-    with pytest.raises(RuntimeError):
-        fail(tmp_path / "old" / "new" / "out", RuntimeError(), state=False, made="of-somebody-else")
-    assert names(tmp_path / "old") == ["new"]
-    assert names(tmp_path / "old" / "new") == ["of-somebody-else"]
-
-
-def test_a_full_disk_is_an_error_that_says_how_to_go_on(tmp_path: Path) -> None:
-    full = OSError(28, "No space left on device")
-    with pytest.raises(IncompleteError) as caught:
-        fail(tmp_path / "new" / "out", full)
-    check_message(caught.value, str(tmp_path / "new" / "out"), "No space left on device")
-    assert "--resume" in caught.value.next_step
-    assert caught.value.__cause__ is full
-    complete(tmp_path / "new" / "out", resume=True)
-    assert names(tmp_path / "new") == ["out"]
-
-
-def test_a_run_goes_on_only_with_what_it_was_begun_with(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        fail(tmp_path / "out", KeyboardInterrupt())
-    before = {path.name: path.read_text() for path in partial_path(tmp_path / "out").glob("*.json")}
-    for identity, found in (
-        ({"version": "2", "option": {"width": 24, "seed": 0}}, "version was 1, is 2"),
-        ({"version": "1", "option": {"width": 20, "seed": 1}}, "option seed was 0, is 1; option width was 24, is 20"),
-        ({"version": "1", "option": {"width": 24}}, "option seed was 0, is None"),
-    ):
-        with pytest.raises(OptionsError) as caught:
-            complete(tmp_path / "out", identity, resume=True)
-        check_message(caught.value, found)
-    assert {path.name: path.read_text() for path in partial_path(tmp_path / "out").glob("*.json")} == before
-    complete(tmp_path / "out", json.loads(json.dumps(IDENTITY)), resume=True)
-
-
-def test_to_resume_what_was_never_begun_is_to_begin(tmp_path: Path) -> None:
-    complete(tmp_path / "out", resume=True)
-    assert names(tmp_path) == ["out"]
-
-
-def test_two_at_the_same_output_are_refused(tmp_path: Path) -> None:
-    with work_folder(tmp_path / "out", IDENTITY, resume=False) as work:
-        (work.result / "file").touch()
-        with pytest.raises(OutputError) as caught:
-            complete(tmp_path / "out", resume=True)
-        check_message(caught.value, "another process is writing")
-    assert names(tmp_path / "out") == ["file"]
-
-
-@pytest.mark.parametrize("make", [Path.mkdir, Path.touch], ids=["folder", "file"])
-def test_an_output_that_exists_is_refused_and_left_alone(make: Any, tmp_path: Path) -> None:
-    make(tmp_path / "out")
-    for resume in (True, False):
-        with pytest.raises(OutputError) as caught:
-            complete(tmp_path / "out", resume=resume)
-        check_message(caught.value, str(tmp_path / "out"), "exists already")
-    assert names(tmp_path) == ["out"]
-
-
-def test_an_output_that_appears_meanwhile_is_left_alone_and_the_result_kept(tmp_path: Path) -> None:
-    output = tmp_path / "out"
-
-    def be_overtaken() -> None:
-        with work_folder(output, IDENTITY, resume=False) as work:
-            (work.result / "file").write_text("content")
-            (work.state / "current.json").write_text("{}")
-            output.mkdir()
-
-    with pytest.raises(IncompleteError) as caught:
-        be_overtaken()
-    check_message(caught.value, "meanwhile")
-    assert names(output) == []
-    assert (partial_path(output) / "result" / "file").read_text() == "content"
 
 
 @pytest.mark.parametrize("below", ["out", "deep/out"])
@@ -162,23 +18,71 @@ def test_an_output_below_a_file_is_refused(below: str, tmp_path: Path) -> None:
     check_message(caught.value, str(tmp_path / "file"), "is not a folder")
 
 
-@pytest.mark.parametrize("name", ["x" * 300, f"new/{'x' * 300}"], ids=["here", "in-a-new-folder"])
-def test_a_name_that_the_file_system_refuses_is_an_output_error(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["nowhere", "nowhere/out", "deep/../nowhere"])
+def test_a_symbolic_link_that_leads_nowhere_is_seen_before_the_work(name: str, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
     with pytest.raises(OutputError) as caught:
-        complete(tmp_path / name)
+        check_output(tmp_path / name)
+    check_message(caught.value, "nowhere")
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "new/..", "a\0b"])
+def test_a_name_that_can_not_be_made_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(OutputError) as caught:
+        check_output(Path(name))
     check_message(caught.value)
-    assert names(tmp_path) == []
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["x" * 255, "ä" * 127], ids=["ascii", "two-bytes"])
-def test_a_name_as_long_as_the_file_system_takes_works(name: str, tmp_path: Path) -> None:
-    """The partial folder's must then be shorter."""
-    complete(tmp_path / name)
-    assert names(tmp_path) == [name]
-
-
-@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write to")
-def test_a_parent_that_can_not_be_written_to_is_an_output_error() -> None:
+@pytest.mark.parametrize(
+    ("output", "model"),
+    [
+        ("model", "model"),
+        ("model/small", "model"),
+        ("model/deep/small", "model"),
+        ("link/small", "model"),
+        ("model/small", "link"),
+        ("around", "around.partial/model"),
+        ("around", "around.partial"),
+        ("file.gguf/out", "file.gguf"),
+    ],
+)
+def test_an_output_that_is_an_input_or_in_it_or_around_it_is_refused(output: str, model: str, tmp_path: Path) -> None:
+    (tmp_path / "model" / "deep").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+    (tmp_path / "around.partial" / "model").mkdir(parents=True)
+    (tmp_path / "file.gguf").touch()
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(OutputError) as caught:
-        complete(Path("/proc/eigenslice/out"))
-    check_message(caught.value, "/proc/eigenslice/out")
+        check_output(tmp_path / output, inputs=[tmp_path / model])
+    check_message(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_beside_an_input_is_fine(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "file.gguf").touch()
+    check_output(tmp_path / "model-small", inputs=[tmp_path / "model", tmp_path / "file.gguf", Path("org/name")])
+
+
+def test_long_names_do_not_share_a_work_folder() -> None:
+    one, other = (partial_path(Path("x" * 240 + end)) for end in "ab")
+    assert one != other
+    assert len(one.name.encode()) < 255
+
+
+def test_a_run_that_is_alive_is_never_called_interrupted(tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    (partial / "state").mkdir(parents=True)
+    (partial / "state" / "current.json").touch()
+    (partial / "run.json").touch()
+    for resume in (False, True):
+        with FileLock(partial / "lock"), pytest.raises(OutputError) as caught:
+            check_output(tmp_path / "out", resume)
+        check_message(caught.value, "another process is writing")
+        assert "remove" not in caught.value.next_step
+    with pytest.raises(OutputError) as caught:
+        check_output(tmp_path / "out")
+    check_message(caught.value, "holds an interrupted run")

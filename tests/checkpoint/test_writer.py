@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eigenslice.checkpoint.weights import INDEX, SINGLE, SafetensorsWeights
 from eigenslice.checkpoint.writer import ShardWriter, check_space, write_json
-from eigenslice.errors import IncompleteError, OutputError
+from eigenslice.errors import ActivationError, IncompleteError
 from tests import tiny
 from tests.conftest import load
 from tests.messages import check_message
@@ -175,16 +175,16 @@ def test_what_was_announced_and_never_came_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_numbers_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
-    with pytest.raises(OutputError) as caught:
+    with pytest.raises(ActivationError) as caught:
         one(torch.tensor([1.0, value]), torch.float32, tmp_path)
-    check_message(caught.value, "a doesn't fit into float32", "NaN or infinite")
+    check_message(caught.value, "a has NaN or infinite numbers")
 
 
 def test_what_overflows_in_float16_is_refused_and_fits_into_bfloat16(tmp_path: Path) -> None:
-    with pytest.raises(OutputError) as caught:
+    with pytest.raises(IncompleteError) as caught:
         one(torch.tensor([70_000.0]), torch.float16, tmp_path)
-    check_message(caught.value, "a doesn't fit into float16")
-    assert "bfloat16" in caught.value.next_step
+    check_message(caught.value, "a doesn't fit into float16", "7e+04", "6.55e+04")
+    assert "--resume --dtype bfloat16" in caught.value.next_step
     one(torch.tensor([70_000.0]), torch.bfloat16, tmp_path)
 
 
@@ -192,3 +192,33 @@ def test_json_is_written_as_transformers_does(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"name": "größe", "list": [1]})
     expected = '{\n  "name": "größe",\n  "list": [\n    1\n  ]\n}\n'
     assert (tmp_path / "a.json").read_text(encoding="utf-8") == expected
+
+
+def test_weight_files_of_another_layout_go_and_what_else_is_there_stays(tmp_path: Path) -> None:
+    write(tmp_path, 40)
+    (tmp_path / "modeling_eigenslice.py").touch()
+    write(tmp_path, 80)
+    assert names(tmp_path) == [SINGLE, "modeling_eigenslice.py"]
+
+
+def test_a_file_with_something_behind_its_tensors_is_cut_to_its_size(tmp_path: Path) -> None:
+    write(tmp_path, 80)
+    with (tmp_path / SINGLE).open("ab") as file:
+        file.write(b"x" * 100)
+    write(tmp_path, 80)
+    assert torch.equal(load_file(tmp_path / SINGLE)["a"], TENSORS["a"])
+
+
+def test_a_writer_knows_whether_tensors_are_still_as_they_were_written(tmp_path: Path) -> None:
+    writer = write(tmp_path, 80)
+    checksums = writer.flushed()
+    assert sorted(checksums) == sorted(TENSORS)
+    assert writer.holds(checksums)
+    assert not writer.holds(checksums | {"unknown": 0})
+    content = bytearray((tmp_path / SINGLE).read_bytes())
+    content[-1] ^= 1
+    (tmp_path / SINGLE).write_bytes(content)
+    assert not writer.holds(checksums)
+    content[-1] ^= 1
+    (tmp_path / SINGLE).write_bytes(content[:-1])
+    assert not writer.holds(checksums)

@@ -1,246 +1,155 @@
-"""The folder that a run works in, beside the output; it takes the output's name when the result is complete."""
+"""Where a result may be written: at a free name, away from all input."""
 
-import json
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import hashlib
+import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from eigenslice.checkpoint.writer import write_json
-from eigenslice.errors import EigensliceError, IncompleteError, OptionsError, OutputError, RankError
-from eigenslice.ranks import ALONE, Ranks
+from eigenslice.errors import OutputError
 
+LOCK = "lock"
 RUN = "run.json"
-LONGEST_NAME = 200  # bytes of a name that ".partial" is put behind; file systems take 255
-
-
-@dataclass(frozen=True)
-class WorkFolder:
-    """`OUTPUT.partial`.
-
-    Attributes:
-        path: The folder; it holds `run.json`, which says what is being made from what.
-    """
-
-    path: Path
-
-    @property
-    def result(self) -> Path:
-        """What will be the output."""
-        return self.path / "result"
-
-    @property
-    def state(self) -> Path:
-        """What the run goes on from."""
-        return self.path / "state"
-
-    @property
-    def began(self) -> bool:
-        """Whether there is anything to go on from."""
-        return any(self.state.iterdir()) if self.state.exists() else False
-
-    @property
-    def offload(self) -> Path:
-        """Activations that are not held in memory."""
-        return self.path / "offload"
+LONGEST_NAME = 200
+"""Bytes of a name that ".partial" is put behind; file systems take 255."""
 
 
 def partial_path(output: Path) -> Path:
-    """Where a run works whose result will be called `output`."""
-    name = output.name.encode()[:LONGEST_NAME].decode(errors="ignore")
+    """The folder that a run works in whose result will be called `output`."""
+    name = output.name
+    if len(name.encode()) > LONGEST_NAME:  # two long names stay two names
+        short = name.encode()[: LONGEST_NAME - 17].decode(errors="ignore")
+        name = f"{short}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return output.absolute().parent / f"{name}.partial"
 
 
-def check_output(output: Path, resume: bool = False) -> None:
-    """Refuse an output folder that exists, whose parent isn't a folder, or that an interrupted run is making.
+def check_output(output: Path, resume: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output that can't become a new file or folder, before any work.
 
     Args:
-        output: The folder that will be made.
+        output: The file or folder that will be made.
         resume: Whether to go on with an interrupted run.
+        inputs: Files and folders that are read, see `refuse_overlap`.
+
+    Raises:
+        OutputError: the name is taken or impossible, another process is writing it, an interrupted run is making it,
+            its parent can't be written to, or it touches an input.
+    """
+    try:
+        if "\0" in str(output):
+            raise ValueError("it has a null character")
+        exists = output.exists() or output.is_symlink()
+        if exists or output.name in ("", ".", ".."):
+            raise OutputError(
+                f"{output} exists already" + ("" if output.exists() else ", as a symbolic link that leads nowhere"),
+                allowed="a name that is free: eigenslice never writes into an existing folder",
+                next_step="choose another --output, or remove this one",
+            )
+        refuse_overlap(output, inputs)
+        partial = partial_path(output)
+        refuse_live(partial, output)
+        left = (partial / RUN).exists() and _holds_state(partial)
+        _check_parent(output)
+    except (OSError, ValueError) as error:
+        raise _impossible_name(output, error) from error
+    if left and not resume:
+        raise OutputError(
+            f"{partial} holds an interrupted run",
+            allowed="--resume to go on with it, or another --output",
+            next_step="add --resume, or remove that folder to start anew",
+        )
+
+
+def refuse_overlap(output: Path, inputs: Iterable[Path]) -> None:
+    """Refuse an output, or its work folder, that is an input, lies inside one or holds one.
+
+    Args:
+        output: The file or folder that will be made.
+        inputs: Files and folders that are read; links are followed. What doesn't exist here is left out.
 
     Raises:
         OutputError.
     """
+    for path in inputs:
+        if not path.exists():
+            continue
+        for ours in (output, partial_path(output)):
+            if _is_within(ours, path) or _is_within(path, ours):
+                raise OutputError(
+                    f"{ours} and the input {path} are in one another",
+                    allowed=f"an output outside of the input, and no input in {partial_path(output).name}: the input "
+                    "is never written to",
+                    next_step="choose another --output",
+                )
+
+
+def _is_within(inner: Path, outer: Path) -> bool:
+    """Whether a path is another one, or lies below it, with links followed."""
+    inner, outer = inner.resolve(), outer.resolve()
+    if inner.is_relative_to(outer):
+        return True
+    # A folder can have two names: bind mounts, file systems that ignore case
+    return outer.exists() and any(p.exists() and p.samefile(outer) for p in (inner, *inner.parents))
+
+
+def refuse_live(partial: Path, output: Path) -> None:
+    """Refuse an output that another process is writing at this moment.
+
+    Args:
+        partial: The work folder, which may not exist.
+        output: What it will become.
+
+    Raises:
+        OutputError.
+    """
+    lock = partial / LOCK
+    if partial.is_symlink() or lock.is_symlink() or not lock.is_file():
+        return
     try:
-        exists = output.exists()
-        left = (partial_path(output) / RUN).exists()
-    except OSError as error:
-        raise _impossible_name(output, error) from error
-    if exists:
-        raise OutputError(
-            f"{output} exists already",
-            allowed="a name that is free: eigenslice never writes into an existing folder",
-            next_step="choose another --output, or remove this one",
-        )
-    if left and not resume:
-        raise OutputError(
-            f"{partial_path(output)} holds an interrupted run",
-            allowed="--resume to go on with it, or another --output",
-            next_step="add --resume, or remove that folder to start anew",
-        )
+        with FileLock(lock, timeout=0):
+            pass
+    except Timeout as error:
+        raise being_written(output) from error
+
+
+def being_written(output: Path) -> OutputError:
+    """The error of a second process at one output."""
+    return OutputError(
+        f"another process is writing {output}",
+        allowed="one process for each output",
+        next_step="wait for it, or choose another --output",
+    )
+
+
+def _holds_state(partial: Path) -> bool:
+    state = partial / "state"
+    return state.is_dir() and any(state.iterdir())
+
+
+def _check_parent(output: Path) -> None:
+    """Refuse a parent that is no folder, leads nowhere or can't be written to."""
     parent = output.absolute().parent
-    while not parent.exists():
+    while not parent.exists() and not parent.is_symlink():
         parent = parent.parent
     if not parent.is_dir():
         raise OutputError(
-            f"{parent} is not a folder",
+            f"{parent} is not a folder" + (": the symbolic link leads nowhere" if parent.is_symlink() else ""),
             allowed="an output path below a folder",
             next_step="choose another --output",
         )
-
-
-def _impossible_name(output: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{output} can't be a folder ({error.strerror})",
-        allowed="a name that the file system takes",
-        next_step="choose another --output",
-    )
-
-
-@contextmanager
-def work_folder(output: Path, identity: dict[str, Any], resume: bool, ranks: Ranks = ALONE) -> Iterator[WorkFolder]:
-    """Give the folder to work in; what is in its `result` takes the name `output` when the body succeeds.
-
-    When the body is interrupted or the disk is full, the folder stays if there is anything to go on from; after any
-    other error of eigenslice's own it vanishes, and so do the parents that were made for it.
-
-    Args:
-        output: The folder that will be made.
-        identity: What the run depends on; every value is JSON.
-        resume: Go on with what is there, if it is there.
-        ranks: All get the folder; the first one makes it.
-
-    Raises:
-        OptionsError: what is there was made from something else.
-        OutputError: it can't be written, or another process is at it.
-    """
-    work = WorkFolder(partial_path(output))
-    with ExitStack() as owned:
-        ranks.on_first(lambda: owned.enter_context(_owned(work, output, identity, resume)))
-        yield work
-
-
-@contextmanager
-def _owned(work: WorkFolder, output: Path, identity: dict[str, Any], resume: bool) -> Iterator[None]:
-    """As `work_folder`, for the one process that writes."""
-    check_output(output, resume)
-    created = [p for p in (work.path.parent, *work.path.parent.parents) if not p.exists()]
-    try:
-        work.path.mkdir(parents=True, exist_ok=True)
-        check_output(output, resume)  # with its parent there, the file system also judges its name
-    except (OSError, OutputError) as error:
-        _remove([work.path, *created])
-        raise (_failed(output, error) if isinstance(error, OSError) else error) from error
-    begun = False
-    lock = FileLock(work.path / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
-            f"another process is writing {output}",
-            allowed="one process for each output",
-            next_step="wait for it, or choose another --output",
-        ) from error
-    try:
-        _check_identity(work.path / RUN, identity)
-        shutil.rmtree(work.offload, ignore_errors=True)
-        begun = True
-        for folder in (work.result, work.state, work.offload):
-            folder.mkdir(exist_ok=True)
-        yield
-        if output.exists():
-            raise IncompleteError(
-                f"{output} has come into being meanwhile",
-                allowed="a name that is free",
-                next_step=f"move it away, then run the same command with --resume ({work.path} keeps the result)",
-            )
-        work.result.rename(output)
-    except BaseException as error:
-        lasting = isinstance(error, EigensliceError) and not isinstance(error, IncompleteError | RankError)
-        if begun and (lasting or not work.began):
-            shutil.rmtree(work.path, ignore_errors=True)
-            _remove(created)
-        if isinstance(error, OSError):
-            raise _failed(output, error, work) from error
-        raise
-    else:
-        shutil.rmtree(work.path, ignore_errors=True)
-    finally:
-        lock.release()
-
-
-def _failed(output: Path, error: OSError, work: WorkFolder | None = None) -> OutputError:
-    kept = work is not None and work.began
-    again = f", then run the same command with --resume ({partial_path(output)} keeps what is done)" if kept else ""
-    return (IncompleteError if kept else OutputError)(
-        f"writing {output} failed: {error}",
-        allowed="a folder with enough free space and the right to write",
-        next_step=f"free space or choose another --output{again}",
-    )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, which appears whole or not at all; one that is there is replaced.
-
-    Raises:
-        OutputError: it can't be written.
-    """
-    try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.absolute().parent, prefix=f".{path.name[:40]}-", encoding="utf-8", delete=False
-        ) as file:
-            temporary = Path(file.name)
-            try:
-                file.write(text)
-                file.close()
-                temporary.chmod(0o644)
-                temporary.rename(path)
-            except BaseException:
-                temporary.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise OutputError(
-            f"writing {path} failed: {error}",
-            allowed="a folder with enough free space and the right to write",
-            next_step="free space or choose another --output",
-        ) from error
-
-
-def _remove(folders: list[Path]) -> None:
-    """Remove folders that are empty, the deepest first."""
-    for folder in folders:
-        if folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-
-
-def _check_identity(path: Path, identity: dict[str, Any]) -> None:
-    """Write what the run depends on, or compare it with what is there."""
-    identity = json.loads(json.dumps(identity))
-    if not path.exists():
-        beside = path.with_suffix(".new")
-        write_json(beside, identity)
-        beside.replace(path)
-        return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    different = sorted(differences(found, identity))
-    if different:
-        raise OptionsError(
-            f"{path.parent} was begun with something else: " + "; ".join(different),
-            allowed="--resume with the options, input and version that the run was begun with",
-            next_step="run it as it was begun, or remove that folder to start anew",
+            f"{parent} can't be written to",
+            allowed="an output path below a folder with the right to write",
+            next_step="choose another --output, or change the folder's permissions",
         )
 
 
-def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """What differs between two JSON values, one line each."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            yield from differences(before.get(key), now.get(key), f"{name} {key}".strip())
-    elif before != now:
-        yield f"{name} was {before}, is {now}"
+def _impossible_name(output: Path, error: OSError | ValueError) -> OutputError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return OutputError(
+        f"{str(output)!r} can't be written ({reason})",
+        allowed="a name that the file system takes",
+        next_step="choose another --output",
+    )

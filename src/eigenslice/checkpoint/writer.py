@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.finite import all_finite
+from eigenslice.checkpoint.durable import NOFOLLOW, flush
 from eigenslice.checkpoint.weights import INDEX, SAFETENSORS_DTYPES, SINGLE
-from eigenslice.errors import IncompleteError, OutputError
+from eigenslice.errors import ActivationError, IncompleteError
 from eigenslice.progress import MIB
 
 GIB = 1024**3
 CHUNK = 1 << 24  # bytes read at once when files are verified
+WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -39,6 +42,7 @@ class ShardWriter:
     repeats what it did after its last saved state.
 
     Attributes:
+        folder: Takes the files.
         dtype: Of all tensors.
         total_bytes: Of all tensors.
         checksums: CRC-32 of each tensor written, by name.
@@ -61,7 +65,7 @@ class ShardWriter:
             shard_bytes: Size of a file; one that a single tensor exceeds is larger.
             in_float32: Names of those that are stored in float32, whatever the others are in.
         """
-        self._folder, self._shapes, self.dtype = folder, dict(shapes), dtype
+        self.folder, self._shapes, self.dtype = folder, dict(shapes), dtype
         self._in_float32 = in_float32
         sizes = {name: math.prod(shape) * self._dtype_of(name).itemsize for name, shape in shapes.items()}
         self.total_bytes = sum(sizes.values())
@@ -103,32 +107,43 @@ class ShardWriter:
         return len(text).to_bytes(8, "little") + text
 
     def begin(self) -> None:
-        """Take the space on the disk, and write the headers.
+        """Take the space on the disk, and write the headers; weight files of another layout are removed.
 
         Raises:
             IncompleteError: there isn't enough.
         """
+        self.folder.mkdir(exist_ok=True)
+        for path in self.folder.iterdir():
+            if WEIGHT_FILE.fullmatch(path.name) and not self._has_header(path):
+                path.unlink()
         sizes = {file: len(header) for file, header in self._headers.items()}
         for place in self._places.values():
             sizes[place.file] = max(sizes[place.file], place.start + place.size)
-        check_space(self._folder, sum(size for file, size in sizes.items() if not (self._folder / file).exists()))
+        check_space(self.folder, sum(size for file, size in sizes.items() if not (self.folder / file).exists()))
         for file, header in self._headers.items():
-            descriptor = os.open(self._folder / file, os.O_WRONLY | os.O_CREAT, 0o644)
+            descriptor = os.open(self.folder / file, os.O_WRONLY | os.O_CREAT | NOFOLLOW, 0o644)
             try:
                 os.pwrite(descriptor, header, 0)
+                os.ftruncate(descriptor, sizes[file])
                 if hasattr(os, "posix_fallocate"):
                     os.posix_fallocate(descriptor, 0, sizes[file])
-                else:
-                    os.ftruncate(descriptor, sizes[file])
             finally:
                 os.close(descriptor)
+
+    def _has_header(self, path: Path) -> bool:
+        header = self._headers.get(path.name)
+        if header is None:
+            return False
+        with path.open("rb") as file:
+            return file.read(len(header)) == header
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Write one tensor, from any dtype and any device.
 
         Raises:
             ValueError: it wasn't announced or has another shape.
-            OutputError: it doesn't fit the stored dtype.
+            IncompleteError: it doesn't fit the stored dtype.
+            ActivationError: it has NaN or infinite numbers.
         """
         expected = self._shapes.get(name)
         if expected != tuple(tensor.shape):
@@ -136,14 +151,10 @@ class ShardWriter:
         dtype = self._dtype_of(name)
         stored = tensor.to(dtype=dtype).cpu().contiguous()
         if not all_finite(stored):
-            raise OutputError(
-                f"{name} doesn't fit into {str(dtype).removeprefix('torch.')}: NaN or infinite numbers",
-                allowed="a dtype that holds every weight",
-                next_step="pass --dtype bfloat16 or --dtype float32",
-            )
+            raise _unfit(name, tensor, dtype)
         place = self._places[name]
         data = stored.reshape(-1).view(torch.uint8).numpy().data
-        descriptor = os.open(self._folder / place.file, os.O_WRONLY)
+        descriptor = os.open(self.folder / place.file, os.O_WRONLY | NOFOLLOW)
         try:
             done = 0
             while done < len(data):
@@ -151,6 +162,27 @@ class ShardWriter:
         finally:
             os.close(descriptor)
         self.checksums[name] = zlib.crc32(data)
+
+    def flushed(self) -> dict[str, int]:
+        """Checksums of the tensors written so far, once the tensors are on the disk."""
+        for file in self._headers:
+            flush(self.folder / file)
+        return dict(self.checksums)
+
+    def holds(self, checksums: dict[str, int]) -> bool:
+        """Whether the files hold these tensors as they were written."""
+        return all(self._checksum(name) == checksum for name, checksum in checksums.items())
+
+    def _checksum(self, name: str) -> int | None:
+        place = self._places.get(name)
+        if place is None:
+            return None
+        checksum, left = 0, place.size
+        with (self.folder / place.file).open("rb") as handle:
+            handle.seek(place.start)
+            while left and (data := handle.read(min(CHUNK, left))):
+                checksum, left = zlib.crc32(data, checksum), left - len(data)
+        return None if left else checksum
 
     def finish(self) -> dict[str, str]:
         """Write the index, and read everything back.
@@ -168,12 +200,12 @@ class ShardWriter:
         hashes = {file: self._verify(file) for file in self._headers}
         if len(self._headers) > 1:
             weight_map = {name: place.file for name, place in self._places.items()}
-            write_json(self._folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
+            write_json(self.folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
         return hashes
 
     def _verify(self, file: str) -> str:
         digest = hashlib.sha256()
-        with (self._folder / file).open("r+b") as handle:
+        with (self.folder / file).open("r+b") as handle:
             os.fsync(handle.fileno())
             header = handle.read(len(self._headers[file]))
             digest.update(header)
@@ -193,11 +225,27 @@ class ShardWriter:
                 wrong.append("what comes behind the last tensor")
         if wrong:
             raise IncompleteError(
-                f"{self._folder / file} is not as it was written: {', '.join(wrong[:3])}",
+                f"{self.folder / file} is not as it was written: {', '.join(wrong[:3])}",
                 allowed="a disk that keeps what is written",
                 next_step="check the disk, remove this folder and slice again",
             )
         return digest.hexdigest()
+
+
+def _unfit(name: str, tensor: Tensor, dtype: torch.dtype) -> IncompleteError | ActivationError:
+    """The error of a tensor that can't be stored."""
+    if not all_finite(tensor):
+        return ActivationError(
+            f"{name} has NaN or infinite numbers after slicing",
+            allowed="finite numbers",
+            next_step="run with --compute-dtype float32; report the model if that doesn't help",
+        )
+    return IncompleteError(
+        f"{name} doesn't fit into {str(dtype).removeprefix('torch.')}: its largest number is "
+        f"{float(tensor.abs().max()):.3g}, the dtype's {torch.finfo(dtype).max:.3g}",
+        allowed="a dtype that holds every weight",
+        next_step="run the same command with --resume --dtype bfloat16 (or float32): only the last pass is repeated",
+    )
 
 
 def check_space(folder: Path, needed: int) -> None:
