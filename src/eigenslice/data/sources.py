@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from eigenslice.data.texts import BUILTIN, MIXTURES, PRESETS
+from eigenslice.data.files import local_path
+from eigenslice.data.presets import BUILTIN, MIXTURES, PRESETS
 from eigenslice.errors import CalibrationError
 from eigenslice.options import CalibrationOptions
 
@@ -17,9 +18,15 @@ class Source:
 
     @property
     def token_ids(self) -> Path | None:
-        """The file of token ids that it is, if it is one."""
-        path = Path(self.data).expanduser()
-        return path if path.suffix == ".safetensors" and path.is_file() else None
+        """The file of token ids that it is, if it is one.
+
+        Raises:
+            CalibrationError: it should be one, and isn't there or can't be read.
+        """
+        if Path(self.data).suffix.lower() != ".safetensors":
+            return None
+        path = local_path(self.data)
+        return path if path and path.is_file() else None
 
 
 def _named(options: CalibrationOptions) -> list[Source]:

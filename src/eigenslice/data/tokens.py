@@ -9,19 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eigenslice.data.conversations import chat_renderer
+from eigenslice.data.files import said
+from eigenslice.data.ids import DEFAULT_TENSOR, longest_sequence, read_token_ids
 from eigenslice.data.sources import Source, sources
-from eigenslice.data.texts import Purpose, load_documents
+from eigenslice.data.templates import ChatTemplate
+from eigenslice.data.texts import Chat, Documents, Purpose, load_documents
 from eigenslice.errors import CalibrationError, EigensliceWarning
 from eigenslice.options import CalibrationOptions
 from eigenslice.stream import Batch
 
 CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read from large data sets
 BATCH_TOKENS = 2048  # a forward pass of more tokens isn't faster, and takes more memory
-DEFAULT_TENSOR = "calibration"
+PLAIN = (
+    "its conversations are written as plain text, one message below the other, as the tokenizer has no chat template."
+)
 PARTS = 4  # groups that a single text is cut into
 
 
@@ -59,7 +62,7 @@ class Tokens:
 
 
 def calibration_tokens(
-    options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any, chat: bool = False
+    options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any, chat: bool | None = None
 ) -> Tokens:
     """Tokens to collect covariances on: random windows of one text or several, or token ids as they are.
 
@@ -70,7 +73,8 @@ def calibration_tokens(
         options: What the user chose.
         tokenizer: Gives the model's tokenizer; only called for texts.
         config: The dense model's config: vocabulary, longest sequence, width.
-        chat: Write records with instructions and answers in the tokenizer's chat template, if it has one.
+        chat: Conversations are written in the tokenizer's chat template, if it has one. None is only where a record
+            has no text of its own, True is wherever a record is a conversation, False is never.
 
     Raises:
         CalibrationError: no tokens, token ids that the model can't take, or texts that can't be mixed.
@@ -86,11 +90,6 @@ def calibration_tokens(
             stacklevel=2,
         )
     return tokens
-
-
-def longest_sequence(config: Any) -> int | None:
-    """Tokens that a model of this config takes at most, if it says so."""
-    return getattr(config, "max_position_embeddings", None)
 
 
 def ordinary_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
@@ -117,7 +116,7 @@ def _tokens(
     tokenizer: Callable[[], Any],
     config: Any,
     purpose: Purpose,
-    chat: bool = False,
+    chat: bool | None = None,
 ) -> Tokens:
     ids = chosen[0].token_ids
     if ids:
@@ -169,19 +168,13 @@ def _windows(
     tokenizer: Callable[[], Any],
     config: Any,
     purpose: Purpose,
-    chat: bool,
+    chat: bool | None,
 ) -> tuple[list[Tensor], str]:
     """All windows of a text, at random or in order, and the text's description; warns if they are too few."""
-    characters = wanted * length * CHARACTERS_PER_TOKEN
-    render = chat_renderer(tokenizer()) if chat else None
-    documents = load_documents(source.data, source.field, purpose, characters, seed, render)
-    ids = tokenizer()(documents.separator.join(documents.texts), return_tensors="pt", verbose=False)["input_ids"][0]
-    if len(ids) and int(ids.max()) >= config.vocab_size:
-        raise CalibrationError(
-            f"the tokenizer gives token id {int(ids.max())}; the model's vocabulary has {config.vocab_size}",
-            allowed="the model's own tokenizer",
-            next_step="check that the tokenizer files in the folder belong to the model",
-        )
+    enough = length * (wanted + (purpose == "evaluation"))  # where a text is cut, its last tokens may be others
+    ids, documents = _encoded(source, enough, seed, tokenizer(), config, purpose, chat)
+    for note in documents.notes:
+        warnings.warn(note, EigensliceWarning, stacklevel=4)
     windows = list(ids.split(length))
     if len(windows) > 1 and len(windows[-1]) < length and (len(windows) > wanted or len(windows[-1]) < 2):
         windows.pop()
@@ -203,6 +196,43 @@ def _windows(
     return windows, documents.description
 
 
+def _encoded(
+    source: Source, enough: int, seed: int, tokenizer: Any, config: Any, purpose: Purpose, chat: bool | None
+) -> tuple[Tensor, Documents]:
+    """Token ids of a text, at least so many if it has as many, and what the text is."""
+    characters = enough * CHARACTERS_PER_TOKEN
+    has_template = bool(getattr(tokenizer, "chat_template", None)) and chat is not False
+    with ChatTemplate(tokenizer) as template:
+        written = Chat(template, True, first=bool(chat)) if has_template else Chat(note="" if chat is False else PLAIN)
+        while True:
+            documents = load_documents(source.data, source.field, purpose, characters, seed, written)
+            ids = _ids(tokenizer, documents, source.data, config)
+            if not documents.more or len(ids) >= enough:
+                return ids, documents
+            characters *= 4
+
+
+def _ids(tokenizer: Any, documents: Documents, data: str, config: Any) -> Tensor:
+    """Token ids of the documents as one text, (n,)."""
+    text = documents.separator.join(documents.texts)
+    try:
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0].long()
+        low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+    except Exception as error:  # tokenizers raise their own
+        raise CalibrationError(
+            f"the tokenizer can't read {data} ({said(error)})",
+            allowed="text that the model's own tokenizer takes",
+            next_step="check that the tokenizer files in the folder belong to the model, or pass token ids",
+        ) from error
+    if low < 0 or high >= config.vocab_size:
+        raise CalibrationError(
+            f"the tokenizer gives token id {high if low >= 0 else low}; the model's vocabulary has {config.vocab_size}",
+            allowed="the model's own tokenizer",
+            next_step="check that the tokenizer files in the folder belong to the model",
+        )
+    return ids
+
+
 def _groups(texts: list[int]) -> list[int]:
     """Group of each sequence: its text, or for a single text which quarter of the sequences it is in."""
     return texts if len(set(texts)) > 1 else [PARTS * number // len(texts) for number in range(len(texts))]
@@ -220,39 +250,12 @@ def _batches(windows: list[Tensor], groups: list[int]) -> list[Batch]:
 
 
 def _token_ids(path: Path, name: str, config: Any) -> Tokens:
-    """Read a matrix of token ids, and the mask beside it if the file has one."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            ids = file.get_tensor(name) if name in names else None
-            if ids is not None and not ids.is_floating_point() and ids.dtype != torch.bool:
-                ids = ids.long()
-            mask = file.get_tensor("attention_mask") if "attention_mask" in names else None
-    except (SafetensorError, OSError) as error:
-        raise CalibrationError(
-            f"{path} is not a readable safetensors file: {error}",
-            allowed="a safetensors file with an integer matrix, sequences x tokens",
-            next_step="write the file again",
-        ) from error
-    if ids is None:
-        raise CalibrationError(
-            f"{path} has no tensor {name!r}; it has {', '.join(names)}",
-            allowed=f"a tensor {DEFAULT_TENSOR!r}, or the one that --field names",
-            next_step="name the tensor with --field",
-        )
-    wrong = _why_no_ids(ids, mask, config)
-    if wrong:
-        raise CalibrationError(
-            f"{path}: tensor {name!r} {wrong}",
-            allowed=f"an integer matrix, sequences x tokens, of ids from 0 to {config.vocab_size - 1}; beside it "
-            "an attention_mask of the same shape, 0 for padding, if sequences are padded",
-            next_step="write the token ids of this model's tokenizer",
-        )
+    ids, mask = read_token_ids(path, name, config)
     groups = torch.tensor(_groups([0] * len(ids)))
     batches: list[Batch] = []
     for group in groups.unique().tolist():
         for rows in (groups == group).nonzero()[:, 0].split(max(1, BATCH_TOKENS // ids.shape[1])):
-            batches.append(Batch(ids[rows], None if mask is None else mask.long()[rows], group))
+            batches.append(Batch(ids[rows], None if mask is None else mask[rows], group))
     tokens = Tokens(batches, {})
     description = {
         "data": f"{path.name}, tensor {name!r}",
@@ -261,19 +264,3 @@ def _token_ids(path: Path, name: str, config: Any) -> Tokens:
         "tokens": tokens.count,
     }
     return Tokens(batches, description)
-
-
-def _why_no_ids(ids: Tensor, mask: Tensor | None, config: Any) -> str | None:
-    if ids.is_floating_point() or ids.dtype == torch.bool or ids.ndim != 2:
-        return f"is {str(ids.dtype).removeprefix('torch.')} of shape {tuple(ids.shape)}"
-    if ids.numel() == 0 or ids.shape[1] < 2:
-        return f"is empty or has sequences of less than 2 tokens: shape {tuple(ids.shape)}"
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or high >= config.vocab_size:
-        return f"has ids from {low} to {high}"
-    longest = longest_sequence(config)
-    if longest and ids.shape[1] > longest:
-        return f"has sequences of {ids.shape[1]} tokens; the model takes {longest}"
-    if mask is not None and (mask.shape != ids.shape or not mask.any()):
-        return f"comes with an attention_mask of shape {tuple(mask.shape)} that marks {int(mask.sum())} tokens"
-    return None
