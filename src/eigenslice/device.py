@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import torch
 
-from eigenslice.errors import OptionsError
+from eigenslice.errors import OptionsError, first_line
 
 MMAP_THRESHOLD = -3
 """M_MMAP_THRESHOLD of glibc's malloc.h: allocations of so many bytes have pages of their own."""
@@ -27,11 +27,12 @@ def resolve_device(name: str | None) -> torch.device:
         name = _own_gpu(name, int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count())
     try:
         device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("its tensors have no numbers")
         torch.zeros(1, dtype=torch.float64, device=device)
     except Exception as error:  # torch raises RuntimeError, AssertionError, TypeError and its own
-        first = (str(error).strip().splitlines() or [""])[0]
         raise OptionsError(
-            f"--device {name} can't be used ({first})",
+            f"--device {name} can't be used ({first_line(error)})",
             allowed="cpu" + (", cuda, cuda:0, ..." if torch.cuda.is_available() else "; torch sees no GPU here"),
             next_step="choose one of these, or leave --device out",
         ) from error

@@ -10,7 +10,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from eigenslice.arch import StockForm
 from eigenslice.dense import DenseModel
-from eigenslice.errors import OptionsError
+from eigenslice.errors import OptionsError, first_line
 from eigenslice.modeling import AUTO_MAP, SlicedConfig
 from eigenslice.plan import BasisKind, Plan, full_plan, layout, widths
 from eigenslice.skeleton import empty_model
@@ -181,7 +181,7 @@ def misfit(dense: DenseModel, plan: Plan) -> str | None:
     try:
         values = stock_config(dense, plan, torch.float32)
     except ValueError as error:
-        return str(error).strip().splitlines()[-1].strip()
+        return first_line(error).partition(": ")[2] or first_line(error)
     state = {name: tuple(p.shape) for name, p in empty_model(checked_config(values)).state_dict().items()}
     if plan.tied:
         state.pop(dense.table.head + ".weight", None)

@@ -10,6 +10,7 @@ from eigenslice.dense import DenseModel
 from eigenslice.device import resolve_device
 from eigenslice.estimate import Estimate, estimate
 from eigenslice.forms import choose_form, stock_type_of
+from eigenslice.options import CalibrationOptions
 from eigenslice.plan import BasisKind, count, dense_roles, layout, widths
 from eigenslice.planning import rounded
 
@@ -72,9 +73,11 @@ def inspect_model(
         device: torch device of the estimate; None is a GPU if there is one.
 
     Raises:
+        OptionsError: no such device, or numbers out of range.
         CheckpointError: it can't be read.
         UnsupportedModelError: it can't be sliced; the message says why.
     """
+    CalibrationOptions(samples=samples, seqlen=seqlen)  # refuses absurd numbers
     resolved = resolve_device(device)
     dense = DenseModel(open_source(name, trust_remote_code), resolved)
     rows = []

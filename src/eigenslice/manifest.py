@@ -10,13 +10,15 @@ import transformers
 
 from eigenslice._version import __version__
 from eigenslice.algebra.basis import Spectrum
-from eigenslice.checkpoint.output import differences
+from eigenslice.checkpoint.workfolder import differences
 from eigenslice.data import Tokens
 from eigenslice.dense import DenseModel
-from eigenslice.errors import CheckpointError, OptionsError
+from eigenslice.errors import CheckpointError, OptionsError, first_line
 from eigenslice.forms import stock_type_of
+from eigenslice.manifest_fields import check
 from eigenslice.options import SliceOptions
 from eigenslice.plan import Plan, count, dense_roles, layout
+from eigenslice.reading import read_json
 
 NAME = "eigenslice.json"
 SAMPLED_VALUES = 48
@@ -49,19 +51,34 @@ def run_identity(options: SliceOptions, dense: DenseModel, tokens: Tokens) -> di
     free = {"output", "resume", "offload", "device"}
     return {
         "version": __version__,
+        "versions": versions(),
         "option": {name: value for name, value in options.model_dump(mode="json").items() if name not in free},
         "input": dense.source.hashes,
         "calibration tokens": tokens.sha256,
     }
 
 
+def versions() -> dict[str, str]:
+    """The versions of the libraries that compute."""
+    return {"torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def resumable(identity: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's identity that may not change before the run goes on.
+
+    The stored dtype may: only the last pass depends on it, and a weight that doesn't fit a dtype is found there.
+    """
+    return identity | {"option": {name: value for name, value in identity["option"].items() if name != "dtype"}}
+
+
 def finished_manifest(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a result that is complete.
 
     Raises:
+        CheckpointError: it isn't what eigenslice writes.
         OptionsError: it was made from something else.
     """
-    content = json.loads((output / NAME).read_text(encoding="utf-8"))
+    content = _read(output / NAME)
     different = sorted(differences(content.get("run"), json.loads(json.dumps(identity))))
     if different:
         raise OptionsError(
@@ -84,7 +101,7 @@ def manifest(
     stored = sum(roles.values())
     return {
         "eigenslice": __version__,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions(),
         "model_type": stock_type_of(plan.stock),
         "form": "stock" if plan.stock else "custom",
         "portable": plan.stock is not None and plan.stock.portable,
@@ -122,18 +139,28 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         CheckpointError: it isn't what eigenslice writes.
     """
     path = folder / NAME
-    if not path.is_file():
-        return None
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        _ = content["plan"], content["dtype"], content["parameters"]["by_role"], content["source"]["name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is no manifest of eigenslice ({type(error).__name__}: {error})",
-            allowed="the file that eigenslice slice wrote",
-            next_step="slice the model again",
-        ) from error
+        there = path.exists() or path.is_symlink()
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
+    return _read(path) if there else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = read_json(path)
+        check(content)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
     return content
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is no manifest of eigenslice ({first_line(error)})",
+        allowed="the file that eigenslice slice or eigenslice finetune wrote",
+        next_step="slice the model again, or copy its folder again",
+    )
 
 
 def _warning(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> str:

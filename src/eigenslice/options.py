@@ -1,13 +1,17 @@
 """What the user can choose: one frozen object, the source of the flags' defaults and of the manifest."""
 
-import math
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from eigenslice.errors import OptionsError
+from eigenslice.ranges import SEED, check_ranges
 
+MOST_SAMPLES = 10**9
+LONGEST = 10**8
+"""Sequences, and tokens in each; no model and no text has more."""
+SHARD_GIB = (1e-6, 1e6, "0.000001 to 1000000 (GiB)")
 DtypeName = Literal["float32", "float16", "bfloat16"]
 OWN_SHARE = 0.5
 """Sequences of the model's own text that join calibration texts, as a share of those; where there are none, ..."""
@@ -55,14 +59,13 @@ class CalibrationOptions(BaseModel):
                 allowed="none, one for all texts that need one, or one for each",
                 next_step="repeat --field in the order of the texts; an empty one ('') is for a text that needs none",
             )
-        if self.samples < 1 or self.seqlen < 2:
+        if not (1 <= self.samples <= MOST_SAMPLES and 2 <= self.seqlen <= LONGEST):
             raise OptionsError(
                 f"--samples {self.samples} --seqlen {self.seqlen}",
-                allowed="at least 1 sequence of at least 2 tokens",
-                next_step="raise them; the paper uses 1024 sequences of 2048 tokens, 128 go a long way",
+                allowed=f"1 to {MOST_SAMPLES} sequences of 2 to {LONGEST} tokens",
+                next_step="correct them; the paper uses 1024 sequences of 2048 tokens, 128 go a long way",
             )
-        if not 0 <= self.seed < 2**63:
-            raise OptionsError(f"--seed {self.seed}", allowed="0 to 2^63 - 1", next_step="the default is 0")
+        check_ranges(self, {"seed": SEED})
         return self
 
 
@@ -185,10 +188,7 @@ class SliceOptions(BaseModel):
                     allowed="0 (none) to 4 (four times as many sequences as of text)",
                     next_step="leave it out for the default",
                 )
-        if not 0 < self.shard_gib < math.inf:
-            raise OptionsError(
-                f"--shard-size {self.shard_gib}", allowed="more than 0 (GiB)", next_step="the default is 5"
-            )
+        check_ranges(self, {"shard_gib": SHARD_GIB})
         return self
 
     @property

@@ -4,14 +4,13 @@ import itertools
 import math
 from typing import Any
 
-import yaml
-
 from eigenslice.arch import TABLES
 from eigenslice.dense import DenseModel
 from eigenslice.errors import OptionsError
 from eigenslice.forms import choose_form
 from eigenslice.options import SliceOptions
 from eigenslice.plan import FEWEST_NEURONS, BasisKind, Plan, stored_parameters
+from eigenslice.recipe import read_recipe, wrong_recipe
 
 ROUND = 8
 """Widths from --slicing and --keep are multiples of this: what matrix kernels like."""
@@ -132,40 +131,18 @@ def _check_dropped(dense: DenseModel, basis: BasisKind, dropped: list[Any]) -> N
 
 def _plan_of_recipe(dense: DenseModel, options: SliceOptions, tied: bool) -> Plan:
     """A plan from a file: an eigenslice.json, or YAML with the same fields as its `plan`, which may untie."""
-    fields: dict[str, Any] = {"width": int, "neurons": (int, list), "key_value_heads": int, "tied": bool, "basis": str}
-    fields["dropped_blocks"] = list
-    allowed = "an eigenslice.json, or YAML (or JSON) with width, and optionally neurons (one number or one for "
-    allowed += "each block that is kept), key_value_heads, dropped_blocks, tied and basis"
-    try:
-        assert options.recipe is not None
-        content = yaml.safe_load(options.recipe.read_text(encoding="utf-8"))
-        recipe = content.get("plan", content)
-        wrong = [
-            str(k)
-            for k, v in recipe.items()
-            if k not in fields or not isinstance(v, fields[k]) or (isinstance(v, bool) and fields[k] is not bool)
-        ]
-        wrong += [] if "width" in recipe else ["width (missing)"]
-    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise OptionsError(
-            f"--recipe {options.recipe} can't be read ({type(error).__name__}: {first})",
-            allowed=allowed,
-            next_step="check the file",
-        ) from error
+    assert options.recipe is not None
+    recipe = read_recipe(options.recipe)
     dropped = recipe.get("dropped_blocks", [])
-    blocks = dense.blocks - len(dropped) if isinstance(dropped, list) else dense.blocks
+    _check_dropped(dense, options.basis, dropped)
+    blocks = dense.blocks - len(dropped)
     counts = recipe.get("neurons", dense.neurons)
     counts = tuple(counts) if isinstance(counts, list) else (counts,) * blocks
-    if len(counts) != blocks or not all(type(count) is int for count in counts):
-        wrong.append(f"neurons (the result has {blocks} blocks)")
     basis = recipe.get("basis", options.basis)
-    if basis != options.basis:
-        wrong.append(f"basis {basis} (the run has --basis {options.basis})")
+    wrong = [f"neurons (the result has {blocks} blocks)"] if len(counts) != blocks else []
+    wrong += [f"basis {basis} (the run has --basis {options.basis})"] if basis != options.basis else []
     if wrong:
-        raise OptionsError(
-            f"--recipe {options.recipe} has a wrong {', '.join(wrong)}", allowed=allowed, next_step="correct the file"
-        )
+        raise wrong_recipe(options.recipe, wrong)
     _check_width(dense, recipe["width"], f"the recipe's width is {recipe['width']}")
     for count in counts:
         _check_neurons(dense, options.basis, count, f"the recipe keeps {count} neurons")
@@ -177,7 +154,6 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions, tied: bool) -> Pla
         )
     heads = recipe.get("key_value_heads", dense.heads)
     _check_heads(dense, options.basis, heads)
-    _check_dropped(dense, basis, dropped)
     tied = tied and recipe.get("tied", True)
     return choose_form(dense, basis, recipe["width"], tied, options.form, counts, heads, tuple(sorted(dropped)))
 

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from eigenslice.checkpoint.output import check_output, write_whole
+from eigenslice.checkpoint.durable import write_whole
+from eigenslice.checkpoint.output import check_output
 from eigenslice.data.tokens import Tokens, longest_sequence, ordinary_tokens
 from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory
@@ -23,8 +24,9 @@ from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.estimate import room_for_model, whole_bytes
 from eigenslice.evaluate import load_model
 from eigenslice.offload import FREE_SHARE, free_bytes
-from eigenslice.options import OWN_SHARE, DtypeName, SliceOptions
+from eigenslice.options import LONGEST, MOST_SAMPLES, OWN_SHARE, DtypeName, SliceOptions
 from eigenslice.progress import Progress, no_progress
+from eigenslice.ranges import SEED, Limits, check_ranges
 from eigenslice.ranks import Ranks
 from eigenslice.resume import RunState
 
@@ -33,6 +35,14 @@ OWN_LENGTH = 128
 """Tokens of a text beside calibration texts: many short ones show more kinds, and cost less, than a few long ones."""
 OWN_BATCH = 64
 """Of them at once."""
+MOST_TOKENS = 10**9
+LIMITS: Limits = {
+    "samples": (1, MOST_SAMPLES, f"1 to {MOST_SAMPLES} texts"),
+    "seqlen": (2, LONGEST, f"2 to {LONGEST} tokens"),
+    "batch": (1, 10**6, "1 to 1000000 texts"),
+    "temperature": (1e-4, 1e4, "0.0001 to 10000; 1 is what the model is"),
+    "seed": SEED,
+}
 
 
 class SampleOptions(BaseModel):
@@ -66,14 +76,12 @@ class SampleOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "SampleOptions":
-        for name, least in (("samples", 1), ("seqlen", 2), ("batch", 1)):
-            if getattr(self, name) < least:
-                raise OptionsError(
-                    f"--{name} {getattr(self, name)}", allowed=f"at least {least}", next_step="leave it out"
-                )
-        if not 0 < self.temperature < float("inf"):
+        check_ranges(self, LIMITS)
+        if self.samples * self.seqlen > MOST_TOKENS:
             raise OptionsError(
-                f"--temperature {self.temperature}", allowed="above 0", next_step="leave it out: 1 is what the model is"
+                f"--samples {self.samples} --seqlen {self.seqlen}",
+                allowed=f"at most {MOST_TOKENS} tokens together: they are held in memory",
+                next_step="lower one of them",
             )
         if self.output.suffix != ".json":
             raise OptionsError(
@@ -124,7 +132,7 @@ def sample_text(options: SampleOptions, progress: Progress = no_progress) -> lis
         CheckpointError: the model or its tokenizer can't be loaded.
         OutputError: the file exists, or can't be written.
     """
-    check_output(options.output)
+    check_output(options.output, inputs=[Path(options.model)])
     loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
     tokenizer = loaded.tokenizer()
     start = len(tokenizer("")["input_ids"])

@@ -1,18 +1,29 @@
 """Benchmarks' tasks (multiple choice, questions, ...) through EleutherAI's lm-eval."""
 
 import json
-from collections.abc import Callable
+import logging
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from eigenslice.errors import CalibrationError, OptionsError
+from eigenslice.errors import CalibrationError, EigensliceError, EigensliceWarning, OptionsError, first_line
 from eigenslice.evaluate import load_model
 from eigenslice.options import DtypeName
+from eigenslice.ranges import Limits, check_ranges
 
 Progress = Callable[[str, int, int], None]
+LIMITS: Limits = {
+    "fewshot": (0, 10**4, "0 to 10000 examples"),
+    "limit": (1, 10**9, "1 to 10^9 questions"),
+    "batch": (1, 10**6, "1 to 1000000 sequences"),
+}
 
 
 class TaskOptions(BaseModel):
@@ -58,12 +69,7 @@ class TaskOptions(BaseModel):
                 allowed="a folder of task files (YAML)",
                 next_step="check the path",
             )
-        for name, least in (("fewshot", 0), ("limit", 1), ("batch", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise OptionsError(
-                    f"--{name} {value}", allowed=f"at least {least}", next_step="leave it out for the default"
-                )
+        check_ranges(self, LIMITS)
         return self
 
 
@@ -103,9 +109,10 @@ def _manager(options: TaskOptions) -> Any:
     from lm_eval.tasks import TaskManager
 
     include = str(options.include_path) if options.include_path else None
-    manager = TaskManager(include_path=include, include_defaults=False) if include else None
-    if manager is None or not set(options.tasks) <= set(manager.all_subtasks):  # groups may name lm-eval's own tasks
-        manager = TaskManager(include_path=include)
+    with _translated(f"the task files of lm-eval and {include} can't be read"):
+        manager = TaskManager(include_path=include, include_defaults=False) if include else None
+        if manager is None or not set(options.tasks) <= set(manager.all_subtasks):  # groups may name lm-eval's own
+            manager = TaskManager(include_path=include)
     unknown = [task for task in options.tasks if task not in manager.all_tasks]
     if unknown:
         raise OptionsError(
@@ -113,16 +120,36 @@ def _manager(options: TaskOptions) -> Any:
             allowed="its tasks and groups (`lm-eval ls tasks`), and those in --include-path",
             next_step="check the spelling, or add --include-path",
         )
-    try:
+    with _translated(f"the tasks {', '.join(options.tasks)} can't be loaded"):
         manager.load(list(options.tasks))
-    except Exception as error:  # data sets, templates and task files fail in their own ways
-        first = (str(error).strip().splitlines() or [""])[0]
-        raise CalibrationError(
-            f"the tasks {', '.join(options.tasks)} can't be loaded ({type(error).__name__}: {first})",
-            allowed="tasks whose data can be read: from local files, the cache or the network",
-            next_step="check the task's data files, and the network",
-        ) from error
     return manager
+
+
+@contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Errors of lm-eval, its data sets, templates, metrics and task files, each of which fails in its own way."""
+    try:
+        with _quiet():
+            yield
+    except (EigensliceError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise CalibrationError(
+            f"{what} ({first_line(error)})",
+            allowed="tasks that lm-eval can run, and whose data can be read: local files, the cache or the network",
+            next_step="check the task's file, its data and metrics, and the network",
+        ) from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """lm-eval logs its errors with tracebacks before it raises them."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _evaluate(name: str, options: TaskOptions, manager: Any) -> dict[str, Any]:
@@ -133,22 +160,34 @@ def _evaluate(name: str, options: TaskOptions, manager: Any) -> dict[str, Any]:
     wrap: Any = huggingface.HFLM  # decorators hide both signatures
     ask: Any = evaluator.simple_evaluate
     loaded = load_model(name, options.device, options.dtype, options.trust_remote_code)
-    model = wrap(pretrained=loaded.model, tokenizer=loaded.tokenizer(), batch_size=options.batch)
-    results = ask(
-        model=model,
-        tasks=list(options.tasks),
-        task_manager=manager,
-        num_fewshot=options.fewshot,
-        limit=options.limit,
-        apply_chat_template=options.chat,
-        log_samples=False,
-    )
-    plain = json.loads(json.dumps(results, default=handle_non_serializable))
-    return {"scores": scores(plain), "lm_eval": plain}
+    with _translated(f"lm-eval can't run {name}"):
+        model = wrap(pretrained=loaded.model, tokenizer=loaded.tokenizer(), batch_size=options.batch)
+    with _translated(f"lm-eval can't ask {name} the tasks {', '.join(options.tasks)}"):
+        results = ask(
+            model=model,
+            tasks=list(options.tasks),
+            task_manager=manager,
+            num_fewshot=options.fewshot,
+            limit=options.limit,
+            apply_chat_template=options.chat,
+            log_samples=False,
+        )
+        plain = json.loads(json.dumps(results, default=handle_non_serializable))
+    found = scores(plain)
+    if not found:
+        raise CalibrationError(
+            f"the tasks {', '.join(options.tasks)} give {name} no score",
+            allowed="tasks with questions and metrics that are numbers",
+            next_step="check the task's data, its metric_list and --limit",
+        )
+    return {"scores": found, "lm_eval": plain}
 
 
 def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """All metrics in lm-eval's results, "metric,filter": value beside "metric_stderr,filter": standard error."""
+    """All metrics in lm-eval's results, "metric,filter": value beside "metric_stderr,filter": standard error.
+
+    Those that are NaN or infinite, such as means over no question, are left out with a warning.
+    """
     found = []
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
@@ -157,6 +196,9 @@ def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             error = metrics.get(f"{metric}_stderr,{chosen}")
             name = metric if chosen == "none" else f"{metric}, {chosen}"
-            stderr = error if isinstance(error, int | float) else None
+            if not math.isfinite(value):
+                warnings.warn(f"{task}: {name} is {value}, and left out", EigensliceWarning, stacklevel=2)
+                continue
+            stderr = error if isinstance(error, int | float) and math.isfinite(error) else None
             found.append({"task": task, "metric": name, "value": value, "stderr": stderr})
     return found

@@ -2,8 +2,11 @@
 
 import multiprocessing
 import resource
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +15,16 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from eigenslice.checkpoint.adapters import ADAPTER_WEIGHTS
 from eigenslice.checkpoint.source import locate
 from eigenslice.checkpoint.weights import SafetensorsWeights
+from eigenslice.errors import CheckpointError, first_line
 
 
 def weight_bytes_on_disk(name: str) -> int:
-    """Size of the weight files of a folder, hub id or .gguf file, in bytes."""
-    folder, gguf = locate(name)
-    files = (folder / gguf,) if gguf else SafetensorsWeights(folder).files
+    """Size of the weight files of a folder, hub id or .gguf file, in bytes; an adapter beside them counts."""
+    folder, gguf = locate(name, adapters=True)
+    files = (folder / gguf,) if gguf else (*SafetensorsWeights(folder).files, *folder.glob(ADAPTER_WEIGHTS))
     return sum(file.stat().st_size for file in files)
 
 
@@ -49,24 +54,55 @@ def bytes_per_step(model: Any, cache: Any, tokens: float, length: int) -> int:
 
 
 def peak_memory(work: Callable[..., None], *arguments: Any) -> int:
-    """Largest resident memory, in bytes, of a fresh process that does some work."""
+    """Largest resident memory, in bytes, of a fresh process that does some work.
+
+    Raises:
+        CheckpointError: it doesn't come to its end, such as where memory ends.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measured, args=(sender, work, arguments))
-    process.start()
+    process = context.Process(target=_measured, args=(sender, work, arguments), daemon=True)
+    with _deaf():
+        process.start()
     sender.close()
     try:
         found = receiver.recv()
-    except EOFError as error:
-        raise RuntimeError("the process that memory was measured in ended early") from error
+    except EOFError:
+        found = "it was ended from outside: memory may have run out"
+    except BaseException:
+        process.kill()
+        raise
     finally:
         process.join()
+    if isinstance(found, str):
+        raise CheckpointError(
+            f"the process that memory was measured in failed ({found})",
+            allowed="models that fit into memory once more, beside what is measured here",
+            next_step="pass --no-memory",
+        )
     return found
 
 
+@contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that are started meanwhile ignore Ctrl-C: this one ends them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _measured(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    work(*arguments)
-    sender.send(_high_water_mark())
+    try:
+        work(*arguments)
+        found: int | str = _high_water_mark()
+    except BaseException as error:  # told by the process that waits, without a traceback
+        found = first_line(error)
+    sender.send(found)
 
 
 def _high_water_mark() -> int:

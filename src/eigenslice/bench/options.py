@@ -5,7 +5,16 @@ import shutil
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from eigenslice.errors import OptionsError
-from eigenslice.options import DtypeName
+from eigenslice.options import LONGEST, DtypeName
+from eigenslice.ranges import SEED, Limits, check_ranges
+
+LIMITS: Limits = {
+    "prompt": (2, LONGEST, f"2 to {LONGEST} tokens"),
+    "new": (2, LONGEST, f"2 to {LONGEST} tokens"),
+    "batch": (1, 10**6, "1 to 1000000 sequences"),
+    "runs": (1, 10**6, "1 to 1000000"),
+    "seed": SEED,
+}
 
 
 class BenchOptions(BaseModel):
@@ -41,13 +50,7 @@ class BenchOptions(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> "BenchOptions":
-        for name, least in (("prompt", 2), ("new", 2), ("batch", 1), ("runs", 1)):
-            if getattr(self, name) < least:
-                raise OptionsError(
-                    f"--{name} {getattr(self, name)}",
-                    allowed=f"at least {least}",
-                    next_step="leave it out for the default",
-                )
+        check_ranges(self, LIMITS)
         if self.compile and shutil.which("c++") is None and shutil.which("g++") is None:
             raise OptionsError(
                 "--compile, and there is no C++ compiler",

@@ -101,13 +101,16 @@ def _tasks(models: list[str], tasks: str, data: list[str] | None, as_json: bool,
         return
     short = short_names(models)
     table = Table("task", "metric", *(short[model] for model in models))
-    first = result["models"][0]["scores"]
-    for number, score in enumerate(first):
+    scores = [{(score["task"], score["metric"]): score for score in row["scores"]} for row in result["models"]]
+    for key, score in scores[0].items():
         cells = []
-        for row in result["models"]:
-            found = row["scores"][number]
+        for row in scores:
+            found = row.get(key)
+            if found is None:  # it was NaN
+                cells.append("")
+                continue
             error = "" if found["stderr"] is None else f" ± {found['stderr']:.4f}"
-            change = "" if row is result["models"][0] else f" ({found['value'] - score['value']:+.4f})"
+            change = "" if row is scores[0] else f" ({found['value'] - score['value']:+.4f})"
             cells.append(f"{found['value']:.4f}{error}{change}")
         table.add_row(score["task"], score["metric"], *cells)
     output.print(table)

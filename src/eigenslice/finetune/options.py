@@ -1,6 +1,5 @@
 """What can be chosen for recovery fine-tuning."""
 
-import math
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +7,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from eigenslice.errors import OptionsError
-from eigenslice.options import CalibrationOptions
+from eigenslice.options import MOST_SAMPLES, SHARD_GIB, CalibrationOptions
+from eigenslice.ranges import Limits, check_ranges
 
 LORA_RATE, FULL_RATE = 1e-3, 3e-4
 """Default learning rates."""
@@ -94,27 +94,22 @@ class FinetuneOptions(BaseModel):
                 allowed="one of them: full training has no adapter",
                 next_step="drop one of them",
             )
-        limits: dict[str, tuple[float, float, str]] = {
-            "rank": (1, math.inf, "at least 1"),
-            "alpha": (1e-9, math.inf, "more than 0"),
+        limits: Limits = {
+            "rank": (1, 65536, "1 to 65536"),
+            "alpha": (1e-6, 1e6, "0.000001 to 1000000"),
             "dropout": (0, 0.99, "at least 0 and less than 1"),
-            "epochs": (1e-9, math.inf, "more than 0"),
-            "batch": (1, math.inf, "at least 1 window"),
+            "epochs": (1e-6, 1e6, "0.000001 to 1000000"),
+            "batch": (1, 10**6, "1 to 1000000 windows"),
             "micro_batch": (1, self.batch, "at least 1 window, at most --batch"),
-            "learning_rate": (1e-12, 1e3, "more than 0"),
+            "learning_rate": (1e-12, 1e3, "more than 0, at most 1000"),
             "warmup": (0, 0.99, "at least 0 and less than 1"),
-            "weight_decay": (0, 1e3, "at least 0"),
-            "held_out": (1, math.inf, "at least 1 window"),
-            "evaluate_every": (1, math.inf, "at least 1 step"),
-            "patience": (1, math.inf, "at least 1"),
-            "shard_gib": (1e-9, 1e9, "more than 0 (GiB)"),
+            "weight_decay": (0, 1e3, "0 to 1000"),
+            "held_out": (1, MOST_SAMPLES, f"1 to {MOST_SAMPLES} windows"),
+            "evaluate_every": (1, 10**9, "1 to 10^9 steps"),
+            "patience": (1, 10**9, "1 to 10^9"),
+            "shard_gib": SHARD_GIB,
         }
-        for name, (low, high, allowed) in limits.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise OptionsError(
-                    f"--{name.replace('_', '-')} {value}", allowed=allowed, next_step="leave it out for the default"
-                )
+        check_ranges(self, limits)
         if self.batch % self.micro_batch:
             raise OptionsError(
                 f"--batch {self.batch} --micro-batch {self.micro_batch}",

@@ -3,55 +3,43 @@
 from pathlib import Path
 from typing import Any
 
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
+from eigenslice.report.escape import markdown
+from eigenslice.report.metadata import read_card_metadata
 from eigenslice.report.story import (
-    CUSTOM_NOTE,
+    base_model,
     calibration_text,
+    custom_note,
     finetune_command,
-    is_hub_id,
     loading_code,
     neurons_text,
     slice_command,
     source_name,
 )
 
+__all__ = ["CARD", "read_card_metadata", "write_card"]
 CARD = "README.md"
-INHERITED = ("license", "license_name", "license_link", "language")
-"""Metadata that holds for the sliced model, too."""
 
 
-def write_card(folder: Path, manifest: dict[str, Any], name: str, source_card: Path | None = None) -> None:
+def write_card(folder: Path, manifest: dict[str, Any], name: str, metadata: dict[str, Any] | None = None) -> None:
     """Write README.md into a result's folder.
 
     Args:
         folder: Where.
         manifest: The result's.
         name: What the model is called: the name of its folder.
-        source_card: The dense model's card; licence and language are taken from it, if it is there.
+        metadata: Of the dense model's card, see `read_card_metadata`; None is none.
     """
-    metadata = _inherited(source_card)
-    source = manifest["source"]["name"]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        base_model=source if is_hub_id(source) else None,
+        base_model=base_model(manifest["source"]["name"]),
         tags=["eigenslice", "slicegpt", "pruned"] + ([] if manifest["form"] == "stock" else ["custom_code"]),
-        **{key: metadata[key] for key in INHERITED if key in metadata},
+        **(metadata or {}),
     )
     content = f"---\n{data.to_yaml()}\n---\n\n{_text(manifest, name)}"
     (folder / CARD).write_text(content, encoding="utf-8")
-
-
-def _inherited(source_card: Path | None) -> dict[str, Any]:
-    """Metadata of the dense model's card; none if there is no card, or one that the hub's client can't read."""
-    if source_card is None or not source_card.is_file():
-        return {}
-    try:
-        return ModelCard.load(source_card, ignore_metadata_errors=True).data.to_dict()
-    except (ValueError, OSError, yaml.YAMLError):
-        return {}
 
 
 def _fewer(manifest: dict[str, Any]) -> list[str]:
@@ -65,11 +53,11 @@ def _fewer(manifest: dict[str, Any]) -> list[str]:
 
 
 def _text(manifest: dict[str, Any], name: str) -> str:
-    sizes, plan, source = manifest["parameters"], manifest["plan"], source_name(manifest)
+    sizes, plan, source = manifest["parameters"], manifest["plan"], markdown(source_name(manifest))
     lines = [
-        f"# {name}",
+        f"# {markdown(name)}",
         "",
-        f"{source}, made smaller by [eigenslice](https://arxiv.org/abs/2401.15024) {manifest['eigenslice']}: "
+        f"{source}, made smaller by [eigenslice](https://arxiv.org/abs/2401.15024) {markdown(manifest['eigenslice'])}: "
         f"{sizes['stored'] / 1e6:.1f} M of {sizes['dense'] / 1e6:.1f} M parameters ({100 * sizes['kept']:.1f} %).",
         "",
         "| | dense | sliced |",
@@ -80,9 +68,10 @@ def _text(manifest: dict[str, Any], name: str) -> str:
         f"| {neurons_text(plan['neurons'])} |",
         *_fewer(manifest),
         f"| basis | | {plan['basis']} |",
-        f"| saved as | {manifest['source']['model_type']} | {manifest['model_type']} ({manifest['dtype']}) |",
+        f"| saved as | {markdown(manifest['source']['model_type'])} "
+        f"| {markdown(manifest['model_type'])} ({manifest['dtype']}) |",
         "",
-        f"Calibrated on {calibration_text(manifest['calibration'])}.",
+        f"Calibrated on {markdown(calibration_text(manifest['calibration']))}.",
         "",
         "## Use",
         "",
@@ -90,7 +79,7 @@ def _text(manifest: dict[str, Any], name: str) -> str:
         loading_code(manifest, name),
         "```",
         "",
-        *([] if manifest["form"] == "stock" else [CUSTOM_NOTE, ""]),
+        *([] if manifest["form"] == "stock" else [markdown(custom_note(manifest)), ""]),
         *_finetuned(manifest),
         "## How it was made",
         "",
@@ -115,8 +104,8 @@ def _finetuned(manifest: dict[str, Any]) -> list[str]:
     return [
         "## Recovery fine-tuning",
         "",
-        f"{section['trained']}, {section['steps']} steps on {calibration_text(section['data'])}"
-        + (f"; distilled from {Path(teacher).name}" if teacher else "")
+        f"{markdown(section['trained'])}, {section['steps']} steps on {markdown(calibration_text(section['data']))}"
+        + (f"; distilled from {markdown(Path(teacher).name)}" if teacher else "")
         + f". Perplexity on {measured['tokens']:,} held-out tokens: {change}.",
         "",
     ]

@@ -1,6 +1,9 @@
 """The report's plots of a manifest, as plotly's data and layout; the page has colours for light and dark."""
 
+import html
 from typing import Any
+
+from eigenslice.errors import printable
 
 Figure = dict[str, Any]
 """`id`, `title`, `note`, and plotly's `data` and `layout`. A colour "c0", "c1", ... is the page's."""
@@ -17,6 +20,11 @@ def figure(name: str, title: str, note: str, data: list[dict[str, Any]], **layou
     return {"id": name, "title": title, "note": note, "data": data, "layout": axes | layout}
 
 
+def label(text: str) -> str:
+    """A name as plotly, which reads some HTML, shows it."""
+    return html.escape(printable(text), quote=False)
+
+
 def parameters_by_role(manifest: dict[str, Any]) -> Figure:
     """Bars of the parameters in each role, dense and sliced."""
     sizes = manifest["parameters"]
@@ -27,7 +35,7 @@ def parameters_by_role(manifest: dict[str, Any]) -> Figure:
         {
             "type": "bar",
             "name": name,
-            "x": roles,
+            "x": [label(role) for role in roles],
             "y": [values.get(role, 0) for role in roles],
             "marker": {"color": color},
             "hovertemplate": f"%{{x}}, {name}: %{{y:,}}<extra></extra>",
@@ -51,14 +59,14 @@ def spectra(manifest: dict[str, Any]) -> Figure | None:
             {
                 "type": "scatter",
                 "mode": "lines",
-                "name": site["site"],
+                "name": label(site["site"]),
                 "x": list(shown),
                 "y": list(shown.values()),
                 "line": {
                     "width": 2 if len(sites) == 1 else 1,
                     "color": "c0" if len(sites) == 1 else _depth(number, sites),
                 },
-                "hovertemplate": f"{site['site']}, rank %{{x}}: %{{y:.2e}}<extra></extra>",
+                "hovertemplate": f"{label(site['site'])}, rank %{{x}}: %{{y:.2e}}<extra></extra>",
             }
         )
     cuts = sorted({site["width"] for site in sites})
@@ -118,7 +126,7 @@ def energy(manifest: dict[str, Any]) -> Figure | None:
         return None
     bars = {
         "type": "bar",
-        "x": [site["site"] for site in sites],
+        "x": [label(site["site"]) for site in sites],
         "y": [100 * site["energy_kept"] for site in sites],
         "marker": {"color": "c0"},
         "hovertemplate": "%{x}: %{y:.2f} %<extra></extra>",

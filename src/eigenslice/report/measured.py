@@ -3,7 +3,7 @@
 from typing import Any
 
 from eigenslice.errors import OptionsError
-from eigenslice.report.figures import Figure, figure
+from eigenslice.report.figures import Figure, figure, label
 
 
 def perplexities(content: Any, sizes: dict[str, float]) -> Figure:
@@ -36,11 +36,11 @@ def _of_quality(content: dict[str, Any]) -> Figure:
                 {
                     "type": "scatter",
                     "mode": "lines+markers",
-                    "name": f"{method}, {text}",
+                    "name": label(f"{method}, {text}"),
                     "x": [x for x, y in points if y is not None],
                     "y": [y for x, y in points if y is not None],
                     "line": {"color": f"c{number}", "dash": dash},
-                    "hovertemplate": f"{method}, {text}: %{{y:.2f}} at %{{x:.1f}} %<extra></extra>",
+                    "hovertemplate": f"{label(f'{method}, {text}')}: %{{y:.2f}} at %{{x:.1f}} %<extra></extra>",
                 }
             )
     return figure(
@@ -57,12 +57,12 @@ def _of_quality(content: dict[str, Any]) -> Figure:
 def _of_eval(rows: list[dict[str, Any]], sizes: dict[str, float]) -> Figure:
     texts = list(dict.fromkeys(row["data"]["data"] for row in rows))
     over_size = all(row["model"] in sizes for row in rows)
-    names = short_names([row["model"] for row in rows])
+    names = _labels([row["model"] for row in rows])
     traces: list[dict[str, Any]] = []
     for number, text in enumerate(texts):
         of_text = [row for row in rows if row["data"]["data"] == text]
         trace = {
-            "name": text,
+            "name": label(text),
             "y": [row["perplexity"] for row in of_text],
             "text": [names[row["model"]] for row in of_text],
             "marker": {"color": f"c{number}", "size": 8} if over_size else {"color": f"c{number}"},
@@ -84,12 +84,12 @@ def tasks(content: Any) -> Figure:
         OptionsError: it is something else.
     """
     try:
-        names = short_names([model["model"] for model in content["models"]])
+        names = _labels([model["model"] for model in content["models"]])
         bars = [
             {
                 "type": "bar",
                 "name": names[model["model"]],
-                "x": [f"{row['task']} ({row['metric']})" for row in model["scores"]],
+                "x": [label(f"{row['task']} ({row['metric']})") for row in model["scores"]],
                 "y": [row["value"] for row in model["scores"]],
                 "error_y": {"type": "data", "color": "text", "array": [row["stderr"] for row in model["scores"]]},
                 "marker": {"color": f"c{number}"},
@@ -109,7 +109,7 @@ def speeds(content: Any) -> list[Figure]:
     """
     try:
         rows = content["models"]
-        names = short_names([row["model"] for row in rows])
+        names = _labels([row["model"] for row in rows])
         result = [
             figure(
                 phase,
@@ -159,6 +159,10 @@ def short_names(names: list[str]) -> dict[str, str]:
     """The last part of each path, where that tells the models apart."""
     last = {name: name.rstrip("/").rpartition("/")[2] for name in names}
     return last if len(set(last.values())) == len(last) else {name: name for name in names}
+
+
+def _labels(names: list[str]) -> dict[str, str]:
+    return {name: label(short) for name, short in short_names(names).items()}
 
 
 def _unreadable(option: str, allowed: str) -> OptionsError:

@@ -1,6 +1,8 @@
 """`eigenslice report`: one HTML file that holds everything about a result, and needs nothing else."""
 
 import json
+import math
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,10 +11,14 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from eigenslice._version import __version__
-from eigenslice.checkpoint.output import write_whole
+from eigenslice.checkpoint.durable import write_whole
+from eigenslice.checkpoint.output import check_output, refuse_overlap
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.manifest import NAME, read_manifest
+from eigenslice.options import LONGEST
+from eigenslice.ranges import check_ranges
 from eigenslice.report import figures, measured, story
+from eigenslice.report.inputs import read_input
 from eigenslice.report.samples import PROMPTS, Sample, generate
 
 Progress = Callable[[str, int, int], None]
@@ -57,18 +63,23 @@ class ReportOptions(BaseModel):
                 allowed="an environment with the packages that reports need",
                 next_step="pip install 'eigenslice[report]'",
             )
-        if self.new < 1 or not self.prompts:
+        check_ranges(self, {"new": (1, LONGEST, f"1 to {LONGEST} tokens")})
+        if not self.prompts:
             raise OptionsError(
-                f"--new {self.new}, {len(self.prompts)} prompts",
-                allowed="at least 1 token and 1 prompt",
-                next_step="leave them out for the defaults",
+                "no --prompt", allowed="at least 1 prompt", next_step="leave the option out for the defaults"
             )
         return self
 
     @property
     def path(self) -> Path:
         """Where the report goes."""
-        return self.output or self.folder.with_name(f"{self.folder.absolute().name}-report.html")
+        folder = self.named_folder
+        return self.output or folder.absolute().parent / f"{folder.absolute().name}-report.html"
+
+    @property
+    def named_folder(self) -> Path:
+        """The folder by a path that ends in a name: "." and ".." have none."""
+        return self.folder.resolve() if self.folder.name in ("", "..") else self.folder
 
 
 def report(options: ReportOptions, progress: Progress = lambda stage, done, total: None) -> Path:
@@ -85,8 +96,10 @@ def report(options: ReportOptions, progress: Progress = lambda stage, done, tota
             allowed="a folder that eigenslice slice or eigenslice finetune wrote",
             next_step="check the path",
         )
-    _check_path(options.path)
-    perplexity, tasks, bench = (_read(path) for path in (options.perplexity, options.tasks, options.bench))
+    _check_path(options.path, [folder, *([Path(options.generate)] if options.generate else [])])
+    perplexity, tasks, bench = (
+        read_input(option, getattr(options, option)) for option in ("perplexity", "tasks", "bench")
+    )
     plots = _plots(manifest, folder, perplexity, tasks, bench)
     samples = []
     if options.generate:
@@ -98,7 +111,7 @@ def report(options: ReportOptions, progress: Progress = lambda stage, done, tota
             options.trust_remote_code,
             progress,
         )
-    page = render(manifest, folder.absolute().name, plots, bench, samples)
+    page = render(manifest, options.named_folder.absolute().name, plots, bench, samples)
     write_whole(options.path, page)
     return options.path
 
@@ -124,9 +137,11 @@ def _plots(
 def _sizes(perplexity: Any, manifest: dict[str, Any], folder: Path) -> dict[str, float]:
     """Percent of the parameters that the measured models keep: the dense one's, and those of results."""
     sizes = {manifest["source"]["name"]: 100.0, str(folder): 100 * manifest["parameters"]["kept"]}
-    names = [row.get("model") for row in perplexity if isinstance(row, dict)] if isinstance(perplexity, list) else []
-    for name in names:
-        other = read_manifest(Path(name)) if isinstance(name, str) and Path(name).is_dir() else None
+    for name in [row["model"] for row in perplexity] if isinstance(perplexity, list) else ():
+        try:
+            other = read_manifest(Path(name)) if Path(name).is_dir() else None
+        except (OSError, ValueError, CheckpointError):  # no folder's name, or no result: its size isn't known
+            other = None
         if other:
             sizes[name] = 100 * other["parameters"]["kept"]
     return sizes
@@ -152,7 +167,7 @@ def render(
         source=story.source_name(manifest),
         command=story.slice_command(manifest),
         loading=story.loading_code(manifest, name),
-        custom_note="" if manifest["form"] == "stock" else story.CUSTOM_NOTE,
+        custom_note="" if manifest["form"] == "stock" else story.custom_note(manifest),
         calibration=story.calibration_text(manifest["calibration"]),
         roles=_roles(manifest["parameters"]),
         neurons=story.neurons_text(manifest["plan"]["neurons"]),
@@ -161,7 +176,7 @@ def render(
         plots=plots,
         bench=bench,
         samples=samples,
-        data=json.dumps(flat).replace("<", "\\u003c"),
+        data=_json(flat),
         style=(assets / "style.css").read_text(encoding="utf-8"),
         script=(assets / "plots.js").read_text(encoding="utf-8"),
         plotly=get_plotlyjs(),
@@ -183,28 +198,39 @@ def _roles(sizes: dict[str, Any]) -> list[tuple[Any, int | None, int]]:
     return [(role, None if before is None else before.get(role, 0), after.get(role, 0)) for role in roles]
 
 
-def _read(path: Path | None) -> Any:
-    if path is None:
-        return None
+def _json(values: Any) -> str:
+    """JSON that may stand in a script element: without NaN, which browsers refuse, and without a tag's beginning."""
+    return json.dumps(_drawable(values), allow_nan=False).replace("<", "\\u003c")
+
+
+def _drawable(value: Any) -> Any:
+    """A value with gaps in the place of numbers that can't be drawn."""
+    if isinstance(value, dict):
+        return {name: _drawable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_drawable(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _check_path(path: Path, inputs: list[Path]) -> None:
+    """Refuse what can't be written, before any work; a report may be replaced, nothing else.
+
+    Raises:
+        OutputError.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionsError(
-            f"{path} can't be read ({type(error).__name__}: {error})",
-            allowed="a JSON file that eigenslice printed with --json",
-            next_step="check the path",
-        ) from error
-
-
-def _check_path(path: Path) -> None:
-    """A report may be replaced, nothing else."""
-    if path.is_file():
-        with path.open(encoding="utf-8", errors="replace") as file:
-            if MARK_START in file.read(2000):
-                return
-    if path.exists() or not path.absolute().parent.is_dir():
+        refuse_overlap(path, inputs)
+        if path.is_file() and os.access(path.absolute().parent, os.W_OK):
+            with path.open(encoding="utf-8", errors="replace") as file:
+                if MARK_START in file.read(2000):
+                    return
+        there = path.exists() or path.is_symlink()
+    except (OSError, ValueError):
+        there = False  # a name that no file can have, which check_output refuses
+    if there:
         raise OutputError(
-            f"{path} exists and is no report of eigenslice" if path.exists() else f"{path.parent} is no folder",
+            f"{path} exists and is no report of eigenslice",
             allowed="a free name in an existing folder, or an older report",
             next_step="choose another --output",
         )
+    check_output(path, inputs=inputs)

@@ -1,13 +1,16 @@
 """A manifest in words: the command that made a result, how to load it, what it is called."""
 
-import shlex
+import re
 from pathlib import Path
 from typing import Any
 
 from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.report.escape import python_string, shell_words
 
 FLAGS = {"shard_gib": "shard-size"}
-CUSTOM_NOTE = "OPT, GPT-NeoX and per-block results load by eigenslice's class, which lies in the folder."
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(@\S+)?", re.ASCII)
+"""OWNER/NAME, and a revision."""
+LONGEST_ID = 200
 
 
 def slice_command(manifest: dict[str, Any]) -> str:
@@ -30,14 +33,14 @@ def _command(verb: str, options: dict[str, Any], fields: Any, data: str, default
     parts = ["eigenslice", verb, options["model"], "-o", options["output"]]
     chosen = {name: value for name, value in options.items() if name not in ("model", "output", data)}
     defaults = {name: field.default for name, field in fields.items()}
-    texts = options.get(data, {})
+    texts = options.get(data) or {}
     own = default_data.model_dump(mode="json")
     for values, usual in ((chosen, defaults), (texts, own)):
         for name, value in values.items():
             if value is None or value == usual.get(name) or value in ([], ()):
                 continue
             parts += _flags(name, value)
-    return shlex.join(map(str, parts))
+    return shell_words([*map(str, parts)])
 
 
 def _flags(name: str, value: Any) -> list[str]:
@@ -59,8 +62,8 @@ def loading_code(manifest: dict[str, Any], name: str) -> str:
     extra = "" if manifest["form"] == "stock" else ", trust_remote_code=True"
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("{name}"{extra})\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
+        f"model = AutoModelForCausalLM.from_pretrained({python_string(name)}{extra})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({python_string(name)})"
     )
 
 
@@ -71,10 +74,30 @@ def source_name(manifest: dict[str, Any]) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name looks like OWNER/NAME on the hub and is no path."""
-    parts = name.split("/")
-    looks = len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and not name.endswith(".gguf")
-    return looks and not Path(name).exists()
+    """Whether a name looks like OWNER/NAME on the hub, maybe with a revision, and is no path."""
+    if not HUB_ID.fullmatch(name) or len(name) > LONGEST_ID:
+        return False
+    return not name.startswith(".") and not name.endswith(".gguf") and not Path(name).exists()
+
+
+def base_model(name: str) -> str | None:
+    """The hub id in a model's name, without its revision; None of a path."""
+    found = HUB_ID.fullmatch(name) if is_hub_id(name) else None
+    return found[1] if found else None
+
+
+def custom_note(manifest: dict[str, Any]) -> str:
+    """How a result in eigenslice's class loads, and why it isn't in a class of transformers."""
+    plan, source = manifest["plan"], manifest["source"]["model_type"]
+    if manifest["options"].get("form") == "custom":
+        reason = "as --form custom asked for"
+    elif plan["basis"] == "per-block":
+        reason = "since no config of transformers has the shortcut matrices of a per-block basis"
+    elif isinstance(plan["neurons"], list):
+        reason = "since configs of transformers have one number of MLP neurons for all blocks"
+    else:
+        reason = f"since no config of transformers holds a {source} model sliced so"
+    return f"This model loads by eigenslice's class, which lies in the folder, {reason}."
 
 
 def calibration_text(description: dict[str, Any]) -> str:

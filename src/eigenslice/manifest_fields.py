@@ -1,0 +1,151 @@
+"""What a manifest has to hold for those who read it: report, card, fine-tuning. Whatever else is there may stay."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+LARGEST = 2**53
+"""The largest count: JSON's readers hold whole numbers exactly up to here."""
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Size = Annotated[int, Field(ge=1, le=LARGEST)]
+Number = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Name = Annotated[str, Field(max_length=5000)]
+Rank = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Point = Annotated[list[float], Field(min_length=2, max_length=2)]
+Scalar = bool | int | float | Name | None
+Values = dict[Name, Scalar | list[Scalar]]
+
+
+class _Fields(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+
+class Plan(_Fields):
+    """`Plan.describe`."""
+
+    basis: Literal["global", "per-block"]
+    width: Size
+    neurons: Count | Annotated[list[Count], Field(min_length=1)]
+    tied: bool
+    key_value_heads: Size | None = None
+    dropped_blocks: list[Count] = []
+
+
+class Parameters(_Fields):
+    """Stored parameters."""
+
+    dense: Size
+    stored: Count
+    kept: Number
+    by_role: dict[Name, Count]
+    dense_by_role: dict[Name, Count] | None = None
+
+
+class Source(_Fields):
+    """The dense model."""
+
+    name: Name
+    model_type: Name
+    sha256: dict[Name, Name]
+
+
+class Part(_Fields):
+    """One text of several."""
+
+    data: Name
+    sequences: Count
+
+
+class Text(_Fields):
+    """`Tokens.description`."""
+
+    data: Name | list[Part]
+    sequences: Count
+    tokens: Count
+
+
+class Options(_Fields):
+    """What the user chose."""
+
+    __pydantic_extra__: dict[str, Scalar | list[Scalar]]
+
+    model: Name
+    output: Name
+    calibration: Values | None = None
+    data: Values | None = None
+
+
+class Site(_Fields):
+    """`site_summary`."""
+
+    site: Name
+    width: Count
+    energy_kept: float = 0.0
+    eigenvalues: dict[Rank, float] = {}
+
+
+class Fit(_Fields):
+    """How well a block was fitted."""
+
+    block: Count
+    error: float
+    energy_kept: float = 0.0
+
+
+class Perplexities(_Fields):
+    """Of held-out windows."""
+
+    before: Number
+    after: Number
+    tokens: Count
+
+
+class Training(_Fields):
+    """What `finetune` adds."""
+
+    trained: Name
+    steps: Count
+    teacher: Name | None
+    data: Text
+    perplexity: Perplexities
+    loss: list[Point]
+    held_out_loss: list[Point]
+    options: Options
+
+
+class Manifest(_Fields):
+    """`eigenslice.json`."""
+
+    eigenslice: Name
+    versions: dict[Name, Name] = {}
+    model_type: Name
+    form: Literal["stock", "custom"]
+    warning: Name = ""
+    basis: Literal["global", "per-block"]
+    plan: Plan
+    dense_width: Size
+    dense_neurons: Count | None = None
+    dense_heads: Count = 0
+    dense_blocks: Count = 0
+    site_widths: Annotated[list[Size], Field(min_length=1)]
+    tied: bool
+    dtype: Literal["float64", "float32", "float16", "bfloat16"]
+    parameters: Parameters
+    source: Source
+    calibration: Text
+    options: Options
+    spectra: list[Site]
+    refit_errors: list[Fit] | None = None
+    finetune: Training | None = None
+    run: dict[str, Any] = {}
+
+
+def check(content: Any) -> None:
+    """Refuse what is no manifest.
+
+    Raises:
+        ValueError: the first field that is missing or of another kind (pydantic's ValidationError).
+    """
+    Manifest.model_validate(content)
+    if "finetune" in content and content["finetune"] is None:
+        raise ValueError("finetune: it holds nothing")

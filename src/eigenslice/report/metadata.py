@@ -1,0 +1,73 @@
+"""What of the dense model's card holds for the sliced model, too: licence and language."""
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eigenslice.errors import EigensliceWarning, first_line, printable
+
+INHERITED = ("license", "license_name", "license_link", "language")
+FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+"""The metadata at a card's start."""
+FIELD = re.compile(rf"^({'|'.join(INHERITED)})[ \t]*:.*(?:\n|\Z)(?:[ \t-].*(?:\n|\Z)|[ \t]*\n)*", re.MULTILINE)
+"""One field with all lines that belong to it. What is in the others, which may be anything, is never parsed."""
+LONGEST_CARD = 4 * 1024**2
+"""Bytes in which the metadata end: lists of measurements can be long."""
+LONGEST_FIELD = 16 * 1024
+LONGEST_VALUE = 500
+MOST_LANGUAGES = 500
+
+
+def read_card_metadata(path: Path) -> dict[str, Any]:
+    """Licence and language in a model card.
+
+    Whatever is in a card, it is never an error: fields that can't be understood are left out, with a warning.
+
+    Args:
+        path: The card; there may be none.
+
+    Returns:
+        `license`, `license_name` and `license_link` (texts), `language` (a text or a list of texts), as far as they
+        are there.
+    """
+    try:
+        if not path.is_file():
+            return {}
+        with path.open("rb") as file:
+            text = file.read(LONGEST_CARD).decode("utf-8-sig", errors="replace")
+    except (OSError, ValueError) as error:
+        _warn(f"{path} can't be read ({first_line(error)})")
+        return {}
+    front = FRONT.match(text)
+    found: dict[str, Any] = {}
+    for field in FIELD.finditer(front[1]) if front else ():
+        value = _value(field[0])
+        if value is None:
+            _warn(f"{path} has {field[1]} of another kind than a card's")
+        elif value:
+            found[field[1]] = value
+    return found
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"{what}: the result's card goes without it", EigensliceWarning, stacklevel=3)
+
+
+def _value(field: str) -> str | list[str] | None:
+    """What a field says, "" where it says nothing; None where that is no licence and no language."""
+    try:
+        if len(field) > LONGEST_FIELD:
+            return None
+        # BaseLoader: Norwegian is "no", not False; and no aliases, dates or numbers
+        ((name, value),) = yaml.load(field, yaml.BaseLoader).items()
+    except (yaml.YAMLError, RecursionError, ValueError, AttributeError):
+        return None
+    if isinstance(value, str) and len(value) <= LONGEST_VALUE:
+        return value if printable(value) == value else None
+    if name == "language" and isinstance(value, list) and len(value) <= MOST_LANGUAGES:
+        fits = all(isinstance(one, str) and one and len(one) <= LONGEST_VALUE and one.isprintable() for one in value)
+        return value if fits else None
+    return None
