@@ -24,13 +24,8 @@ from transformers.core_model_loading import (
 from eigenslice.arch import lookup
 from eigenslice.checkpoint.source import Source
 from eigenslice.checkpoint.towers import name_in_tower, whole_model
-from eigenslice.checkpoint.weights import Weights
+from eigenslice.checkpoint.weights import LEFTOVERS, Weights
 from eigenslice.errors import CheckpointError
-
-# Buffers that older versions of transformers stored beside the weights.
-LEFTOVERS = re.compile(
-    r"(rotary_emb\.inv_freq|embed_positions\.weights|attn\.causal_mask|att(entio)?n\.(masked_)?bias)$"
-)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Opening what the user names: a folder, a hub id or a GGUF file."""
 
 import io
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
@@ -11,31 +10,23 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from gguf import GGUFReader
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
+import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from eigenslice.arch import lookup, table_of
-from eigenslice.checkpoint.gguf import GgufWeights
+from eigenslice.checkpoint.check import check_folder, check_gguf, list_folder, read_config
+from eigenslice.checkpoint.download import commit_of, download
+from eigenslice.checkpoint.files import check_file, read_json
+from eigenslice.checkpoint.gguf import GgufWeights, apart, refuse_lost_rope_scaling
+from eigenslice.checkpoint.names import TOKENIZER_CONFIG, TOKENIZER_FILES, code_named
+from eigenslice.checkpoint.scan import Extent, refuse_unfit, scan
 from eigenslice.checkpoint.towers import TOWERS, holds_tower, tower_config
-from eigenslice.checkpoint.weights import SafetensorsWeights, Weights, file_hashes
+from eigenslice.checkpoint.weights import LEFTOVERS, SafetensorsWeights, Weights, file_hashes
 from eigenslice.errors import CheckpointError, EigensliceWarning, UnsupportedModelError, first_line
+from eigenslice.hub import hub_name
 
-HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*", "README.md"]
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "chat_template.jinja",
-)
+GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -57,6 +48,16 @@ class Source:
     config: Any
     whole: Any
     trust_remote_code: bool
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that holds the checkpoint."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    @property
+    def revision(self) -> str | None:
+        """The commit of a model on the hub; None for a folder or file here."""
+        return commit_of(self.folder)
 
     @cached_property
     def weights(self) -> Weights:
@@ -80,17 +81,7 @@ class Source:
         path = self.folder / "tokenizer_config.json"
         if self.gguf or not path.is_file():
             return None
-        try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            config = None
-        if not isinstance(config, dict):
-            raise CheckpointError(
-                f"{path} is not a JSON object",
-                allowed="a tokenizer_config.json as transformers saves it",
-                next_step="download the tokenizer again",
-            )
-        return config
+        return read_json(path, self.folder, "a tokenizer_config.json as transformers saves it")
 
     @property
     def tokenizer_files(self) -> list[Path]:
@@ -101,27 +92,61 @@ class Source:
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
-        """The checkpoint's generation config, None if it has none."""
+        """The checkpoint's generation config, None if it has none.
+
+        Raises:
+            CheckpointError: transformers can't read it.
+        """
         if self.gguf:
             return GenerationConfig.from_model_config(self.config)
-        if (self.folder / "generation_config.json").is_file():
+        path = self.folder / "generation_config.json"
+        if not path.is_file():
+            return None
+        read_json(path, self.folder, "a generation_config.json as transformers saves it")
+        try:
             return GenerationConfig.from_pretrained(self.folder)
-        return None
+        except Exception as error:  # its values are validated with several exception types
+            raise CheckpointError(
+                f"transformers can't read {path} ({first_line(error)})",
+                allowed="a generation_config.json as transformers saves it",
+                next_step="correct or remove the file",
+            ) from error
+
+    @cached_property
+    def _scanned(self) -> tuple[dict[str, str], dict[str, Extent]]:
+        """Hashes of the weight files, and the extent of each tensor: the files are read once for both."""
+        hashes: dict[str, str] = {}
+        extents: dict[str, Extent] = {}
+        for file in self.weights.files:
+            hashes[file.name], found = scan(file, self.weights.spans(file))
+            extents |= found
+        return hashes, extents
 
     @cached_property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the config and of each weight file, by file name."""
-        return file_hashes([*self.weights.files, *([] if self.gguf else [self.folder / "config.json"])])
+        return self._scanned[0] | file_hashes([] if self.gguf else [self.folder / "config.json"])
+
+    def check_finite(self, dtype: torch.dtype | None = None) -> None:
+        """Refuse weights with NaN or infinite numbers, used or not. The files are read for it once, with `hashes`.
+
+        Args:
+            dtype: What the model is computed in: larger numbers than it has are refused, too.
+
+        Raises:
+            CheckpointError: a tensor has one; the message names the tensor and where.
+        """
+        refuse_unfit(self.name, self._scanned[1], dtype)
 
     def start_hashing(self) -> Callable[[], None]:
-        """Begin to compute `hashes` beside other work.
+        """Begin to compute `hashes`, and what `check_finite` asks for, beside other work.
 
         Returns:
             Waits for the end. Who meets an error before then needn't: nothing else does.
         """
 
         def compute() -> None:
-            with suppress(OSError):  # met again by who asks for `hashes`
+            with suppress(OSError, CheckpointError):  # met again by who asks for `hashes`
                 _ = self.hashes
 
         thread = Thread(target=compute, daemon=True)
@@ -137,15 +162,16 @@ def no_bars() -> Iterator[None]:
         yield
 
 
-def refuse_missing(name: str, loading: dict[str, Any]) -> None:
-    """Refuse a checkpoint that lacks weights: transformers fills them with random numbers.
+def refuse_missing(name: str, loading: dict[str, Any], known: bool = True) -> None:
+    """Refuse a checkpoint that lacks weights, which transformers fills with random numbers, or has unknown ones.
 
     Args:
         name: The checkpoint, as the user wrote it.
         loading: What `from_pretrained(..., output_loading_info=True)` returns beside the model.
+        known: Whether weights that the model doesn't have are refused, too.
 
     Raises:
-        CheckpointError: weights are missing or of another shape.
+        CheckpointError: weights are missing, of another shape or unknown.
     """
     missing = sorted(map(str, [*loading["missing_keys"], *loading.get("mismatched_keys", [])]))
     if missing:
@@ -153,6 +179,13 @@ def refuse_missing(name: str, loading: dict[str, Any]) -> None:
             f"{name} lacks {len(missing)} tensors or has them in another shape ({', '.join(missing[:3])})",
             allowed="a complete checkpoint",
             next_step="download or save it again",
+        )
+    unknown = sorted(str(tensor) for tensor in loading.get("unexpected_keys", []) if not LEFTOVERS.search(str(tensor)))
+    if unknown and known:
+        raise CheckpointError(
+            f"{name} has {len(unknown)} unknown tensors ({', '.join(unknown[:3])})",
+            allowed="exactly the weights of the model that config.json describes",
+            next_step="check that config.json and the weights belong together",
         )
 
 
@@ -162,65 +195,93 @@ def load_tokenizer(name: str, folder: Path, gguf: str | None, trust_remote_code:
     Raises:
         CheckpointError: there is none, or it can't be loaded.
     """
-    kwargs = {"gguf_file": gguf} if gguf else {}
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **kwargs)
-    except Exception as error:  # transformers raises whatever the tokenizer's parts raise
+        with apart(folder, gguf) as (place, extra):
+            return AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
+    except BaseException as error:  # transformers raises whatever the tokenizer's parts raise
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of tokenizers' Rust code
+            raise
+        config = folder / TOKENIZER_CONFIG
+        withheld = not trust_remote_code and not gguf and config.is_file() and code_named(read_json(config, folder, ""))
         raise CheckpointError(
             f"{name} has no tokenizer that transformers can load ({first_line(error)})",
             allowed="a checkpoint with its tokenizer files, unless the data are token ids (a .safetensors file)",
-            next_step="copy the tokenizer files into the folder, or pass token ids",
+            next_step="add --trust-remote-code if you trust the checkpoint's code"
+            if withheld
+            else "copy the tokenizer files into the folder, or pass token ids",
         ) from error
 
 
-def locate(name: str) -> tuple[Path, str | None]:
-    """Return the folder and, for a GGUF, the file's name in it."""
-    path = Path(name).expanduser()
+def locate(name: str, adapters: bool = False) -> tuple[Path, str | None]:
+    """Find and check a checkpoint: every verb does this first.
+
+    Args:
+        name: A folder, a hub id or a .gguf file.
+        adapters: Whether an adapter may lie beside the weights: transformers applies it, who reads the weights can't.
+
+    Returns:
+        The folder and, for a GGUF, the file's name in it.
+
+    Raises:
+        CheckpointError: there is none, or none that can be read; see `check_folder` and `check_gguf`.
+    """
+    folder, gguf = _find(name)
+    gguf = gguf or _only_gguf(folder)
+    if gguf:
+        check_gguf(folder / gguf)
+    else:
+        check_folder(folder, adapters)
+    return folder, gguf
+
+
+def _only_gguf(folder: Path) -> str | None:
+    """Name of the GGUF that a folder without config.json holds.
+
+    Raises:
+        CheckpointError: it holds several.
+    """
+    names = list_folder(folder)
+    ggufs = [name for name in names if name.lower().endswith(GGUF) and "config.json" not in names]
+    if len(ggufs) > 1:
+        raise CheckpointError(
+            f"{folder} holds {len(ggufs)} GGUF files: {', '.join(ggufs[:5])}",
+            allowed="a folder with one GGUF file, or the file itself",
+            next_step=f"pass one of them, for example {folder / ggufs[0]}",
+        )
+    if ggufs:
+        check_file(folder / ggufs[0], folder)
+    return ggufs[0] if ggufs else None
+
+
+def _find(name: str) -> tuple[Path, str | None]:
+    """The folder and, where the name is that of a GGUF file, the file's name in it."""
     try:
-        if path.is_file() and path.suffix == ".gguf":
+        path = Path(name).expanduser()
+        if path.is_file() and path.suffix.lower() == GGUF:
             return path.parent, path.name
         if path.is_dir():
             return path, None
-        exists = path.exists()
-    except OSError:  # no file can have this name, such as one of 300 characters
+        exists = path.exists() or path.is_symlink()
+    except (OSError, RuntimeError):  # no file can have this name, such as one of 300 characters; no such user
         exists = False
     allowed = "a local folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
     if exists:
         raise CheckpointError(
             f"{name} is neither a folder nor a .gguf file", allowed=allowed, next_step="pass one of these"
         )
+    hub = hub_name(name)
+    if hub is None:
+        raise CheckpointError(f"{name} doesn't exist and is no hub id", allowed=allowed, next_step="check the path")
     try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES)), None
-    except HFValidationError as error:
-        raise CheckpointError(
-            f"{name} doesn't exist and is no hub id", allowed=allowed, next_step="check the path"
-        ) from error
+        return download(name, hub)
+    except CheckpointError:
+        raise
     except Exception as error:  # the hub client raises its own, requests' and the system's errors
         raise CheckpointError(
             f"{name} doesn't exist here and the hub didn't give it ({first_line(error)})",
             allowed=allowed,
             next_step="check the spelling, the network, and for a gated model `hf auth login`",
         ) from error
-
-
-def _raw_config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise CheckpointError(
-            f"{folder} has no config.json",
-            allowed="a folder as transformers saves it",
-            next_step="pass the folder that holds config.json and the weights",
-        )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        config["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} can't be read ({first_line(error)})",
-            allowed='JSON with a "model_type"',
-            next_step="download or save the checkpoint again",
-        ) from error
-    return config
 
 
 def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
@@ -234,25 +295,10 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _refuse_lost_rope_scaling(path: Path, config: Any) -> None:
-    """Refuse a GGUF whose rotary scaling (Llama 3.1 and later) transformers drops when it reads one."""
-    reader = GGUFReader(path)
-    factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith("rope_f")]
-    fields = [name for name in reader.fields if ".rope.scaling." in name]
-    rope = getattr(config, "rope_parameters", None) or {}
-    if (factors or fields) and rope.get("rope_type", "default") == "default":
-        raise UnsupportedModelError(
-            f"{path} scales its rotary angles ({', '.join([*factors, *fields][:3])}), which transformers loses when "
-            "it reads a GGUF",
-            allowed="GGUF files with plain rotary angles",
-            next_step="slice the model's safetensors checkpoint",
-        )
-
-
 def _load_config(folder: Path, gguf: str | None) -> tuple[Any, Any]:
     """The config of what can be sliced, and that of the whole model where it is a part of one."""
     if gguf is None:
-        raw = _raw_config(folder)
+        raw = read_config(folder)
         if raw["model_type"] == "eigenslice":
             raise UnsupportedModelError(
                 f"{folder} is a sliced model already",
@@ -262,9 +308,9 @@ def _load_config(folder: Path, gguf: str | None) -> tuple[Any, Any]:
         if not holds_tower(raw):
             table_of(raw["model_type"])
         _refuse_quantized(folder, raw)
-    kwargs = {"gguf_file": gguf} if gguf else {}
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **kwargs)
+        with apart(folder, gguf) as (place, extra):
+            config = AutoConfig.from_pretrained(place, trust_remote_code=False, **extra)
     except Exception as error:  # config classes validate with several exception types
         raise CheckpointError(
             f"transformers can't read the config of {folder / (gguf or 'config.json')} ({first_line(error)})",
@@ -281,7 +327,7 @@ def _load_config(folder: Path, gguf: str | None) -> tuple[Any, Any]:
             next_step="check num_hidden_layers in the config",
         )
     if gguf:
-        _refuse_lost_rope_scaling(folder / gguf, config)
+        refuse_lost_rope_scaling(folder / gguf, config)
     return config, whole
 
 

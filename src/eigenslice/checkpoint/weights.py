@@ -2,24 +2,34 @@
 
 import hashlib
 import json
+import re
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from eigenslice.errors import CheckpointError
+from eigenslice.checkpoint.files import LARGEST_JSON, check_file
+from eigenslice.checkpoint.scan import Span, plain
+from eigenslice.errors import CheckpointError, first_line
+from eigenslice.reading import parsed_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+LEFTOVERS = re.compile(
+    r"(rotary_emb\.inv_freq|embed_positions\.weights|attn\.causal_mask|att(entio)?n\.(masked_)?bias)$"
+)
+"""Buffers that older versions of transformers stored beside the weights."""
 
 
 class Weights(Protocol):
@@ -41,6 +51,10 @@ class Weights(Protocol):
         """The tensor in pieces of so many rows: a vocabulary's matrix may be larger than all else."""
         ...
 
+    def spans(self, file: Path) -> list[Span]:
+        """Where the tensors of one of the files lie in it."""
+        ...
+
 
 def file_hashes(files: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of files, by name."""
@@ -60,33 +74,88 @@ def _broken(file: Path, why: object) -> CheckpointError:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    """The weight map of a sharded checkpoint; every shard must lie in the folder."""
+    """The weight map of a sharded checkpoint; every shard must be a safetensors file in the folder.
+
+    transformers asks for the metadata, too, and reads pickles that an index names.
+    """
     path = folder / INDEX
+    check_file(path, folder, LARGEST_JSON)
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        shards = {str(name): str(shard) for name, shard in weight_map.items()}
+        content = parsed_json(path.read_text(encoding="utf-8"))
+        shards = {str(name): str(shard) for name, shard in content["weight_map"].items()}
+        dict(content["metadata"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} is not a shard index ({type(error).__name__}: {error})",
-            allowed='JSON with a "weight_map" from tensor names to file names',
+            f"{path} is not a shard index ({first_line(error)})",
+            allowed='JSON with "metadata" and a "weight_map" from tensor names to file names',
             next_step="download or save the checkpoint again",
         ) from error
-    outside = sorted({shard for shard in shards.values() if Path(shard).name != shard})
-    if outside:
+    files = sorted(set(shards.values()))
+    outside = [shard for shard in files if Path(shard).name != shard]
+    if outside or not files:
         raise CheckpointError(
-            f"{path} points outside of its folder: {', '.join(outside[:3])}",
+            f"{path} points outside of its folder: {', '.join(outside[:3])}" if files else f"{path} names no file",
             allowed="file names in the checkpoint's own folder",
             next_step="download or save the checkpoint again",
         )
-    missing = sorted({shard for shard in shards.values() if not (folder / shard).is_file()})
+    others = [shard for shard in files if not shard.endswith(".safetensors")]
+    if others:
+        raise CheckpointError(
+            f"{path} names {', '.join(others[:3])}, which isn't safetensors; pickles can run code and are never read",
+            allowed="safetensors weights",
+            next_step="save the checkpoint as safetensors: load it with transformers and save_pretrained it",
+        )
+    missing = [shard for shard in files if not (folder / shard).exists()]
     if missing:
         raise CheckpointError(
-            f"{folder} lacks {len(missing)} of the {len(set(shards.values()))} weight files its index names: "
+            f"{folder} lacks {len(missing)} of the {len(files)} weight files its index names: "
             + ", ".join(missing[:3]),
             allowed="a complete checkpoint",
             next_step="download the missing files",
         )
     return shards
+
+
+def _find_index(folder: Path) -> dict[str, str] | None:
+    """The weight map that counts, None for a single file.
+
+    transformers takes a single file where both are there. Saving one kind over the other leaves the old one behind, so
+    that shards beside it may be what is meant.
+    """
+    if not (folder / INDEX).exists():
+        return None
+    if not (folder / SINGLE).exists():
+        return _read_index(folder)
+    check_file(folder / INDEX, folder, LARGEST_JSON)
+    try:
+        content = parsed_json((folder / INDEX).read_text(encoding="utf-8"))
+        shards = {str(shard) for shard in content["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    beside = sorted(shard for shard in shards - {SINGLE} if (folder / Path(shard).name).exists())
+    if beside:
+        raise CheckpointError(
+            f"{folder} holds weights twice: in {SINGLE}, and in the files of {INDEX} ({', '.join(beside[:3])})",
+            allowed="one of the two",
+            next_step=f"remove {SINGLE}, or {INDEX} and its files: transformers reads {SINGLE}",
+        )
+    return None
+
+
+def _no_weights(folder: Path) -> CheckpointError:
+    """What is said of a folder without safetensors."""
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+    ggufs = sorted(p.name for p in folder.iterdir() if p.suffix.lower() == ".gguf")
+    found = f", only {', '.join((ggufs or pickles)[:3])}" if ggufs or pickles else ""
+    step = "pass a folder with a complete checkpoint"
+    if pickles:
+        found += ", and pickles can run code" if not ggufs else ""
+        step = "save the checkpoint as safetensors: load it with transformers and save_pretrained it"
+    return CheckpointError(
+        f"{folder} has no {SINGLE} and no {INDEX}{found}",
+        allowed="safetensors weights",
+        next_step=f"pass the GGUF file itself: {folder / ggufs[0]}" if ggufs else step,
+    )
 
 
 class SafetensorsWeights:
@@ -97,27 +166,22 @@ class SafetensorsWeights:
     """
 
     def __init__(self, folder: Path) -> None:
-        if (folder / INDEX).is_file():
-            index = _read_index(folder)
+        index = _find_index(folder)
+        if index is not None:
             self.files = tuple(folder / shard for shard in sorted(set(index.values())))
-        elif (folder / SINGLE).is_file():
-            index, self.files = None, (folder / SINGLE,)
+        elif (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+            self.files = (folder / SINGLE,)
         else:
-            pickles = sorted(p.name for p in folder.glob("*.bin"))
-            found = f", only {', '.join(pickles[:3])}, and pickles can run code" if pickles else ""
-            raise CheckpointError(
-                f"{folder} has no {SINGLE} and no {INDEX}{found}",
-                allowed="safetensors weights",
-                next_step="save the checkpoint as safetensors: load it with transformers and save_pretrained it"
-                if pickles
-                else "pass a folder with a complete checkpoint",
-            )
+            raise _no_weights(folder)
         self._file_of: dict[str, Path] = {}
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
         for file in self.files:
+            check_file(file, folder)
             try:
                 with safe_open(file, framework="pt") as tensors:
                     for name in tensors.keys():  # noqa: SIM118
+                        if name in self._file_of:
+                            raise _broken(file, f"it has tensor {name!r}, which {self._file_of[name].name} has, too")
                         header = tensors.get_slice(name)
                         self._file_of[name] = file
                         self._headers[name] = (tuple(header.get_shape()), header.get_dtype())
@@ -153,3 +217,16 @@ class SafetensorsWeights:
             except (SafetensorError, OSError) as error:
                 raise _broken(self._file_of[name], error) from error
             yield piece
+
+    def spans(self, file: Path) -> list[Span]:
+        """Where the tensors of one of the files lie in it; those that hold integers are left out."""
+        with file.open("rb") as handle:
+            length = struct.unpack("<Q", handle.read(8))[0]
+            header: dict[str, Any] = json.loads(handle.read(length))  # safetensors has checked it
+        found = []
+        for name, dtype in ((name, self.dtype(name)) for name, place in self._file_of.items() if place == file):
+            if dtype is not None and not LEFTOVERS.search(name):
+                start, end = header[name]["data_offsets"]
+                place = 8 + length + start, end - start
+                found.append(Span(name, self.shape(name), *place, dtype.itemsize, plain(dtype)))
+        return found
