@@ -1,5 +1,7 @@
-"""Uploading a result to the Hugging Face hub."""
+"""Names of models on the Hugging Face hub, and uploading a result to it."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,80 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import LocalTokenNotFoundError, validate_repo_id
 
 from eigenslice.errors import OptionsError, OutputError, first_line
+
+REVISION = re.compile(r"\w[\w./+-]*")
+"""Of branches, tags, pull requests (refs/pr/1) and commits; nothing that leads out of a folder, see `hub_name`."""
+
+
+@dataclass(frozen=True)
+class HubName:
+    """A model on the hub: NAME, OWNER/NAME or OWNER/NAME/FILE.gguf, and @REVISION behind each of them.
+
+    Attributes:
+        repository: NAME or OWNER/NAME.
+        file: A GGUF file in it, None if the user named none.
+        revision: Branch, tag or commit, None if the user named none.
+    """
+
+    repository: str
+    file: str | None = None
+    revision: str | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What stands behind repository and file."""
+        return f"@{self.revision}" if self.revision else ""
+
+
+def hub_name(name: str) -> HubName | None:
+    """Read a name as one on the hub; None if it can't be one. Whether there is a file or folder of it isn't asked."""
+    place, at, revision = name.partition("@")
+    parts = place.split("/")
+    file = "/".join(parts[2:]) or None
+    if at and (not REVISION.fullmatch(revision) or ".." in revision):
+        return None
+    if file and (not file.lower().endswith(".gguf") or {"", ".", ".."} & set(parts[2:])):
+        return None
+    repository = "/".join(parts[:2])
+    try:
+        validate_repo_id(repository)
+    except HFValidationError:
+        return None
+    return HubName(repository, file, revision or None)
+
+
+def with_revision(model: str, revision: str | None) -> str:
+    """MODEL@REVISION for a model and the option --revision.
+
+    Raises:
+        OptionsError: the model is a file or folder here, or names a revision already.
+    """
+    if revision is None:
+        return model
+    found = f"--revision {revision} with {model}"
+    if "@" in model and hub_name(model):
+        raise OptionsError(
+            f"{found}, which names a revision already",
+            allowed="one of them: --revision, or MODEL@REVISION",
+            next_step="leave --revision out",
+        )
+    named = hub_name(f"{model}@{revision}")
+    if is_local(model) or not named:
+        what = "which is a path here: only models on the hub have revisions" if is_local(model) else "which is no name"
+        raise OptionsError(
+            f"{found}, {what}",
+            allowed="a branch, tag or commit of a model on the hub, such as OWNER/NAME --revision v1.0",
+            next_step="leave --revision out, or name a model on the hub",
+        )
+    return f"{model}@{revision}"
+
+
+def is_local(name: str) -> bool:
+    """Whether a file or folder of this name is here."""
+    try:
+        return Path(name).expanduser().exists()
+    except (OSError, RuntimeError, ValueError):  # no file can have this name, or no such user
+        return False
 
 
 def check_hub(repository: str) -> None:

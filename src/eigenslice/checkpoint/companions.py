@@ -1,32 +1,129 @@
-"""What goes into a result's folder beside weights and config: tokenizer, generation config, modelling file."""
+"""What goes into a result's folder beside weights and config: tokenizer, generation config, licences, code.
 
-import json
+All of it is written into a folder of its own before the first pass, so that nothing is refused when the work is done.
+"""
+
 import shutil
 from pathlib import Path
 from typing import Any
 
-from eigenslice.checkpoint.source import Source
+from eigenslice.checkpoint import names
+from eigenslice.checkpoint.files import LARGEST_VOCABULARY, check_file, read_json
+from eigenslice.checkpoint.source import Source, load_tokenizer
 from eigenslice.checkpoint.writer import write_json
 from eigenslice.errors import CheckpointError
 from eigenslice.modeling import MODELING_FILE
 
+CONFIGS = (names.TOKENIZER_CONFIG, *names.PROCESSOR_FILES)
+"""Files that may name code."""
 
-def write_tokenizer(source: Source, folder: Path) -> bool:
-    """Copy the tokenizer and its chat template; a GGUF's is written by transformers. False if there is none."""
+
+def stage_companions(source: Source, folder: Path) -> None:
+    """Write all that a result takes over from its source beside the weights; a GGUF's is written by transformers.
+
+    Args:
+        source: The dense checkpoint.
+        folder: A folder of this run's own; made if it isn't there.
+
+    Raises:
+        CheckpointError: a file is broken or leads elsewhere, or the tokenizer needs code that isn't trusted.
+        OSError: the folder can't be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    generation = source.generation_config  # a broken one is refused here
     if source.gguf:
-        try:
-            source.tokenizer.save_pretrained(folder)
-        except CheckpointError:
-            return False
-    elif not source.tokenizer_files:
-        return False
-    for file in source.tokenizer_files:
-        shutil.copyfile(file, folder / file.name)
-    path = folder / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if source.gguf else source.tokenizer_config
-    if config is not None and config.get("tokenizer_class") == "TokenizersBackend":
-        write_json(path, _readable_by_transformers_4(config))
-    return True
+        _write_tokenizer_of_gguf(source, folder)
+        if generation is not None:
+            generation.save_pretrained(folder)
+    else:
+        copy_companions(source.name, source.folder, folder, source.trust_remote_code)
+
+
+def copy_companions(name: str, source: Path, folder: Path, trust_remote_code: bool, result: bool = False) -> list[str]:
+    """Copy what belongs to tokenizer and processor, the generation config, licences, and code that these name.
+
+    Args:
+        name: The checkpoint, as the user wrote it.
+        source: Its folder.
+        folder: Takes the copies.
+        trust_remote_code: Whether code may be in them. Without it, no code is copied and no config names it.
+        result: Whether the copy is of the same model: then the model's own code is copied, too.
+
+    Returns:
+        Names of what was copied.
+
+    Raises:
+        CheckpointError: a file is broken, leads out of the folder or is no regular file; or the tokenizer needs code.
+    """
+    present = _present(source)
+    configs = {file: read_json(source / file, source, "a JSON object") for file in CONFIGS if file in present}
+    wanted = {file for file in present if names.is_companion(file)}
+    if names.CARD in present:
+        check_file(source / names.CARD, source, LARGEST_VOCABULARY)
+        wanted |= {link for link in names.linked_licence(source) if (source / link).exists()}
+    code = set().union(*map(names.code_named, configs.values()))
+    if code and not trust_remote_code:
+        load_tokenizer(name, source, None, trust_remote_code=False)  # it works without, or the error names the option
+    elif code:
+        wanted |= _with_named(source, code, present)
+    if result:
+        config = read_json(source / names.CONFIG, source, "a config.json as transformers saves it")
+        wanted |= _with_named(source, names.code_named(config), present)
+    for file in sorted(wanted):
+        _copy(source, folder, file)
+    for file, config in configs.items():
+        changed = _as_written(config, file, trust_remote_code)
+        if changed != config:
+            write_json(folder / file, changed)
+    return sorted(wanted)
+
+
+def _present(source: Path) -> set[str]:
+    """Names of a checkpoint's files, and of those in the folder of chat templates; links that lead nowhere included."""
+    files = {path.name for path in source.iterdir() if not path.is_dir()}
+    templates = source / names.TEMPLATES
+    if templates.is_dir():
+        files |= {f"{names.TEMPLATES}/{path.name}" for path in templates.iterdir() if not path.is_dir()}
+    return files
+
+
+def _with_named(source: Path, code: set[str], present: set[str]) -> set[str]:
+    """Code, with the files that it imports or names.
+
+    Raises:
+        CheckpointError: some of it isn't there.
+    """
+    missing = sorted(code - present)
+    if missing:
+        raise CheckpointError(
+            f"{source} lacks {', '.join(missing)}, which its configs name as code",
+            allowed="a checkpoint with the code that it needs",
+            next_step="download the missing files, or remove auto_map from the config that names them",
+        )
+    found: set[str] = set()
+    while code - found:
+        new = code - found
+        found |= new
+        for file in new:
+            if file.endswith(".py"):
+                check_file(source / file, source, LARGEST_VOCABULARY)
+                code = code | names.named_by_code(source / file, present)
+    return found
+
+
+def _copy(source: Path, folder: Path, file: str) -> None:
+    check_file(source / file, source, LARGEST_VOCABULARY)
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source / file, folder / file)
+
+
+def _as_written(config: dict[str, Any], file: str, trust_remote_code: bool) -> dict[str, Any]:
+    """A config as the result has it: without code that isn't copied, and readable by transformers 4."""
+    if not trust_remote_code and names.code_named(config):
+        config = names.without_code(config)
+    if file == names.TOKENIZER_CONFIG and config.get("tokenizer_class") == "TokenizersBackend":
+        return _readable_by_transformers_4(config)
+    return config
 
 
 def _readable_by_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,16 +136,15 @@ def _readable_by_transformers_4(config: dict[str, Any]) -> dict[str, Any]:
     return {"model_input_names": ["input_ids", "attention_mask"]} | changed
 
 
-def write_generation_config(source: Source, folder: Path) -> None:
-    """Copy the generation config; a GGUF's is written by transformers."""
-    if source.gguf:
-        config = source.generation_config
-        if config is not None:
-            config.save_pretrained(folder)
+def _write_tokenizer_of_gguf(source: Source, folder: Path) -> None:
+    try:
+        tokenizer = source.tokenizer
+    except CheckpointError:  # who has texts to read meets this error; token ids need no tokenizer
         return
-    file = source.folder / "generation_config.json"
-    if file.is_file():
-        shutil.copyfile(file, folder / file.name)
+    tokenizer.save_pretrained(folder)
+    path = folder / names.TOKENIZER_CONFIG
+    config = read_json(path, folder, "a JSON object")
+    write_json(path, _as_written(config, path.name, trust_remote_code=True))
 
 
 def write_modeling_file(folder: Path) -> None:
