@@ -1,8 +1,6 @@
 """An interrupted run goes on to the result of an uninterrupted one, byte for byte."""
 
 import os
-import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from eigenslice.options import CalibrationOptions, SliceOptions
 from eigenslice.ranks import ALONE
 from eigenslice.resume import RunState
 from eigenslice.slicing import slice_model
-from tests import processes, tiny
+from tests import tiny
 from tests.conftest import Folders
 from tests.messages import check_message
 
@@ -172,33 +170,6 @@ def test_a_disk_that_fills_up_stops_it_and_it_goes_on(
     assert "--resume" in caught.value.next_step
     slice_model(options_of("fitted", dense_folder("llama"), calibration, output, resume=True))
     assert (output / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
-
-
-def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(
-    dense_folder: Folders, calibration: Path, tmp_path: Path
-) -> None:
-    """The real thing: SIGKILL, in a process of its own, at random moments of the time that it takes."""
-    arguments, log = ["slice", dense_folder("llama"), "--keep", "0.75", "--calibration", calibration], tmp_path / "log"
-
-    def finish(output: Path, *more: str) -> float:
-        begun = time.monotonic()
-        process = processes.command(*arguments, "-o", output, *more, log=log)
-        process.join(120)
-        assert process.exitcode == 0, log.read_text()
-        return time.monotonic() - begun
-
-    finish(tmp_path / "first")  # it may wait for the imports
-    seconds = finish(tmp_path / "whole")
-    moments = random.Random(0)
-    for number in range(6):
-        output = tmp_path / f"killed-{number}"
-        process = processes.command(*arguments, "-o", output, log=log)
-        time.sleep(seconds * moments.uniform(0.1, 0.95))
-        process.kill()
-        process.join()
-        finish(output, "--resume")
-        for name in ("model.safetensors", "config.json"):
-            assert (output / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_a_state_is_current_only_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from eigenslice.export import gguf_tensors
+from tests import tiny
+from tests.checkpoint.gguf_file import write_gguf
 from tests.cli.conftest import Command, Failure
 from tests.export import models
 
@@ -50,6 +52,5 @@ def test_a_runtime_that_is_not_installed(
 
 
 def test_a_gguf_is_no_folder(fails: Failure, tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
-    path.write_bytes(b"GGUF")
+    path = write_gguf(tiny.CASES["llama"].build(), tmp_path / "model.gguf")
     assert "is a GGUF file" in fails("export", path, "-o", tmp_path / "out.gguf", "--to", "gguf")

@@ -244,11 +244,21 @@ def _finish(work: WorkFolder, output: Path) -> None:
             next_step=f"move it away, then run the same command with --resume ({work.path} keeps the result)",
         )
     flush_all(work.result)
-    if work.result.is_file():
-        os.link(work.result, output)  # unlike a rename, it never replaces a file that has come just now
-    else:
-        work.result.rename(output)
+    _take_name(work.result, output)
     flush(output.absolute().parent)
+
+
+def _take_name(result: Path, output: Path) -> None:
+    """Rename a file or folder; unlike a rename alone, never replace a file that has come just now."""
+    if result.is_file():
+        try:
+            os.link(result, output)
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            pass
+    result.rename(output)
 
 
 def _discard(work: WorkFolder, created: list[Path]) -> None:

@@ -4,18 +4,19 @@ vLLM needs no file: it loads results as they are (docs/serving.md).
 """
 
 import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig
 
-from eigenslice.checkpoint.output import check_output
+from eigenslice.algebra.finite import all_finite
+from eigenslice.checkpoint.output import check_output, refuse_overlap
 from eigenslice.checkpoint.source import TOKENIZER_FILES, locate
-from eigenslice.errors import CheckpointError, EigensliceError, ExportError, OptionsError, OutputError, first_line
+from eigenslice.checkpoint.workfolder import WorkFolder, work_folder
+from eigenslice.errors import CheckpointError, EigensliceError, ExportError, OptionsError, first_line
 from eigenslice.evaluate import LoadedModel, load_model
 from eigenslice.export.check import Agreement, Runtime
 from eigenslice.options import ExportOptions
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
 """What lies beside a graph, as its users expect."""
+GRAPH_FILES = ("openvino_model.xml", "openvino_model.bin", "model.onnx", "model.onnx.data")
 TOLERANCES = {"f32": 1e-3, "f16": 0.05}
 """Mean difference of log-probability, in nats, of a graph. Measured on SmolLM2-135M: see docs/serving.md."""
 
@@ -74,7 +76,9 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, done
 
 def _open(options: ExportOptions) -> tuple[Path, Any]:
     """The folder and the config of the model to export."""
+    check_output(options.output, inputs=[Path(options.model)])
     folder, gguf = locate(options.model)
+    refuse_overlap(options.output, [folder])
     if gguf:
         raise CheckpointError(
             f"{options.model} is a GGUF file",
@@ -93,34 +97,21 @@ def _open(options: ExportOptions) -> tuple[Path, Any]:
 
 
 def _load(options: ExportOptions) -> LoadedModel:
-    return load_model(options.model, "cpu", "float32", options.trust_remote_code)
+    """The model, in float32 on the CPU; its weights are finite."""
+    loaded = load_model(options.model, "cpu", "float32", options.trust_remote_code)
+    broken = [name for name, tensor in loaded.model.state_dict().items() if not all_finite(tensor)]
+    if broken:
+        raise CheckpointError(
+            f"{options.model}: {broken[0]} has NaN or infinite numbers",
+            allowed="finite weights",
+            next_step="download or save the checkpoint again",
+        )
+    return loaded
 
 
-@contextmanager
-def _complete(output: Path) -> Iterator[Path]:
-    """Give a place for a file or folder, which becomes `output` when the body succeeds and vanishes when it fails."""
-    check_output(output)
-    temporary = None
-    parent = output.absolute().parent
-    created = [p for p in (parent, *parent.parents) if not p.exists()]
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{output.name[:40]}-", dir=parent))
-        yield temporary / output.name
-        check_output(output)
-        (temporary / output.name).rename(output)
-    except OSError as error:
-        raise OutputError(
-            f"writing {output} failed: {error}",
-            allowed="a place with enough free space and the right to write",
-            next_step="free space or choose another --output",
-        ) from error
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for folder in created:
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+def _work_folder(options: ExportOptions, names: Collection[str] = ()) -> AbstractContextManager[WorkFolder]:
+    """The folder that an export works in. What a killed export left there goes: an export begins anew."""
+    return work_folder(options.output, {"verb": "export", "model": options.model}, names)
 
 
 def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
@@ -138,7 +129,8 @@ def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
     loaded = _load(options)
     tokenizer = loaded.tokenizer()
     name = Path(options.model).name
-    with _complete(options.output) as path:
+    with _work_folder(options) as work:
+        path = work.result
         formats = write_gguf(path, folder, config, tokenizer, kind, name, options.tokenizer_pre, progress)
         size = path.stat().st_size
         if not options.check:
@@ -200,9 +192,9 @@ def _export_graph(
     from eigenslice.export.graph import graph_of
 
     folder, _ = _open(options)
-    check_output(options.output)
     loaded = _load(options)
-    with _complete(options.output) as target:
+    with _work_folder(options, [*COMPANIONS, *GRAPH_FILES]) as work:
+        target = work.result
         target.mkdir()
         progress("tracing", 0, 1)
         try:

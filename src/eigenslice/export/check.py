@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from eigenslice.errors import ExportError
+from eigenslice.errors import ActivationError, ExportError
 
 LIKELY = 10
 """Tokens compared at each position."""
@@ -87,12 +87,23 @@ def check_tokens(tokenizer: Callable[[str], Any], tokenize: Callable[[str], list
 
 
 def reference(model: Any, sequences: list[list[int]]) -> list[Tensor]:
-    """transformers' log-probabilities, (tokens, vocabulary) in float64, for each sequence."""
+    """transformers' log-probabilities, (tokens, vocabulary) in float64, for each sequence.
+
+    Raises:
+        ActivationError: the model gives NaN, so that there is nothing to compare with.
+    """
     with torch.no_grad():
-        return [
+        found = [
             model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double().log_softmax(-1).cpu()
             for ids in sequences
         ]
+    if any(bool(rows.isnan().any()) for rows in found):
+        raise ActivationError(
+            "the model gives NaN in float32, so the exported file can't be checked",
+            allowed="a model that gives numbers",
+            next_step="nothing was written; measure the model with `eigenslice eval`",
+        )
+    return found
 
 
 def compare(runtime: Runtime, sequences: list[list[int]], expected: Sequence[list[Tensor]]) -> list[Agreement]:
