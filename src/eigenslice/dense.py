@@ -5,6 +5,8 @@ LayerNorm model every writer is centred, so that an RMSNorm does what the LayerN
 architectures are alike: x <- x + sublayer(RMSN(x)).
 """
 
+import re
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,8 @@ from eigenslice.algebra.norms import centre_rows, layer_norm
 from eigenslice.arch import Table, lookup
 from eigenslice.checkpoint.mapping import origins
 from eigenslice.checkpoint.source import Source
-from eigenslice.errors import CheckpointError
+from eigenslice.dtypes import Counts, count_dtypes, describe, prevailing, short_name
+from eigenslice.errors import CheckpointError, EigensliceWarning
 from eigenslice.folding import FoldedBlock, carry, gain_of
 from eigenslice.skeleton import empty_model
 
@@ -40,6 +43,7 @@ class DenseModel:
         heads: Number of key/value heads in each block; 0 if the table doesn't say that they can be cut.
         in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
         sinusoids: Tables of positions that no checkpoint holds, (positions, D).
+        dtype: That the checkpoint is stored in; where several are, see `prevailing`.
     """
 
     def __init__(self, source: Source, device: torch.device | str = "cpu") -> None:
@@ -63,6 +67,7 @@ class DenseModel:
         self.heads = self._count_heads()
         self.sinusoids = self._fixed_positions(model)
         self.in_float32 = frozenset(model._keep_in_fp32_modules_strict or ())
+        self.dtype = self._choose_dtype()
 
     def _check(self) -> None:
         weights = self.source.weights
@@ -128,11 +133,25 @@ class DenseModel:
         """
         return self.reader_bias and bool(self.table.mlp.stacked)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that the checkpoint's embedding is stored in."""
-        dtype = self._origins[self.table.embeddings[0] + ".weight"].dtype(self.source.weights)
-        assert dtype is not None  # checked in __init__
+    def keeps_float32(self, name: str) -> bool:
+        """Whether transformers keeps a tensor in float32 beside 16-bit weights."""
+        return any(re.search(rf"(^|\.){part}($|\.)", name) for part in self.in_float32)
+
+    def _count_dtypes(self, names: Iterable[str]) -> Counts:
+        return count_dtypes(self.source.weights, (stored for name in names for stored in self._origins[name].stored))
+
+    def _choose_dtype(self) -> torch.dtype:
+        """The dtype of most parameters (see `prevailing`); warns where there are several."""
+        blocks = (name for name in self.shapes if name.startswith(f"{self.table.layers}."))
+        dtype = prevailing(self._count_dtypes(self.shapes), self._count_dtypes(blocks), self.config)
+        usual = self._count_dtypes(name for name in self.shapes if not self.keeps_float32(name))
+        if len(usual) > 1:
+            warnings.warn(
+                f"{self.source.name} stores {describe(usual)}: it is taken for a {short_name(dtype)} model, and so is "
+                "its result (--dtype says otherwise).",
+                EigensliceWarning,
+                stacklevel=3,
+            )
         return dtype
 
     @property

@@ -1,7 +1,5 @@
 """Names, and parts, under which a result's tensors are stored."""
 
-import re
-
 import torch
 
 from eigenslice.checkpoint.mapping import as_stored
@@ -24,8 +22,7 @@ class StoredForm:
         self._same = self._model is not None and as_stored(self._model, announced).keys() == announced.keys()
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self(announced.items())}
         """Of all tensors in the result's files."""
-        patterns = [re.compile(rf"(^|\.){name}($|\.)") for name in dense.in_float32]
-        self.in_float32 = frozenset(n for n in self.shapes if any(pattern.search(n) for pattern in patterns))
+        self.in_float32 = frozenset(name for name in self.shapes if dense.keeps_float32(name))
         """Names of those that transformers keeps in float32 beside 16-bit weights."""
 
     def __call__(self, tensors: NamedTensors) -> NamedTensors:
