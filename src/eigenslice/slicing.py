@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from eigenslice.algebra.basis import Spectrum, principal_components
-from eigenslice.checkpoint.companions import write_generation_config, write_modeling_file, write_tokenizer
+from eigenslice.checkpoint.companions import stage_companions, write_modeling_file
 from eigenslice.checkpoint.output import check_output, refuse_overlap
 from eigenslice.checkpoint.source import Source, open_source
 from eigenslice.checkpoint.workfolder import remove_finished, work_folder
@@ -75,6 +75,7 @@ class _Job:
         identity: All that the result depends on.
         companions: A folder of files that join the result.
         card: Metadata of the dense model's card.
+        compute: The dtype of the forward pass.
         ranks: The processes that share the sequences.
         progress: Called as the work goes on.
     """
@@ -86,6 +87,7 @@ class _Job:
     identity: dict[str, Any]
     companions: Path
     card: dict[str, Any]
+    compute: torch.dtype
     ranks: Ranks
     progress: Progress
 
@@ -98,13 +100,6 @@ class _Job:
     def dtype(self) -> torch.dtype:
         """The dtype that the result is stored in."""
         return getattr(torch, self.options.dtype) if self.options.dtype else self.dense.dtype
-
-    @property
-    def compute(self) -> torch.dtype:
-        """The dtype of the forward pass."""
-        if self.options.compute_dtype:
-            return getattr(torch, self.options.compute_dtype)
-        return torch.float32 if self.dense.device.type == "cpu" else self.dense.dtype
 
     @property
     def names(self) -> list[str]:
@@ -123,6 +118,8 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work
     given = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
     wait_for_hashes()
+    compute = _compute_dtype(options, dense)
+    ranks.on_first(lambda: source.check_finite(compute))
     identity = run_identity(options, dense, given)
     if finished:  # it was interrupted after the last step
         content = finished_manifest(options.output, identity)
@@ -131,7 +128,13 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     with TemporaryDirectory(prefix="eigenslice-") as folder:
         companions = Path(folder)
         card = ranks.on_first(lambda: _stage(source, companions))
-        return _run(_Job(options, dense, families, given, identity, companions, card, ranks, progress))
+        return _run(_Job(options, dense, families, given, identity, companions, card, compute, ranks, progress))
+
+
+def _compute_dtype(options: SliceOptions, dense: DenseModel) -> torch.dtype:
+    if options.compute_dtype:
+        return getattr(torch, options.compute_dtype)
+    return torch.float32 if dense.device.type == "cpu" else dense.dtype
 
 
 def _stage(source: Source, folder: Path) -> dict[str, Any]:
@@ -139,8 +142,7 @@ def _stage(source: Source, folder: Path) -> dict[str, Any]:
 
     What can't be read or written is an error now, not when the work is done.
     """
-    write_tokenizer(source, folder)
-    write_generation_config(source, folder)
+    stage_companions(source, folder)
     return {} if source.gguf else read_card_metadata(source.folder / CARD)
 
 
