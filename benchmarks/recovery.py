@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 from eigenslice import CalibrationOptions, __version__
+from eigenslice.checkpoint.output import partial_path
 from eigenslice.data import Tokens, evaluation_tokens
 from eigenslice.evaluate import load_model, perplexity
 from eigenslice.finetune import FinetuneOptions, finetune
-from eigenslice.finetune.training import checkpoints_of
 from quality import text_option
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -103,7 +103,7 @@ def train(arguments: argparse.Namespace, way: str, tokens: int, folder: Path) ->
         "learning_rate": arguments.learning_rate,
         "batch": arguments.batch,
         "dtype": arguments.dtype,
-        "resume": checkpoints_of(folder).exists(),
+        "resume": partial_path(folder).exists(),
     }
     start = time.perf_counter()
     finetune(FinetuneOptions(**values | WAYS[way]), progress)

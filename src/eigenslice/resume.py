@@ -160,7 +160,7 @@ class RunState:
     def _commit(self, at: dict[str, Any] | None, finished: dict[str, Any]) -> dict[str, Any]:
         """Make the state that lies there the current one."""
         current = {"serial": self._current["serial"] + 1, "finished": finished, "at": at}
-        replace_json(self.folder / CURRENT, {"sha256": _content_digest(current), "current": current})
+        replace_json(self.folder / CURRENT, {"sha256": content_digest(current), "current": current})
         return current
 
     def _read(self) -> dict[str, Any] | None:
@@ -170,7 +170,7 @@ class RunState:
             return None
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["sha256"] == _content_digest(stored["current"]):
+            if stored["sha256"] == content_digest(stored["current"]):
                 return stored["current"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             pass
@@ -196,5 +196,6 @@ def _folder_digest(folder: Path) -> bytes:
     return digest.digest()
 
 
-def _content_digest(content: Any) -> str:
+def content_digest(content: Any) -> str:
+    """SHA-256 of a JSON value."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eigenslice.checkpoint.output import partial_path
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.evaluate import perplexity
 from eigenslice.finetune import FinetuneOptions, FinetuneResult, finetune, with_recipe
-from eigenslice.finetune.training import checkpoints_of
 from eigenslice.options import CalibrationOptions
 from eigenslice.stream import Batch
 from tests import processes, tiny
@@ -78,9 +78,10 @@ def test_training_helps_and_the_result_is_stored_as_before(
     expected = json.loads(before["eigenslice.json"])
     hashes = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in result.output.glob("*.safetensors")}
     assert manifest.pop("sha256") == hashes != expected.pop("sha256")
+    assert manifest.pop("run") != expected.pop("run")
     assert manifest == expected
     assert section["steps"] == 10
-    assert not checkpoints_of(result.output).exists()
+    assert not partial_path(result.output).exists()
     # what is stored is what was measured
     ids = tiny.structured_ids(44, 16, seed=5)[-4:]
     measured = perplexity(load(result.output, dtype=torch.float32), [Batch(ids)])
@@ -153,13 +154,13 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     process = processes.call(train_and_die, options.model_dump_json(), 8, log=tmp_path / "log")
     process.join(300)
     assert process.exitcode == -signal.SIGKILL, (tmp_path / "log").read_text()
-    checkpoints = checkpoints_of(output)
+    checkpoints = partial_path(output) / "state"
     assert not output.exists()
     assert {path.name for path in checkpoints.glob("checkpoint-*")} >= {"checkpoint-6"}
     (checkpoints / "checkpoint-7").mkdir()  # what a kill while writing would leave
     with pytest.raises(OutputError, match="interrupted run"):
         finetune(options)
-    with pytest.raises(OptionsError, match="another learning_rate"):
+    with pytest.raises(OptionsError, match=r"finetune learning_rate was 0\.01, is 0\.02"):
         finetune(options.model_copy(update={"resume": True, "learning_rate": 2e-2}))
     steps = []
     result = finetune(options.model_copy(update={"resume": True}), lambda *step: steps.append(step))
@@ -168,7 +169,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     assert actual.keys() == expected.keys()
     assert all(torch.equal(actual[name], expected[name]) for name in expected)
     assert result.manifest["finetune"]["loss"][-1][0] == 20
-    assert not checkpoints.exists()
+    assert not partial_path(output).exists()
 
 
 def test_two_processes_train_the_same_weights(

@@ -78,9 +78,9 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Train a sliced model for a while, so that it recovers; the result is stored as before."""
+    from eigenslice.checkpoint.output import partial_path
     from eigenslice.finetune import finetune as run
     from eigenslice.finetune import with_recipe
-    from eigenslice.finetune.training import checkpoints_of
     from eigenslice.hub import check_hub, push
 
     given: dict[str, Any] = {
@@ -125,8 +125,10 @@ def finetune(
         check_hub(push_to_hub)
 
     def left() -> str:
-        checkpoints = checkpoints_of(out)
-        return f"{checkpoints} keeps what is done: --resume goes on" if checkpoints.exists() else "nothing was written"
+        partial = partial_path(out)
+        if not partial.exists():
+            return "nothing was written"
+        return f"run the same command with --resume to go on, or remove {partial}"
 
     with progress_bar(quiet or others, interrupted=left) as progress:
         result = run(options, progress)

@@ -1,42 +1,51 @@
 """Recovery fine-tuning of a sliced model, from folder to folder."""
 
-import json
+import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
-from eigenslice.algebra.finite import all_finite
-from eigenslice.checkpoint.output import check_output, work_folder
-from eigenslice.checkpoint.source import locate
-from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights, file_hashes
-from eigenslice.checkpoint.writer import GIB, write_json
+from eigenslice._version import __version__
+from eigenslice.checkpoint.output import check_output, refuse_overlap
+from eigenslice.checkpoint.workfolder import WorkFolder, remove_finished, work_folder
+from eigenslice.checkpoint.writer import check_space
 from eigenslice.data import Tokens, calibration_tokens
-from eigenslice.errors import CalibrationError, CheckpointError, EigensliceWarning, OptionsError, OutputError
-from eigenslice.evaluate import LoadedModel, Perplexity, load_model, perplexity
+from eigenslice.device import resolve_device
+from eigenslice.errors import CalibrationError, EigensliceWarning, OptionsError
+from eigenslice.evaluate import LoadedModel, Perplexity, perplexity
+from eigenslice.finetune.checkpoints import Checkpoints, load_weights, storage_errors
+from eigenslice.finetune.inputs import Input, Sliced, open_input, open_sliced
 from eigenslice.finetune.options import FinetuneOptions
+from eigenslice.finetune.result import merged, result_names, section, write_result
 from eigenslice.finetune.training import (
-    SETTINGS,
     Progress,
-    checkpoint_to_resume,
-    checkpoints_of,
-    last_complete,
+    Reporter,
+    check_logs,
     make_trainer,
     on_gpu_in_bfloat16,
     training_arguments,
+    with_adapters,
 )
-from eigenslice.manifest import NAME, read_manifest
-from eigenslice.report.card import CARD, write_card
+from eigenslice.manifest import NAME, finished_manifest, versions
+from eigenslice.ranks import Ranks, join_ranks
+from eigenslice.report.card import write_card
 from eigenslice.stream import Batch
 
-ADAPTER = "adapter_config.json"
-REWRITTEN = {NAME, "README.md", INDEX}
-"""Files of the input that the output has its own versions of, beside the weights."""
+KEPT = 3
+"""Checkpoints on the disk at the same time: the last one, the one before, and the one that is being written."""
+FLOATS = 3
+"""Numbers in a checkpoint for each one that is trained: itself, and two of the optimizer."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,42 @@ class FinetuneResult:
     after: Perplexity
 
 
+@dataclass(frozen=True)
+class _Job:
+    """Everything that is known before the training.
+
+    Attributes:
+        options: What to train, on what and how.
+        base: The sliced model's folder.
+        loaded, teacher: The models.
+        tokens: All windows, as they go into the manifest.
+        train, held_out: Windows to train on, and to measure on, (T,) each.
+        identity: All that the result depends on.
+        companions: A folder of files that join the result.
+        card: Metadata of the sliced model's card.
+        ranks: The processes that share the windows.
+        progress: Called as the work goes on.
+    """
+
+    options: FinetuneOptions
+    base: Sliced
+    loaded: LoadedModel
+    teacher: LoadedModel | None
+    tokens: Tokens
+    train: list[Tensor]
+    held_out: list[Tensor]
+    identity: dict[str, Any]
+    companions: Path
+    card: dict[str, Any]
+    ranks: Ranks
+    progress: Progress
+
+    @property
+    def batches(self) -> list[Batch]:
+        """The held-out windows."""
+        return [Batch(window[None]) for window in self.held_out]
+
+
 def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, total: None) -> FinetuneResult:
     """Train a sliced model for a while, and write it into a new folder of the same kind.
 
@@ -66,88 +111,62 @@ def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, 
 
     Raises:
         EigensliceError: bad input or options; nothing has been written then.
+        IncompleteError: the disk is full, or the like; what is done is kept.
     """
-    check_output(options.output)
-    folder, manifest = _sliced_folder(options.model)
-    loaded = load_model(options.model, "cpu", "float32", options.trust_remote_code)
-    teacher = load_model(options.teacher, "cpu", None, options.trust_remote_code) if options.teacher else None
-    config = loaded.model.config.get_text_config()
-    if teacher:
-        _check_teacher(options, loaded, teacher)
-    tokens, train, held_out = _windows(options, loaded, config)
-    checkpoints = checkpoints_of(options.output)
-    arguments = training_arguments(options, checkpoints, len(train))
-    settings = _settings(options, folder, tokens)
-    first = arguments.process_index == 0
-    with arguments.main_process_first(local=False):  # it decides, the others follow
-        start = checkpoint_to_resume(checkpoints, settings, options.resume) if first else last_complete(checkpoints)
-        if first:
-            if options.resume and start is None:
-                warnings.warn("There is no checkpoint to resume from: starting.", EigensliceWarning, stacklevel=2)
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            write_json(checkpoints / SETTINGS, settings)
+    device = resolve_device(options.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+    with join_ranks(device) as ranks:
+        return _finetune(options, ranks, progress)
 
-    batches = [Batch(window[None]) for window in held_out]
-    model = loaded.model.to(arguments.device)
-    before = perplexity(model, batches, progress=_named(progress, "before"))
-    if not options.full:
-        model = _with_adapters(model, options, on_gpu_in_bfloat16(arguments))
-    trainer = make_trainer(options, arguments, model, teacher and teacher.model, train, held_out, progress)
-    trainer.train(resume_from_checkpoint=str(start) if start else None)
-    history = trainer.state.log_history
 
-    stored = getattr(torch, manifest["dtype"])
-    tuned, adapter = _merged(trainer.model, stored)
-    after = perplexity(tuned.to(arguments.device), batches, progress=_named(progress, "after"))
-    section = _section(options, tokens, folder, history, before, after, trainer.state.global_step)
-    content = manifest | {"finetune": section}
-    if first:
-        with work_folder(options.output, {"finetune": settings}, resume=False) as work:
-            target = work.result
-            _copy_rest(folder, target, weights=options.keep_adapter)
-            if options.keep_adapter:
-                adapter(target)
-            else:
-                _write_weights(tuned.to(device="cpu", dtype=stored), folder, target, options.shard_gib)
-            content["sha256"] = file_hashes(SafetensorsWeights(target).files)
-            write_json(target / NAME, content)
-            write_card(target, content, options.output.name, folder / CARD)
-        shutil.rmtree(checkpoints)
-    if after.loss >= before.loss:
-        warnings.warn(
-            f"Training didn't help: perplexity on held-out windows {before.perplexity:.3f} -> {after.perplexity:.3f}. "
-            "Try a lower --learning-rate, or more text.",
-            EigensliceWarning,
-            stacklevel=2,
+def _finetune(options: FinetuneOptions, ranks: Ranks, progress: Progress) -> FinetuneResult:
+    finished = ranks.on_first(lambda: _check_output(options))
+    base = open_sliced(options.model)
+    dense = open_input(options.teacher) if options.teacher else None
+    inputs: list[Input] = [base, *([dense] if dense else [])]
+    refuse_overlap(options.output, [one.path for one in inputs])
+    check_logs(options, [one.path for one in inputs])
+    stamps = [one.stamp for one in inputs]
+    with TemporaryDirectory(prefix="eigenslice-") as folder:
+        companions = Path(folder)
+        card = ranks.on_first(lambda: base.stage(companions, options.trust_remote_code))
+        loaded = base.load("float32", options.trust_remote_code)
+        base.check_names(loaded.model)
+        teacher = dense.load(None, options.trust_remote_code) if dense else None
+        if teacher:
+            _check_teacher(options, loaded, teacher)
+        tokens, train, held_out = _windows(options, loaded, loaded.model.config.get_text_config())
+        identity = ranks.on_first(lambda: _identity(options, inputs, tokens, ranks))
+        for one, stamp in zip(inputs, stamps, strict=True):
+            one.refuse_changed(stamp)
+        if finished:  # it was interrupted after the last step
+            content = finished_manifest(options.output, identity)
+            ranks.on_first(lambda: remove_finished(options.output))
+            return _finished(options.output, content)
+        job = _Job(
+            *(options, base, loaded, teacher, tokens, train, held_out, identity, companions, card, ranks, progress)
         )
-    return FinetuneResult(options.output, content, before, after)
+        return _run(job)
 
 
-def _named(progress: Progress, stage: str) -> Progress:
-    return lambda _, done, total: progress(stage, done, total)
+def _check_output(options: FinetuneOptions) -> bool:
+    """Refuse an output that can't be written; tell whether it is there and complete, for a run that goes on."""
+    inputs = [Path(name) for name in (options.model, options.teacher) if name]
+    check_logs(options, inputs)
+    if options.resume and os.path.exists(options.output / NAME):  # noqa: PTH110 - to which no name is an error
+        return True
+    check_output(options.output, options.resume, inputs)
+    return False
 
 
-def _sliced_folder(name: str) -> tuple[Path, dict[str, Any]]:
-    """The folder and manifest of a sliced model.
-
-    Raises:
-        CheckpointError: it is none, or has an adapter of its own.
-    """
-    folder, gguf = locate(name)
-    manifest = None if gguf else read_manifest(folder)
-    if manifest is None:
-        raise CheckpointError(
-            f"{name} is no sliced model: it has no {NAME}",
-            allowed="a folder that eigenslice slice or eigenslice finetune wrote",
-            next_step="slice the model first",
-        )
-    if (folder / ADAPTER).exists():
-        raise CheckpointError(
-            f"{name} holds an adapter beside its weights",
-            allowed="a folder in which adapters are merged",
-            next_step="train again without --keep-adapter, or from the model that was sliced",
-        )
-    return folder, manifest
+def _finished(output: Path, content: dict[str, Any]) -> FinetuneResult:
+    """The result of an earlier run."""
+    found = content["finetune"]["perplexity"]
+    before, after = (
+        Perplexity(found[when], math.log(found[when]), found["tokens"], {}) for when in ("before", "after")
+    )
+    return FinetuneResult(output, content, before, after)
 
 
 def _check_teacher(options: FinetuneOptions, loaded: LoadedModel, teacher: LoadedModel) -> None:
@@ -178,116 +197,110 @@ def _windows(options: FinetuneOptions, loaded: LoadedModel, config: Any) -> tupl
     return tokens, windows[: -options.held_out], windows[-options.held_out :]
 
 
-def _settings(options: FinetuneOptions, folder: Path, tokens: Tokens) -> dict[str, Any]:
-    """What an interrupted run must have in common with the one that goes on."""
-    chosen = options.model_dump(mode="json", exclude={"resume", "log_to", "output", "trust_remote_code", "shard_gib"})
-    return chosen | {"weights": file_hashes(SafetensorsWeights(folder).files), "tokens": tokens.description}
-
-
-def _with_adapters(model: Any, options: FinetuneOptions, bfloat16: bool) -> Any:
-    """The model with LoRA on all linear layers but the head; frozen weights in bfloat16 where that is computed in."""
-    from peft import LoraConfig, TaskType, get_peft_model
-
-    torch.manual_seed(options.data.seed)
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=options.rank,
-        lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]: any number, it is only divided by r
-        lora_dropout=options.dropout,
-        target_modules="all-linear",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it gives up
-        return get_peft_model(model.to(torch.bfloat16) if bfloat16 else model, config)
-
-
-def _merged(model: Any, stored: torch.dtype) -> tuple[Any, Callable[[Path], None]]:
-    """The trained model with the values that will be stored, in float32 on CPU, and a function that saves its adapter.
-
-    The sum of weight and adapter is rounded once, to the stored dtype.
-    """
-    model = model.to(device="cpu", dtype=torch.float32)
-    if not hasattr(model, "merge_and_unload"):
-        return model.to(stored).float().eval(), lambda folder: None
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
-    config = model.peft_config["default"]
-    tensors = {name: tensor.clone().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
-
-    def save(folder: Path) -> None:
-        config.inference_mode = True
-        config.base_model_name_or_path = None  # the weights lie beside it
-        config.save_pretrained(folder)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-    return model.merge_and_unload().to(stored).float().eval(), save
-
-
-def _copy_rest(folder: Path, target: Path, weights: bool) -> None:
-    """Copy what training doesn't change: config, tokenizer, the custom class; with an adapter also the weights."""
-    changed = {file.name for file in SafetensorsWeights(folder).files} | REWRITTEN
-    kept = set() if not weights else changed - {NAME, "README.md"}
-    for file in folder.iterdir():
-        if file.is_file() and (file.name not in changed or file.name in kept):
-            shutil.copyfile(file, target / file.name)
-
-
-def _write_weights(model: Any, folder: Path, target: Path, shard_gib: float) -> None:
-    """Write the weights by transformers, and check that they are the same tensors as the input's.
-
-    Raises:
-        OutputError: NaN or infinite numbers.
-    """
-    broken = [name for name, tensor in model.state_dict().items() if not all_finite(tensor)]
-    if broken:
-        raise OutputError(
-            f"{broken[0]} has NaN or infinite numbers after training",
-            allowed="finite weights",
-            next_step="lower --learning-rate",
-        )
-    config = (target / "config.json").read_bytes()
-    generation = target / "generation_config.json"
-    generation_config = generation.read_bytes() if generation.exists() else None
-    model.save_pretrained(target, max_shard_size=int(shard_gib * GIB))
-    (target / "config.json").write_bytes(config)
-    if generation_config is not None:
-        generation.write_bytes(generation_config)
-    else:
-        generation.unlink(missing_ok=True)
-    old, new = SafetensorsWeights(folder), SafetensorsWeights(target)
-    before = {name: (old.shape(name), old.dtype(name)) for name in old.names()}
-    written = {name: (new.shape(name), new.dtype(name)) for name in new.names()}
-    if before != written:
-        different = sorted(k for k in before.keys() | written.keys() if before.get(k) != written.get(k))
-        raise OutputError(
-            f"{target} would not hold the input's tensors: {', '.join(different[:3])}",
-            allowed="the same names, shapes and dtype",
-            next_step="report this model",
-        )
-    for file in new.files:
-        file.chmod(0o644)
-
-
-def _section(
-    options: FinetuneOptions,
-    tokens: Tokens,
-    folder: Path,
-    history: list[dict[str, float]],
-    before: Perplexity,
-    after: Perplexity,
-    steps: int,
-) -> dict[str, Any]:
-    """The manifest's section on the training."""
+def _identity(options: FinetuneOptions, inputs: list[Input], tokens: Tokens, ranks: Ranks) -> dict[str, Any]:
+    """All that the result depends on: an interrupted run goes on only where none of it has changed."""
+    free = {"output", "resume", "log_to", "trust_remote_code"}
+    peft = {} if options.full else {"peft": version("peft")}
     return {
-        "base": {"name": options.model, "sha256": file_hashes(SafetensorsWeights(folder).files)},
-        "teacher": options.teacher,
-        "objective": {"distillation": options.distilled, "next_token": 1 - options.distilled},
-        "trained": "all weights" if options.full else f"LoRA, r={options.rank}, alpha={options.alpha:g}",
-        "data": tokens.description | {"held_out": options.held_out},
-        "steps": steps,
-        "perplexity": {"before": before.perplexity, "after": after.perplexity, "tokens": before.tokens},
-        "loss": [[int(h["step"]), h["loss"]] for h in history if "loss" in h],
-        "held_out_loss": [[int(h["step"]), h["eval_loss"]] for h in history if "eval_loss" in h],
-        "options": json.loads(options.model_dump_json()),
+        "version": __version__,
+        "versions": versions() | peft,
+        "finetune": options.model_dump(mode="json", exclude=free),
+        "input": inputs[0].hashes,
+        "teacher": inputs[1].hashes if len(inputs) > 1 else None,
+        "tokens": tokens.sha256,
+        "processes": ranks.size,
     }
+
+
+def _resumable(identity: dict[str, Any]) -> dict[str, Any]:
+    """The part of a run's identity that may not change before the run goes on: only the last step cuts files."""
+    return identity | {"finetune": {k: v for k, v in identity["finetune"].items() if k != "shard_gib"}}
+
+
+def _run(job: _Job) -> FinetuneResult:
+    """The training, in the work folder."""
+    options, ranks = job.options, job.ranks
+    names = result_names(job.companions)
+    with work_folder(options.output, _resumable(job.identity), names, options.resume, ranks) as work:
+        checkpoints = Checkpoints(work.state)
+        try:
+            with storage_errors(ranks):
+                ranks.on_first(lambda: _prepare(job, work))
+                result = _train(job, work, checkpoints)
+        except BaseException:
+            if ranks.first:
+                checkpoints.remove_unsealed()
+            raise
+    if result.after.loss >= result.before.loss:
+        warnings.warn(
+            f"Training didn't help: perplexity on held-out windows {result.before.perplexity:.3f} -> "
+            f"{result.after.perplexity:.3f}. Try a lower --learning-rate, or more text.",
+            EigensliceWarning,
+            stacklevel=4,
+        )
+    return result
+
+
+def _prepare(job: _Job, work: WorkFolder) -> None:
+    """Put what joins the result into the work folder, and remove a result that isn't complete."""
+    if work.result.exists():
+        shutil.rmtree(work.result)
+    shutil.copytree(job.companions, work.companions, dirs_exist_ok=True)
+    if job.options.keep_adapter:
+        job.base.copy_weights(work.companions)
+
+
+def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneResult:
+    """Train, or go on, and write the result."""
+    options, ranks, base = job.options, job.ranks, job.base
+    arguments = training_arguments(options, work.state, len(job.train), ranks.device)
+    start = _start(options, checkpoints, ranks)
+    model = job.loaded.model.to(arguments.device)
+    before = perplexity(model, job.batches, progress=_named(job.progress, "before"))
+    if not options.full:
+        model = with_adapters(model, options, on_gpu_in_bfloat16(arguments))
+    ranks.on_first(lambda: _check_space(job, model, checkpoints))
+    reporter = Reporter(job.progress, checkpoints, ranks)
+    windows = job.train, job.held_out
+    trainer = make_trainer(options, arguments, model, job.teacher and job.teacher.model, windows, reporter)
+    if start is not None and start["last"]:
+        state = TrainerState.load_from_json(str(checkpoints.path(start["step"]) / TRAINER_STATE_NAME))
+    else:
+        trainer.train(resume_from_checkpoint=str(checkpoints.path(start["step"])) if start else None)
+        state = trainer.state
+    best = state.best_global_step or state.global_step
+    ranks.on_first(lambda: checkpoints.check_weights(best))
+    load_weights(trainer.model, checkpoints.path(best))
+    tuned, save = merged(trainer.model, base)
+    after = perplexity(tuned.to(arguments.device), job.batches, progress=_named(job.progress, "after"))
+    described = section(options, base, job.tokens, state.log_history, (before, after), state.global_step)
+    content = base.manifest | {"finetune": described, "run": job.identity}
+    if ranks.first:
+        content = write_result(work, options, base, tuned.to("cpu"), save, content)
+        write_card(work.result, content, options.output.name, job.card)
+    return FinetuneResult(options.output, content, before, after)
+
+
+def _start(options: FinetuneOptions, checkpoints: Checkpoints, ranks: Ranks) -> dict[str, Any] | None:
+    """The seal of the checkpoint to go on from, None to begin."""
+    start, changed = ranks.on_first(checkpoints.usable)
+    where = f"training goes on from step {start['step']}" if start else "training begins anew"
+    if changed and ranks.first:
+        text = f"{changed} is missing or not as it was written: {where}."
+        warnings.warn(text, EigensliceWarning, stacklevel=5)
+    elif options.resume and start is None and ranks.first:
+        warnings.warn("There is no checkpoint to resume from: starting.", EigensliceWarning, stacklevel=5)
+    return start
+
+
+def _check_space(job: _Job, model: Any, checkpoints: Checkpoints) -> None:
+    """Refuse a disk without room for the checkpoints, beside the best one's weights, and for the result."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * torch.float32.itemsize
+    stored = sum(math.prod(shape) * job.base.dtype_of(name).itemsize for name, (shape, _) in job.base.stored.items())
+    training = (KEPT * FLOATS + 1) * trained
+    writing = ((KEPT - 1) * FLOATS + 1) * trained + stored
+    check_space(job.options.output, max(training, writing) - checkpoints.size)
+
+
+def _named(progress: Progress, stage: str) -> Callable[[str, int, int], None]:
+    return lambda _, done, total: progress(stage, done, total)

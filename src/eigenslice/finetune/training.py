@@ -1,8 +1,8 @@
-"""transformers' Trainer with our objective, and checkpoints from which a run can go on."""
+"""transformers' Trainer with our objective."""
 
-import json
-import shutil
-from collections.abc import Callable
+import os
+import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from eigenslice.errors import OptionsError, OutputError
+from eigenslice.checkpoint.output import refuse_overlap
+from eigenslice.errors import OptionsError, OutputError, first_line
+from eigenslice.finetune.checkpoints import Checkpoints, load_weights
 from eigenslice.finetune.objective import shifted_targets, summed_loss
 from eigenslice.finetune.options import FinetuneOptions
+from eigenslice.ranks import Ranks
 
 Progress = Callable[[str, int, int], None]
-COMPLETE = "complete"
-"""A file in each checkpoint that was written to its end."""
-SETTINGS = "settings.json"
+EVENTS = "events.out.tfevents."
+"""How the names of TensorBoard's files begin."""
 MEASUREMENTS = 10
 """Measurements and checkpoints in a run."""
 
@@ -77,12 +79,16 @@ class RecoveryTrainer(Trainer):
         loss = loss / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Trainer's own passes over experts, which a checkpoint holds in other parts than the model."""
+        load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+
 
 class Reporter(TrainerCallback):
-    """Tells how far the training is, and marks checkpoints as complete."""
+    """Tells how far the training is, and seals checkpoints."""
 
-    def __init__(self, progress: Progress, folder: Path) -> None:
-        self._progress, self._folder = progress, folder
+    def __init__(self, progress: Progress, checkpoints: Checkpoints, ranks: Ranks) -> None:
+        self._progress, self._checkpoints, self._ranks = progress, checkpoints, ranks
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._progress("training", state.global_step, state.max_steps)
@@ -93,26 +99,26 @@ class Reporter(TrainerCallback):
             control.should_evaluate = control.should_save = True
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.barrier()  # each process writes a part of it
-        if state.is_world_process_zero:
-            (self._folder / f"checkpoint-{state.global_step}" / COMPLETE).touch()
+        self._ranks.wait()  # each process writes a part of it
+        last = bool(control.should_training_stop)
+        self._ranks.on_first(lambda: self._checkpoints.seal(state.global_step, state.best_global_step, last))
 
 
-def training_arguments(options: FinetuneOptions, folder: Path, windows: int) -> TrainingArguments:
+def training_arguments(options: FinetuneOptions, folder: Path, windows: int, device: torch.device) -> TrainingArguments:
     """transformers' arguments.
 
     Args:
         options: What the user chose.
         folder: Where checkpoints go.
         windows: Number of windows to train on.
+        device: What to train on.
 
     Raises:
         OptionsError: the batch can't be shared among the processes.
     """
-    device: dict[str, Any] = {"use_cpu": options.device == "cpu" or not torch.cuda.is_available()}
+    use_cpu = device.type != "cuda"
     bfloat16 = options.dtype == "bfloat16"
-    if options.dtype is None and not device["use_cpu"]:
+    if options.dtype is None and not use_cpu:
         bfloat16 = torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -128,15 +134,13 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int) -> 
         logging_steps=1,
         eval_strategy="steps",
         save_strategy="steps",
-        save_total_limit=2,
-        load_best_model_at_end=True,
         metric_for_best_model="loss",
         greater_is_better=False,
         restore_callback_states_from_checkpoint=options.resume,
         prediction_loss_only=True,
         remove_unused_columns=False,
         label_names=["labels"],
-        dataloader_pin_memory=not device["use_cpu"],
+        dataloader_pin_memory=not use_cpu,
         activation_checkpointing=options.checkpoint_activations or None,
         seed=options.data.seed % 2**32,
         report_to=[name for name in options.log_to if name != "tensorboard"] or "none",
@@ -144,7 +148,7 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int) -> 
         log_level="error",
         log_level_replica="error",
         ddp_find_unused_parameters=False,
-        **device,
+        use_cpu=use_cpu,
     )
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs are for several processes; DataParallel is no longer advised by torch
@@ -156,7 +160,7 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int) -> 
             next_step="change one of them",
         )
     arguments.gradient_accumulation_steps = options.batch // share
-    steps = -(-int(windows * options.epochs) // options.batch)
+    steps = max(1, -(-int(windows * options.epochs) // options.batch))
     every = options.evaluate_every or max(1, -(-steps // MEASUREMENTS))
     arguments.eval_steps = arguments.save_steps = min(every, steps)
     return arguments
@@ -167,16 +171,41 @@ def on_gpu_in_bfloat16(arguments: TrainingArguments) -> bool:
     return bool(arguments.bf16) and arguments.device.type != "cpu"
 
 
+def with_adapters(model: Any, options: FinetuneOptions, bfloat16: bool) -> Any:
+    """The model with LoRA on all linear layers but the head; frozen weights in bfloat16 where that is computed in."""
+    from peft import LoraConfig, TaskType, get_peft_model
+
+    torch.manual_seed(options.data.seed)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=options.rank,
+        lora_alpha=options.alpha,  # pyright: ignore[reportArgumentType]: any number, it is only divided by r
+        lora_dropout=options.dropout,
+        target_modules="all-linear",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name that it gives up
+        return get_peft_model(model.to(torch.bfloat16) if bfloat16 else model, config)
+
+
 def make_trainer(
     options: FinetuneOptions,
     arguments: TrainingArguments,
     model: Any,
     teacher: Any,
-    train: list[Tensor],
-    held_out: list[Tensor],
-    progress: Progress,
+    windows: tuple[list[Tensor], list[Tensor]],
+    reporter: Reporter,
 ) -> RecoveryTrainer:
-    """The trainer of a model; the teacher is moved to its device, and to bfloat16 where a GPU computes in that."""
+    """The trainer of a model; the teacher is moved to its device, and to bfloat16 where a GPU computes in that.
+
+    Args:
+        options: What the user chose.
+        arguments: From `training_arguments`.
+        model: To be trained, maybe with adapters.
+        teacher: The dense model, or None.
+        windows: Those to train on, and those held out.
+        reporter: Seals the checkpoints.
+    """
     if teacher is not None:
         teacher = teacher.requires_grad_(False)
         teacher = teacher.to(device=arguments.device, dtype=torch.bfloat16 if on_gpu_in_bfloat16(arguments) else None)
@@ -187,9 +216,9 @@ def make_trainer(
         model=model,
         args=arguments,
         data_collator=collate,
-        train_dataset=Windows(train),
-        eval_dataset=Windows(held_out),
-        callbacks=[Reporter(progress, Path(str(arguments.output_dir))), *early, *_tensorboard(options)],
+        train_dataset=Windows(windows[0]),
+        eval_dataset=Windows(windows[1]),
+        callbacks=[reporter, *early, *_tensorboard(options)],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
@@ -200,53 +229,35 @@ def _tensorboard(options: FinetuneOptions) -> list[TrainerCallback]:
     if "tensorboard" not in options.log_to:
         return []
     callback = TensorBoardCallback()
-    callback.logging_dir = str(options.output.with_name(f"{options.output.name}.logs"))
+    callback.logging_dir = str(logs_of(options.output))
     return [callback]
 
 
-def checkpoints_of(output: Path) -> Path:
-    """Where the checkpoints of a run lie until it is done."""
-    return output.with_name(f"{output.name}.checkpoints")
+def logs_of(output: Path) -> Path:
+    """The folder of TensorBoard's events."""
+    return output.with_name(f"{output.name}.logs")
 
 
-def checkpoint_to_resume(folder: Path, settings: dict[str, Any], resume: bool) -> Path | None:
-    """The last complete checkpoint of a run with these settings, None to start; later parts are removed.
+def check_logs(options: FinetuneOptions, inputs: Iterable[Path]) -> None:
+    """Refuse a folder of logs that somebody else made, or that touches an input.
 
     Raises:
-        OutputError: there are checkpoints, and the run isn't to be resumed.
-        OptionsError: they are of a run with other settings.
+        OutputError.
     """
-    if not folder.exists():
-        return None
-    if not resume:
-        raise OutputError(
-            f"{folder} holds the checkpoints of an interrupted run",
-            allowed="--resume with the same options, or no such folder",
-            next_step="pass --resume, or remove the folder to start anew",
-        )
+    if "tensorboard" not in options.log_to:
+        return
+    logs = logs_of(options.output)
     try:
-        stored = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        stored = None
-    if stored != settings:
-        different = sorted(k for k in settings if (stored or {}).get(k) != settings[k])
-        raise OptionsError(
-            f"--resume: the run in {folder} has another {', '.join(different)}",
-            allowed="the same options, model and teacher as the interrupted run's",
-            next_step="correct the options, or remove the folder to start anew",
+        there = logs.exists() or logs.is_symlink()
+        foreign = [path.name for path in logs.iterdir() if not path.name.startswith(EVENTS)] if logs.is_dir() else []
+        usable = not there or (logs.is_dir() and not foreign and os.access(logs, os.W_OK | os.X_OK))
+        why = f"holds what TensorBoard didn't make: {', '.join(foreign[:3])}" if foreign else "can't be written to"
+        refuse_overlap(logs, inputs)
+    except (OSError, ValueError) as error:
+        usable, why = False, f"can't be written ({first_line(error)})"
+    if not usable:
+        raise OutputError(
+            f"{logs} {why}",
+            allowed="a free name for the logs (OUTPUT.logs), or a folder with TensorBoard's events alone",
+            next_step="move it away, choose another --output, or leave --log-to tensorboard out",
         )
-    for path in _checkpoints(folder).values():
-        if not (path / COMPLETE).exists():
-            shutil.rmtree(path)
-    return last_complete(folder)
-
-
-def last_complete(folder: Path) -> Path | None:
-    """The last complete checkpoint, None if there is none."""
-    complete = {step: path for step, path in _checkpoints(folder).items() if (path / COMPLETE).exists()}
-    return complete[max(complete)] if complete else None
-
-
-def _checkpoints(folder: Path) -> dict[int, Path]:
-    """Checkpoints by their steps."""
-    return {int(path.name.rpartition("-")[2]): path for path in folder.glob("checkpoint-*") if path.is_dir()}

@@ -1,0 +1,180 @@
+"""What is trained and what is distilled from, read before the training and never again."""
+
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eigenslice.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from eigenslice.checkpoint.companions import copy_companions
+from eigenslice.checkpoint.files import LARGEST_JSON, check_file
+from eigenslice.checkpoint.mapping import as_stored
+from eigenslice.checkpoint.names import CONFIG
+from eigenslice.checkpoint.source import locate
+from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights, file_hashes
+from eigenslice.errors import CheckpointError, IncompleteError
+from eigenslice.evaluate import LoadedModel, load_model
+from eigenslice.manifest import NAME, read_manifest
+from eigenslice.modeling import SlicedConfig
+from eigenslice.options import DtypeName
+from eigenslice.report.card import CARD, read_card_metadata
+
+Stored = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
+"""Shape and dtype of tensors, by their names in the files."""
+
+
+@dataclass(frozen=True)
+class Input:
+    """A checkpoint that is read.
+
+    Attributes:
+        name: As the user wrote it.
+        folder: Where its files are.
+        gguf: Name of the GGUF file in `folder`, if that is what it is.
+    """
+
+    name: str
+    folder: Path
+    gguf: str | None
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that holds the checkpoint."""
+        return self.folder / self.gguf if self.gguf else self.folder
+
+    @property
+    def files(self) -> list[Path]:
+        """The files that decide what the model computes."""
+        if self.gguf:
+            return [self.folder / self.gguf]
+        beside = [self.folder / name for name in (CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
+        return [*SafetensorsWeights(self.folder).files, *(path for path in beside if path.exists())]
+
+    @property
+    def stamp(self) -> list[tuple[str, int, int, int]]:
+        """What differs as soon as one of the files has been written to."""
+        found = ((file, file.stat()) for file in self.files)
+        return [(file.name, status.st_size, status.st_mtime_ns, status.st_ino) for file, status in found]
+
+    @cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of the files, by name."""
+        return file_hashes(self.files)
+
+    def load(self, dtype: DtypeName | None, trust_remote_code: bool) -> LoadedModel:
+        """The model on the CPU, in memory of its own: later changes of the files don't reach it."""
+        loaded = load_model(self.name, "cpu", dtype, trust_remote_code)
+        for tensor in (*loaded.model.parameters(), *loaded.model.buffers()):
+            tensor.data = tensor.data.clone()
+        return loaded
+
+    def refuse_changed(self, stamp: list[tuple[str, int, int, int]]) -> None:
+        """Refuse files that were written to since this stamp was taken.
+
+        Raises:
+            CheckpointError.
+        """
+        if self.stamp != stamp:
+            raise CheckpointError(
+                f"{self.name} changed while it was read",
+                allowed="a checkpoint that nobody writes to",
+                next_step="wait until it is written, then run the command again",
+            )
+
+
+@dataclass(frozen=True)
+class Sliced(Input):
+    """A sliced model.
+
+    Attributes:
+        manifest: Its manifest.
+        stored: Its tensors.
+    """
+
+    manifest: dict[str, Any]
+    stored: Stored
+
+    def stage(self, folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+        """Copy what the result takes over beside the weights; give the metadata of the model's card.
+
+        Raises:
+            CheckpointError: a file is broken, or is a link that leads out of the model's folder.
+        """
+        copy_companions(self.name, self.folder, folder, trust_remote_code, result=True)
+        check_file(self.folder / CONFIG, self.folder, LARGEST_JSON)
+        shutil.copyfile(self.folder / CONFIG, folder / CONFIG)
+        return read_card_metadata(self.folder / CARD)
+
+    def copy_weights(self, folder: Path) -> None:
+        """Copy the weight files, and their index.
+
+        Raises:
+            IncompleteError: they aren't what they were when they were read.
+        """
+        files = SafetensorsWeights(self.folder).files
+        for file in files:
+            shutil.copyfile(file, folder / file.name)
+        if len(files) > 1:
+            shutil.copyfile(self.folder / INDEX, folder / INDEX)
+        if any(self.hashes[name] != digest for name, digest in file_hashes(folder / f.name for f in files).items()):
+            raise IncompleteError(
+                f"{self.name} changed while it was read",
+                allowed="a checkpoint that nobody writes to",
+                next_step="wait until it is written, then run the command again",
+            )
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype that one of the model's tensors is stored in."""
+        found = self.stored.get(name, ((), None))[1]
+        return found or getattr(torch, self.manifest["dtype"])
+
+    def check_names(self, model: Any) -> None:
+        """Refuse a model that transformers would not save as it is stored.
+
+        Raises:
+            CheckpointError.
+        """
+        own = {name: p.to("meta") for name, p in model.named_parameters()}
+        names = own if model.config.model_type == SlicedConfig.model_type else as_stored(model, own)
+        wrong = sorted(n for n, tensor in names.items() if self.stored.get(n, ((),))[0] != tuple(tensor.shape))
+        if wrong:
+            raise CheckpointError(
+                f"{self.name} stores {wrong[0]} in another form than transformers saves",
+                allowed="the names and shapes that save_pretrained writes",
+                next_step="load the model with transformers and save it with save_pretrained, or report this model",
+            )
+
+
+def open_input(name: str) -> Input:
+    """Find a checkpoint, dense or sliced, maybe with an adapter.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    return Input(name, *locate(name, adapters=True))
+
+
+def open_sliced(name: str) -> Sliced:
+    """Find a sliced model.
+
+    Raises:
+        CheckpointError: it is none, its manifest is broken, or it has an adapter of its own.
+    """
+    folder, gguf = locate(name)
+    manifest = None if gguf else read_manifest(folder)
+    if manifest is None:
+        raise CheckpointError(
+            f"{name} is no sliced model: it has no {NAME}",
+            allowed="a folder that eigenslice slice or eigenslice finetune wrote",
+            next_step="slice the model first",
+        )
+    return Sliced(name, folder, gguf, manifest, stored_tensors(folder))
+
+
+def stored_tensors(folder: Path) -> Stored:
+    """The tensors in a folder's weight files."""
+    weights = SafetensorsWeights(folder)
+    return {name: (weights.shape(name), weights.dtype(name)) for name in weights.names()}

@@ -1,0 +1,182 @@
+"""From trained weights to the files of the result."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eigenslice.algebra.finite import all_finite
+from eigenslice.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from eigenslice.checkpoint.names import CONFIG
+from eigenslice.checkpoint.weights import SafetensorsWeights, file_hashes
+from eigenslice.checkpoint.workfolder import WorkFolder
+from eigenslice.checkpoint.writer import GIB, WEIGHT_FILE, write_json
+from eigenslice.data import Tokens
+from eigenslice.errors import IncompleteError, OutputError
+from eigenslice.evaluate import Perplexity
+from eigenslice.finetune.inputs import Sliced, stored_tensors
+from eigenslice.finetune.options import FinetuneOptions
+from eigenslice.manifest import NAME
+from eigenslice.report.card import CARD
+
+Save = Callable[[Path], None]
+
+
+def result_names(companions: Path) -> list[str]:
+    """Names that the result may have in it, beside the weight files'; `companions` is what was staged."""
+    return [CONFIG, NAME, CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(path.name for path in companions.iterdir())]
+
+
+def merged(model: Any, base: Sliced) -> tuple[Any, Save]:
+    """The trained model with the values that will be stored, in float32 on CPU, and a function that saves its adapter.
+
+    The sum of weight and adapter is rounded once, to the dtype that the tensor is stored in.
+
+    Raises:
+        OutputError: NaN or infinite numbers.
+        IncompleteError: numbers that only the stored dtype can't hold.
+    """
+    model, save = model.to(device="cpu", dtype=torch.float32), _no_adapter
+    if hasattr(model, "peft_config"):
+        save = _saves_adapter(model)
+        model = model.merge_and_unload()
+    broken = _not_finite(model)
+    if broken:
+        raise OutputError(
+            f"{broken} has NaN or infinite numbers after training",
+            allowed="finite weights",
+            next_step="lower --learning-rate",
+        )
+    cast(model, base)
+    broken = _not_finite(model)
+    if broken:
+        raise IncompleteError(
+            f"{broken} has numbers after training that {str(base.dtype_of(broken)).removeprefix('torch.')} can't hold",
+            allowed="weights that fit the dtype that the sliced model is stored in",
+            next_step="slice with --dtype bfloat16 or float32 and train that; the checkpoints in float32 are kept",
+        )
+    return model.float().eval(), save
+
+
+def _not_finite(model: Any) -> str:
+    """The first tensor with NaN or infinite numbers, "" if there is none."""
+    return next((name for name, tensor in model.state_dict().items() if not all_finite(tensor)), "")
+
+
+def cast(model: Any, base: Sliced) -> None:
+    """Give each tensor of a model the dtype that it is stored in."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(base.dtype_of(name))
+
+
+def _no_adapter(_: Path) -> None:
+    """All weights were trained."""
+
+
+def _saves_adapter(model: Any) -> Save:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = model.peft_config["default"]
+    tensors = {name: tensor.clone().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+
+    def save(folder: Path) -> None:
+        config.inference_mode = True
+        config.base_model_name_or_path = None  # the weights lie beside it
+        config.save_pretrained(folder)
+        save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+    return save
+
+
+def write_result(
+    work: WorkFolder, options: FinetuneOptions, base: Sliced, tuned: Any, save: Save, content: dict[str, Any]
+) -> dict[str, Any]:
+    """Write weights, or base weights and adapter, and then all files that were staged.
+
+    Args:
+        work: Its `companions` are moved into its `result`.
+        options: What the user chose.
+        base: What was trained.
+        tuned, save: What `merged` gave.
+        content: The manifest, but the hashes of the weights.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        OutputError: what would be written aren't the input's tensors.
+    """
+    scratch = work.offload / "saved"  # libraries write more into it than is wanted
+    scratch.mkdir()
+    work.result.mkdir(exist_ok=True)
+    if options.keep_adapter:
+        save(scratch)
+    else:
+        cast(tuned, base)
+        tuned.save_pretrained(scratch, max_shard_size=int(options.shard_gib * GIB))
+    for file in sorted(scratch.iterdir()):
+        if WEIGHT_FILE.fullmatch(file.name) or file.name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+            file.chmod(0o644)
+            file.rename(work.result / file.name)
+    for path in sorted(work.companions.iterdir()):
+        path.rename(work.result / path.name)
+    _check_tensors(work.result, base)
+    adapter = [work.result / ADAPTER_WEIGHTS] if options.keep_adapter else []
+    content = content | {"sha256": file_hashes([*SafetensorsWeights(work.result).files, *adapter])}
+    write_json(work.result / NAME, content)
+    return content
+
+
+def _check_tensors(folder: Path, base: Sliced) -> None:
+    """Refuse weights that aren't the same tensors as the input's."""
+    before, written = base.stored, stored_tensors(folder)
+    if before != written:
+        different = sorted(k for k in before.keys() | written.keys() if before.get(k) != written.get(k))
+        raise OutputError(
+            f"{folder} would not hold the input's tensors: {', '.join(different[:3])}",
+            allowed="the same names, shapes and dtype",
+            next_step="report this model",
+        )
+
+
+def section(
+    options: FinetuneOptions,
+    base: Sliced,
+    tokens: Tokens,
+    history: list[dict[str, float]],
+    measured: tuple[Perplexity, Perplexity],
+    steps: int,
+) -> dict[str, Any]:
+    """The manifest's section on the training.
+
+    Args:
+        options: What the user chose.
+        base: What was trained.
+        tokens: What on, with those held out.
+        history: What Trainer logged.
+        measured: On the held-out windows, before and after.
+        steps: Of the optimizer.
+    """
+    before, after = measured
+    return {
+        "base": {"name": options.model, "sha256": base.hashes},
+        "teacher": options.teacher,
+        "objective": {"distillation": options.distilled, "next_token": 1 - options.distilled},
+        "trained": "all weights" if options.full else f"LoRA, r={options.rank}, alpha={options.alpha:g}",
+        "data": tokens.description | {"held_out": options.held_out},
+        "steps": steps,
+        "perplexity": {"before": before.perplexity, "after": after.perplexity, "tokens": before.tokens},
+        "loss": _logged(history, "loss"),
+        "held_out_loss": _logged(history, "eval_loss"),
+        "options": json.loads(options.model_dump_json()) | {"resume": False},
+    }
+
+
+def _logged(history: list[dict[str, float]], name: str) -> list[list[float]]:
+    """Steps and what was logged there; JSON has no NaN."""
+    return [[int(h["step"]), h[name]] for h in history if name in h and math.isfinite(h[name])]
