@@ -124,6 +124,7 @@ def manifest(
         },
         "source": {
             "name": options.model,
+            "revision": dense.source.revision,
             "model_type": dense.table.model_type,
             "sha256": dense.source.hashes,
         },

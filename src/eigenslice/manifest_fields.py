@@ -45,6 +45,7 @@ class Source(_Fields):
     """The dense model."""
 
     name: Name
+    revision: Name | None = None
     model_type: Name
     sha256: dict[Name, Name]
 

@@ -1,11 +1,11 @@
 """What the user can choose: one frozen object, the source of the flags' defaults and of the manifest."""
 
-from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
 from eigenslice.errors import OptionsError
+from eigenslice.paths import UserPath
 from eigenslice.ranges import SEED, check_ranges
 
 MOST_SAMPLES = 10**9
@@ -112,11 +112,11 @@ class SliceOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    output: Path
+    output: UserPath
     keep: float | None = None
     slicing: float | None = None
     width: int | None = None
-    recipe: Path | None = None
+    recipe: UserPath | None = None
     neurons: int | None = None
     mlp: bool = True
     heads: bool = True
@@ -213,7 +213,7 @@ class ExportOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    output: Path
+    output: UserPath
     to: Literal["gguf", "openvino", "onnx"]
     type: str | None = None
     check: bool = True

@@ -7,7 +7,6 @@ temperature 1 from random beginnings is a sample of what it learnt (arXiv 2410.1
 import json
 import math
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from eigenslice.estimate import room_for_model, whole_bytes
 from eigenslice.evaluate import load_model
 from eigenslice.offload import FREE_SHARE, free_bytes
 from eigenslice.options import LONGEST, MOST_SAMPLES, OWN_SHARE, DtypeName, SliceOptions
+from eigenslice.paths import UserPath, expanded
 from eigenslice.progress import Progress, no_progress
 from eigenslice.ranges import SEED, Limits, check_ranges
 from eigenslice.ranks import Ranks
@@ -64,7 +64,7 @@ class SampleOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    output: Path
+    output: UserPath
     samples: int = 64
     seqlen: int = 1024
     batch: int = 32
@@ -132,7 +132,7 @@ def sample_text(options: SampleOptions, progress: Progress = no_progress) -> lis
         CheckpointError: the model or its tokenizer can't be loaded.
         OutputError: the file exists, or can't be written.
     """
-    check_output(options.output, inputs=[Path(options.model)])
+    check_output(options.output, inputs=[expanded(options.model)])
     loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
     tokenizer = loaded.tokenizer()
     start = len(tokenizer("")["input_ids"])

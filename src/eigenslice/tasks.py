@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from eigenslice.errors import CalibrationError, EigensliceError, EigensliceWarning, OptionsError, first_line
 from eigenslice.evaluate import load_model
 from eigenslice.options import DtypeName
+from eigenslice.paths import UserPath
 from eigenslice.ranges import Limits, check_ranges
 
 Progress = Callable[[str, int, int], None]
@@ -44,7 +44,7 @@ class TaskOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tasks: tuple[str, ...]
-    include_path: Path | None = None
+    include_path: UserPath | None = None
     fewshot: int | None = None
     limit: int | None = None
     batch: int = 8

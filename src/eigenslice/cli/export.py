@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from eigenslice.cli.console import output, progress_bar
-from eigenslice.cli.options import AsJson, Quiet, TrustCheckpoint
+from eigenslice.cli.options import AsJson, Quiet, Revision, TrustCheckpoint
 
 
 def export(
@@ -16,6 +16,7 @@ def export(
     to: Annotated[
         Literal["gguf", "openvino", "onnx"], typer.Option(help="For llama.cpp; for OpenVINO; for ONNX Runtime.")
     ],
+    revision: Revision = None,
     type_: Annotated[
         str | None,
         typer.Option(
@@ -36,10 +37,11 @@ def export(
 ) -> None:
     """Write a model for another runtime, and check there that it computes what transformers computes."""
     from eigenslice.export import export_model
+    from eigenslice.hub import with_revision
     from eigenslice.options import ExportOptions
 
     options = ExportOptions(
-        model=model,
+        model=with_revision(model, revision),
         output=out,
         to=to,
         type=type_,
@@ -53,7 +55,7 @@ def export(
         output.print_json(json.dumps(result.as_dict()))
         return
     formats = ", ".join(f"{number} {name}" for name, number in result.formats.items())
-    lines = [f"{out}: {result.bytes / 1e6:.1f} MB, matrices: {formats}"]
+    lines = [f"{options.output}: {result.bytes / 1e6:.1f} MB, matrices: {formats}"]
     if result.agreement is not None:
         lines.append(f"{to} against transformers: {result.agreement.describe()} (allowed: mean {result.tolerance})")
     if result.unrounded is not None:

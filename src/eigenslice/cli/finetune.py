@@ -8,12 +8,13 @@ from typing import Annotated, Any, Literal
 import typer
 
 from eigenslice.cli.console import errors, output, progress_bar
-from eigenslice.cli.options import Quiet, TrustCheckpoints
+from eigenslice.cli.options import Quiet, Revision, TrustCheckpoints
 
 
 def finetune(
     model: Annotated[str, typer.Argument(help="A folder that eigenslice wrote.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    revision: Revision = None,
     teacher: Annotated[str | None, typer.Option(help="The dense model, to distil from (recovers most).")] = None,
     distill: Annotated[
         float | None, typer.Option(help="Share of the distillation in the loss; the rest is the next token's [0.8].")
@@ -81,10 +82,10 @@ def finetune(
     from eigenslice.checkpoint.output import partial_path
     from eigenslice.finetune import finetune as run
     from eigenslice.finetune import with_recipe
-    from eigenslice.hub import check_hub, push
+    from eigenslice.hub import check_hub, push, with_revision
 
     given: dict[str, Any] = {
-        "model": model,
+        "model": with_revision(model, revision),
         "output": out,
         "teacher": teacher,
         "distill": distill,
@@ -125,7 +126,7 @@ def finetune(
         check_hub(push_to_hub)
 
     def left() -> str:
-        partial = partial_path(out)
+        partial = partial_path(options.output)
         if not partial.exists():
             return "nothing was written"
         return f"run the same command with --resume to go on, or remove {partial}"
@@ -135,13 +136,13 @@ def finetune(
     if others:
         return
     if push_to_hub:
-        errors.print(push(out, push_to_hub, private), markup=False, highlight=False, soft_wrap=True)
+        errors.print(push(options.output, push_to_hub, private), markup=False, highlight=False, soft_wrap=True)
     if as_json:
         output.print_json(json.dumps(result.manifest))
     elif not quiet:
         section = result.manifest["finetune"]
         output.print(
-            f"{out}: perplexity {result.before.perplexity:.4f} -> {result.after.perplexity:.4f} on "
+            f"{options.output}: perplexity {result.before.perplexity:.4f} -> {result.after.perplexity:.4f} on "
             f"{result.after.tokens} held-out tokens, {section['steps']} steps, {section['trained']}",
             highlight=False,
             soft_wrap=True,

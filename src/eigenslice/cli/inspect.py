@@ -7,11 +7,12 @@ import typer
 from rich.table import Table
 
 from eigenslice.cli.console import output, progress_bar
-from eigenslice.cli.options import AsJson, TrustTokenizer
+from eigenslice.cli.options import AsJson, Revision, TrustTokenizer
 
 
 def inspect(
     model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
+    revision: Revision = None,
     trust_remote_code: TrustTokenizer = False,
     samples: Annotated[int, typer.Option(help="Calibration sequences of the estimate.")] = 128,
     seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
@@ -19,8 +20,10 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Whether a model can be sliced, its parameters by role, and what each slicing would store."""
+    from eigenslice.hub import with_revision
     from eigenslice.inspection import inspect_model
 
+    model = with_revision(model, revision)
     with progress_bar(quiet=True):
         result = inspect_model(model, trust_remote_code, samples, seqlen, device)
     if as_json:

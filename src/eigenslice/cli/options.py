@@ -9,6 +9,10 @@ RunDtype = Annotated[
     Literal["float32", "float16", "bfloat16"] | None,
     typer.Option(help="Dtype to run in [float32 on CPU, the stored one on a GPU]."),
 ]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of the model on the hub; MODEL@REVISION says the same [main]."),
+]
 TrustCheckpoint = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoint run its own code.")]
 TrustCheckpoints = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")]
 TrustTokenizer = Annotated[

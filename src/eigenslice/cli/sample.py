@@ -7,12 +7,13 @@ from typing import Annotated
 import typer
 
 from eigenslice.cli.console import output, progress_bar
-from eigenslice.cli.options import AsJson, Device, Quiet, RunDtype, TrustCheckpoint
+from eigenslice.cli.options import AsJson, Device, Quiet, Revision, RunDtype, TrustCheckpoint
 
 
 def sample(
     model: Annotated[str, typer.Argument(help="The dense model: a folder, a hub id or a .gguf file.")],
     out: Annotated[Path, typer.Option("--output", "-o", help=".json file to write; must not exist.")],
+    revision: Revision = None,
     samples: Annotated[int, typer.Option(help="Texts to write.")] = 64,
     seqlen: Annotated[int, typer.Option(help="Tokens of each.")] = 1024,
     batch: Annotated[int, typer.Option(help="Texts at once.")] = 32,
@@ -25,10 +26,11 @@ def sample(
     quiet: Quiet = False,
 ) -> None:
     """Let a model write text by itself, to calibrate with: of all the kinds that it was trained on."""
+    from eigenslice.hub import with_revision
     from eigenslice.sampling import SampleOptions, sample_text
 
     options = SampleOptions(
-        model=model,
+        model=with_revision(model, revision),
         output=out,
         samples=samples,
         seqlen=seqlen,
@@ -42,7 +44,8 @@ def sample(
     with progress_bar(quiet) as progress:
         texts = sample_text(options, progress)
     if as_json:
-        output.print_json(json.dumps({"output": str(out), "texts": len(texts), "characters": sum(map(len, texts))}))
+        written = {"output": str(options.output), "texts": len(texts), "characters": sum(map(len, texts))}
+        output.print_json(json.dumps(written))
         return
-    line = f"{out}: {len(texts)} texts of {seqlen} tokens; mix it in with --calibration {out}"
+    line = f"{options.output}: {len(texts)} texts of {seqlen} tokens; mix it in with --calibration {options.output}"
     output.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -8,12 +8,13 @@ from typing import Annotated, Literal
 import typer
 
 from eigenslice.cli.console import errors, output, progress_bar
-from eigenslice.cli.options import Device, Quiet, TrustTokenizer
+from eigenslice.cli.options import Device, Quiet, Revision, TrustTokenizer
 
 
 def slice_(
     model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; must not exist.")],
+    revision: Revision = None,
     keep: Annotated[float | None, typer.Option(help="Share of the stored parameters to keep, such as 0.75.")] = None,
     slicing: Annotated[
         float | None, typer.Option(help="The paper's measure: share of the hidden width to cut.")
@@ -107,12 +108,13 @@ def slice_(
 ) -> None:
     """Slice a model into a new folder, of exactly one size: --keep, --slicing, --width or --recipe."""
     from eigenslice.checkpoint.output import partial_path
-    from eigenslice.hub import check_hub, push
+    from eigenslice.hub import check_hub, push, with_revision
     from eigenslice.options import CalibrationOptions, SliceOptions
+    from eigenslice.paths import expanded
     from eigenslice.slicing import slice_model
 
     options = SliceOptions(
-        model=model,
+        model=with_revision(model, revision),
         output=out,
         keep=keep,
         slicing=slicing,
@@ -147,7 +149,7 @@ def slice_(
     )
 
     def left() -> str:
-        partial = partial_path(out)
+        partial = partial_path(options.output)
         if not partial.exists():
             return "nothing was written"
         return f"run the same command with --resume to go on, or remove {partial}"
@@ -155,12 +157,12 @@ def slice_(
     if push_to_hub:
         check_hub(push_to_hub)
     first = os.environ.get("RANK", "0") == "0"  # of torchrun's processes
-    with progress_bar(quiet or not first, as_json, log_dir if first else None, left) as progress:
+    with progress_bar(quiet or not first, as_json, expanded(log_dir) if first and log_dir else None, left) as progress:
         result = slice_model(options, progress)
     if not first:
         return
     if push_to_hub:
-        errors.print(push(out, push_to_hub, private), markup=False, highlight=False, soft_wrap=True)
+        errors.print(push(options.output, push_to_hub, private), markup=False, highlight=False, soft_wrap=True)
     if as_json:
         output.print_json(json.dumps(result.manifest))
         return
@@ -168,7 +170,7 @@ def slice_(
         return
     sizes, manifest = result.manifest["parameters"], result.manifest
     output.print(
-        f"{out}: {sizes['dense'] / 1e6:.1f} M -> {sizes['stored'] / 1e6:.1f} M parameters "
+        f"{options.output}: {sizes['dense'] / 1e6:.1f} M -> {sizes['stored'] / 1e6:.1f} M parameters "
         f"({100 * sizes['kept']:.1f} %), width {manifest['dense_width']} -> {manifest['site_widths'][0]}, "
         f"saved as {manifest['model_type']} ({manifest['form']})",
         highlight=False,

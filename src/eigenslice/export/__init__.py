@@ -19,6 +19,7 @@ from eigenslice.checkpoint.workfolder import WorkFolder, work_folder
 from eigenslice.errors import CheckpointError, EigensliceError, ExportError, OptionsError, first_line
 from eigenslice.evaluate import LoadedModel, load_model
 from eigenslice.export.check import Agreement, Runtime
+from eigenslice.hub import hub_name, is_local
 from eigenslice.options import ExportOptions
 
 if TYPE_CHECKING:
@@ -128,7 +129,8 @@ def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
         llama_cpp.require()
     loaded = _load(options)
     tokenizer = loaded.tokenizer()
-    name = Path(options.model).name
+    hub = None if is_local(options.model) else hub_name(options.model)
+    name = Path(hub.repository if hub else options.model).name
     with _work_folder(options) as work:
         path = work.result
         formats = write_gguf(path, folder, config, tokenizer, kind, name, options.tokenizer_pre, progress)

@@ -1,13 +1,13 @@
 """What can be chosen for recovery fine-tuning."""
 
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from eigenslice.errors import OptionsError
 from eigenslice.options import MOST_SAMPLES, SHARD_GIB, CalibrationOptions
+from eigenslice.paths import UserPath
 from eigenslice.ranges import Limits, check_ranges
 
 LORA_RATE, FULL_RATE = 1e-3, 3e-4
@@ -52,7 +52,7 @@ class FinetuneOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    output: Path
+    output: UserPath
     teacher: str | None = None
     distill: float | None = None
     full: bool = False

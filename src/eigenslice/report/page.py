@@ -16,6 +16,7 @@ from eigenslice.checkpoint.output import check_output, refuse_overlap
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.manifest import NAME, read_manifest
 from eigenslice.options import LONGEST
+from eigenslice.paths import UserPath, expanded
 from eigenslice.ranges import check_ranges
 from eigenslice.report import figures, measured, story
 from eigenslice.report.inputs import read_input
@@ -44,11 +45,11 @@ class ReportOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    folder: Path
-    output: Path | None = None
-    perplexity: Path | None = None
-    tasks: Path | None = None
-    bench: Path | None = None
+    folder: UserPath
+    output: UserPath | None = None
+    perplexity: UserPath | None = None
+    tasks: UserPath | None = None
+    bench: UserPath | None = None
     generate: str | None = None
     prompts: tuple[str, ...] = PROMPTS
     new: int = 60
@@ -96,7 +97,7 @@ def report(options: ReportOptions, progress: Progress = lambda stage, done, tota
             allowed="a folder that eigenslice slice or eigenslice finetune wrote",
             next_step="check the path",
         )
-    _check_path(options.path, [folder, *([Path(options.generate)] if options.generate else [])])
+    _check_path(options.path, [folder, *([expanded(options.generate)] if options.generate else [])])
     perplexity, tasks, bench = (
         read_input(option, getattr(options, option)) for option in ("perplexity", "tasks", "bench")
     )
