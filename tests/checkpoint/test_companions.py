@@ -198,7 +198,19 @@ def test_the_licence_that_the_card_links_to_is_copied(link: str, folder: Path, o
 
 
 @pytest.mark.parametrize(
-    "link", ["../secret.txt", "/etc/hostname", "https://example.org/x", "[1, 2]", "nothing", "", "model.safetensors"]
+    "link",
+    [
+        "config.json",
+        "README.md",
+        "./README.md",
+        "../secret.txt",
+        "/etc/hostname",
+        "https://example.org/x",
+        "[1, 2]",
+        "nothing",
+        "",
+        "model.safetensors",
+    ],
 )
 def test_a_licence_link_that_leads_elsewhere_copies_nothing(link: str, folder: Path, output: Path) -> None:
     (folder.parent / "secret.txt").write_text("secret")

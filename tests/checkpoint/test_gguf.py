@@ -63,7 +63,6 @@ def test_the_tokenizer_and_the_generation_config_are_the_files(llama: Any, tmp_p
     source = open_source(str(write_gguf(llama, tmp_path / "tiny.gguf")))
     tokens = [4 + NORMAL.index(piece) for piece in ("ab", "c", "!")]
     assert source.tokenizer("abc!")["input_ids"] == tokens
-    assert source.tokenizer_files == []
     assert source.generation_config is not None
     assert source.generation_config.eos_token_id == 2
 

@@ -14,8 +14,9 @@ from transformers import GenerationConfig
 from eigenslice.checkpoint.source import locate, open_source
 from eigenslice.checkpoint.weights import SINGLE
 from eigenslice.errors import CheckpointError, UnsupportedModelError
-from tests import words
+from tests import tiny, words
 from tests.checkpoint.files import copy_of, edit_json
+from tests.checkpoint.gguf_file import write_gguf
 from tests.conftest import Slicer
 from tests.messages import check_message
 
@@ -40,11 +41,12 @@ def test_a_folder_opens(folder: Path) -> None:
     assert "model.embed_tokens.weight" in source.weights.names()
 
 
-def test_opening_reads_no_weights(folder: Path) -> None:
+def test_opening_reads_headers_and_no_weights(folder: Path) -> None:
+    content = (folder / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(content[:-4] + b"\xff\xff\xff\xff")  # NaN in the last tensor
+    assert open_source(str(folder)).weights.names()
     (folder / SINGLE).write_bytes(b"garbage")
-    source = open_source(str(folder))
-    with pytest.raises(CheckpointError):
-        _ = source.weights
+    check_message(refused(folder), SINGLE, "not a readable safetensors file")
 
 
 def test_a_relative_path_and_a_home_folder_open(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,16 +62,14 @@ def test_hashes_are_those_of_config_and_weights(folder: Path) -> None:
     assert open_source(str(folder)).hashes == expected
 
 
-def test_the_tokenizer_is_loaded_and_its_files_are_listed(folder: Path) -> None:
+def test_the_tokenizer_is_loaded(folder: Path) -> None:
     words.tokenizer().save_pretrained(folder)
     source = open_source(str(folder))
     assert source.tokenizer("w7 w9")["input_ids"] == [7, 9]
-    assert {file.name for file in source.tokenizer_files} == {"tokenizer.json", "tokenizer_config.json"}
 
 
 def test_a_missing_tokenizer_is_a_checkpoint_error_that_offers_token_ids(folder: Path) -> None:
     source = open_source(str(folder))
-    assert source.tokenizer_files == []
     with pytest.raises(CheckpointError) as caught:
         _ = source.tokenizer
     check_message(caught.value, str(folder), "has no tokenizer")
@@ -123,7 +123,7 @@ def test_a_model_type_that_is_no_name_is_refused(model_type: Any, folder: Path) 
 
 
 @pytest.mark.parametrize(
-    "values", [{"hidden_size": "wide"}, {"num_attention_heads": 5}, {"rms_norm_eps": []}], ids=repr
+    "values", [{"hidden_size": "wide"}, {"num_attention_heads": 6}, {"rms_norm_eps": []}], ids=repr
 )
 def test_a_config_that_transformers_refuses_is_refused_with_its_reason(values: dict[str, Any], folder: Path) -> None:
     edit_json(folder / "config.json", **values)
@@ -184,10 +184,10 @@ def test_a_name_that_no_file_can_have_is_refused() -> None:
     check_message(refused("x" * 300))
 
 
-def test_locating_tells_folders_from_ggufs(tmp_path: Path) -> None:
-    (tmp_path / "model.gguf").write_bytes(b"")
-    (tmp_path / "folder.gguf").mkdir()
-    assert locate(str(tmp_path)) == (tmp_path, None)
+def test_locating_tells_folders_from_ggufs(folder: Path, tmp_path: Path) -> None:
+    write_gguf(tiny.CASES["llama"].build(), tmp_path / "model.gguf")
+    copy_of(folder, tmp_path / "folder.gguf")
+    assert locate(str(folder)) == (folder, None)
     assert locate(str(tmp_path / "model.gguf")) == (tmp_path, "model.gguf")
     assert locate(str(tmp_path / "folder.gguf")) == (tmp_path / "folder.gguf", None)
 
@@ -206,3 +206,29 @@ def test_a_hub_id_is_read_from_the_hubs_local_cache(
     assert source.folder == repository / "snapshots" / commit
     name = "model.norm.weight"
     assert torch.equal(source.weights.load(name), open_source(str(dense_folder("llama"))).weights.load(name))
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"], ids=repr)
+def test_a_broken_generation_config_is_a_checkpoint_error(content: bytes, folder: Path) -> None:
+    (folder / "generation_config.json").write_bytes(content)
+    source = open_source(str(folder))
+    with pytest.raises(CheckpointError) as caught:
+        _ = source.generation_config
+    check_message(caught.value, "generation_config.json")
+
+
+def test_a_tokenizer_that_panics_is_a_checkpoint_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tokenizers' Rust code ends in an exception that is no `Exception`."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*arguments: Any, **options: Any) -> None:
+        raise PanicException("x")
+
+    words.tokenizer().save_pretrained(folder)
+    source = open_source(str(folder))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", panic)
+    with pytest.raises(CheckpointError) as caught:
+        _ = source.tokenizer
+    check_message(caught.value, "PanicException: x")

@@ -39,43 +39,52 @@ def stage_companions(source: Source, folder: Path) -> None:
         copy_companions(source.name, source.folder, folder, source.trust_remote_code)
 
 
-def copy_companions(name: str, source: Path, folder: Path, trust_remote_code: bool, result: bool = False) -> list[str]:
-    """Copy what belongs to tokenizer and processor, the generation config, licences, and code that these name.
+def copy_companions(name: str, source: Path, folder: Path, trust_remote_code: bool, result: bool = False) -> None:
+    """Copy what `companions_of` names; arguments are the same, and `folder` takes the copies.
+
+    Raises:
+        CheckpointError: as `companions_of`; or a file leads out of the source's folder or is no regular file.
+    """
+    for file in companions_of(name, source, trust_remote_code, result):
+        if file == MODELING_FILE.name and not (source / file).exists():  # a result that lost it
+            write_modeling_file(folder)
+            continue
+        _copy(source, folder, file)
+        if file in CONFIGS:
+            config = read_json(source / file, source, "a JSON object")
+            changed = _as_written(config, file, trust_remote_code)
+            if changed != config:
+                write_json(folder / file, changed)
+
+
+def companions_of(name: str, source: Path, trust_remote_code: bool, result: bool = False) -> list[str]:
+    """Names of the files of tokenizer and processor, generation config, licences, and code that these name.
 
     Args:
         name: The checkpoint, as the user wrote it.
         source: Its folder.
-        folder: Takes the copies.
-        trust_remote_code: Whether code may be in them. Without it, no code is copied and no config names it.
-        result: Whether the copy is of the same model: then the model's own code is copied, too.
-
-    Returns:
-        Names of what was copied.
+        trust_remote_code: Whether code may be among them. Without it, no code is copied and no config names it.
+        result: Whether the copy is of the same model: then the model's own code belongs to it, too.
 
     Raises:
-        CheckpointError: a file is broken, leads out of the folder or is no regular file; or the tokenizer needs code.
+        CheckpointError: a config is broken, or the tokenizer needs code that isn't there or isn't trusted.
     """
     present = _present(source)
-    configs = {file: read_json(source / file, source, "a JSON object") for file in CONFIGS if file in present}
-    wanted = {file for file in present if names.is_companion(file)}
+    found = {file for file in present if names.is_companion(file)}
     if names.CARD in present:
         check_file(source / names.CARD, source, LARGEST_VOCABULARY)
-        wanted |= {link for link in names.linked_licence(source) if (source / link).exists()}
-    code = set().union(*map(names.code_named, configs.values()))
+        found |= {link for link in names.linked_licence(source) if (source / link).exists()}
+    configs = [read_json(source / file, source, "a JSON object") for file in CONFIGS if file in present]
+    code = set[str]().union(*map(names.code_named, configs))
     if code and not trust_remote_code:
         load_tokenizer(name, source, None, trust_remote_code=False)  # it works without, or the error names the option
     elif code:
-        wanted |= _with_named(source, code, present)
+        found |= _with_named(source, code, present)
     if result:
         config = read_json(source / names.CONFIG, source, "a config.json as transformers saves it")
-        wanted |= _with_named(source, names.code_named(config), present)
-    for file in sorted(wanted):
-        _copy(source, folder, file)
-    for file, config in configs.items():
-        changed = _as_written(config, file, trust_remote_code)
-        if changed != config:
-            write_json(folder / file, changed)
-    return sorted(wanted)
+        own = names.code_named(config)
+        found |= _with_named(source, own - {MODELING_FILE.name}, present) | own & {MODELING_FILE.name}
+    return sorted(found)
 
 
 def _present(source: Path) -> set[str]:

@@ -63,6 +63,8 @@ TOKENIZER_PATTERNS = (
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 """A result reads text alone, but programs written for the source load its processor, and write text through it."""
 LICENCE = re.compile(r"((un)?licen[cs]e|notice|copying|copyright|use_policy)([-_. ][^/]*)?", re.IGNORECASE)
+TEXTS = {"", ".txt", ".md", ".rst", ".html", ".pdf"}
+"""Suffixes of what a card's licence may be in."""
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt"}
 OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -95,8 +97,9 @@ def linked_licence(folder: Path) -> set[str]:
     except Exception:  # front matter of all kinds; who reads the card says what is wrong with it
         return set()
     path = PurePosixPath(link) if isinstance(link, str) and ":" not in link else None
-    usable = path is not None and path.name and not path.is_absolute() and ".." not in path.parts
-    return {str(path)} if usable and not is_weights(str(path)) else set()
+    if path is None or not path.name or path.is_absolute() or ".." in path.parts or str(path) == CARD:
+        return set()
+    return {str(path)} if path.suffix.lower() in TEXTS else set()
 
 
 def code_named(config: dict[str, Any]) -> set[str]:

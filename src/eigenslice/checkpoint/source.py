@@ -19,7 +19,7 @@ from eigenslice.checkpoint.check import check_folder, check_gguf, list_folder, r
 from eigenslice.checkpoint.download import commit_of, download
 from eigenslice.checkpoint.files import check_file, read_json
 from eigenslice.checkpoint.gguf import GgufWeights, apart, refuse_lost_rope_scaling
-from eigenslice.checkpoint.names import TOKENIZER_CONFIG, TOKENIZER_FILES, code_named
+from eigenslice.checkpoint.names import TOKENIZER_CONFIG, code_named
 from eigenslice.checkpoint.scan import Extent, refuse_unfit, scan
 from eigenslice.checkpoint.towers import TOWERS, holds_tower, tower_config
 from eigenslice.checkpoint.weights import LEFTOVERS, SafetensorsWeights, Weights, file_hashes
@@ -82,13 +82,6 @@ class Source:
         if self.gguf or not path.is_file():
             return None
         return read_json(path, self.folder, "a tokenizer_config.json as transformers saves it")
-
-    @property
-    def tokenizer_files(self) -> list[Path]:
-        """The tokenizer's own files, where the checkpoint has them."""
-        if self.gguf:
-            return []
-        return [self.folder / name for name in TOKENIZER_FILES if (self.folder / name).is_file()]
 
     @cached_property
     def generation_config(self) -> GenerationConfig | None:
@@ -286,7 +279,7 @@ def _find(name: str) -> tuple[Path, str | None]:
 
 def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
     quantization = config.get("quantization_config")
-    if quantization:
+    if quantization is not None:
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
         raise CheckpointError(
             f"{folder} holds weights quantized by {method!r}, which can't be rotated",
@@ -331,6 +324,18 @@ def _load_config(folder: Path, gguf: str | None) -> tuple[Any, Any]:
     return config, whole
 
 
+def _check_epsilon(name: str, config: Any) -> None:
+    table = lookup(config)
+    try:
+        table.epsilon(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{name}: {table.eps} is {getattr(config, str(table.eps), None)!r} in the config",
+            allowed="a small number, which the norms add",
+            next_step="check config.json",
+        ) from error
+
+
 def open_source(name: str, trust_remote_code: bool = False) -> Source:
     """Open a dense checkpoint without reading its weights.
 
@@ -344,7 +349,7 @@ def open_source(name: str, trust_remote_code: bool = False) -> Source:
     """
     folder, gguf = locate(name)
     config, whole = _load_config(folder, gguf)
-    lookup(config)
+    _check_epsilon(name, config)
     if whole is not None:
         warnings.warn(
             f"{name} is a {whole.model_type!r} model: its language model ({config.model_type!r}) is taken alone, and "

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import AutoConfig
 
 from eigenslice.algebra.finite import all_finite
+from eigenslice.checkpoint.companions import companions_of, copy_companions
+from eigenslice.checkpoint.names import CONFIG
 from eigenslice.checkpoint.output import check_output, refuse_overlap
-from eigenslice.checkpoint.source import TOKENIZER_FILES, locate
+from eigenslice.checkpoint.source import locate
 from eigenslice.checkpoint.workfolder import WorkFolder, work_folder
 from eigenslice.errors import CheckpointError, EigensliceError, ExportError, OptionsError, first_line
 from eigenslice.evaluate import LoadedModel, load_model
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
     from eigenslice.export.graph import Graph
 
 Progress = Callable[[str, int, int], None]
-COMPANIONS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
-"""What lies beside a graph, as its users expect."""
 GRAPH_FILES = ("openvino_model.xml", "openvino_model.bin", "model.onnx", "model.onnx.data")
 TOLERANCES = {"f32": 1e-3, "f16": 0.05}
 """Mean difference of log-probability, in nats, of a graph. Measured on SmolLM2-135M: see docs/serving.md."""
@@ -195,7 +195,9 @@ def _export_graph(
 
     folder, _ = _open(options)
     loaded = _load(options)
-    with _work_folder(options, [*COMPANIONS, *GRAPH_FILES]) as work:
+    beside = companions_of(options.model, folder, options.trust_remote_code)  # as users of a graph expect
+    names = {file.partition("/")[0] for file in [CONFIG, *beside, *GRAPH_FILES]}
+    with _work_folder(options, names) as work:
         target = work.result
         target.mkdir()
         progress("tracing", 0, 1)
@@ -210,10 +212,9 @@ def _export_graph(
                 next_step="run it with transformers or vLLM (docs/serving.md)",
             ) from error
         progress("tracing", 1, 1)
-        for file in COMPANIONS:
-            if (folder / file).is_file():
-                shutil.copyfile(folder / file, target / file)
-        size = sum(file.stat().st_size for file in target.iterdir())
+        shutil.copyfile(folder / CONFIG, target / CONFIG)
+        copy_companions(options.model, folder, target, options.trust_remote_code)
+        size = sum(file.stat().st_size for file in target.rglob("*") if file.is_file())
         matrices = {name: sum(p.ndim > 1 for p in loaded.model.parameters())}
         if not options.check:
             return Export(options.output, size, matrices)
