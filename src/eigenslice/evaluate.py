@@ -83,16 +83,18 @@ def load_model(
     wanted = dtype or ("float32" if target.type == "cpu" else "auto")
     try:
         with apart(folder, gguf) as (place, extra), no_bars():
-            model = _read(name, (folder, gguf), place, wanted, trust_remote_code, extra)
+            model = _read(name, (folder, gguf), place, wanted, trust_remote_code, extra).to(target).eval()
+            with torch.no_grad():  # some configs can be built, and not run
+                model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=target), use_cache=False)
     except EigensliceError:
         raise
     except Exception as error:  # whatever configs, safetensors and models raise
         raise CheckpointError(
             f"transformers can't load {name} ({first_line(error)})",
-            allowed="a checkpoint in safetensors, or a .gguf file, that AutoModelForCausalLM loads",
+            allowed="a checkpoint in safetensors, or a .gguf file, that AutoModelForCausalLM loads and runs",
             next_step="check the folder; a model with its own code needs --trust-remote-code",
         ) from error
-    return LoadedModel(model.to(target).eval(), partial(load_tokenizer, name, folder, gguf, trust_remote_code))
+    return LoadedModel(model, partial(load_tokenizer, name, folder, gguf, trust_remote_code))
 
 
 def _read(
@@ -118,6 +120,7 @@ def _read(
     """
     folder, gguf = found
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
+    config.return_dict = True  # it says what users' code gets, not what the model computes
     auto = AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
     quantized = getattr(config, "quantization_config", None) is not None and not gguf
     if gguf:
@@ -141,7 +144,7 @@ def _read(
         **extra,
     )
     model, loading = loaded
-    refuse_missing(name, loading, known=not quantized)
+    refuse_missing(name, loading, known=not getattr(model, "is_quantized", False))
     if not gguf and (folder / ADAPTER_CONFIG).exists():
         _apply_adapter(name, folder, model)
     return model

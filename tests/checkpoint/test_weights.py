@@ -59,9 +59,19 @@ def test_the_files_are_those_that_hold_weights(tmp_path: Path) -> None:
     )
 
 
-def test_an_index_goes_before_a_single_file(tmp_path: Path) -> None:
+def test_a_single_file_beside_an_index_and_its_shards_is_refused(tmp_path: Path) -> None:
+    """transformers takes the single file, which an older save may have left behind."""
     save_file({"stale": torch.ones(1)}, tmp_path / SINGLE)
-    assert sorted(SafetensorsWeights(sharded(tmp_path)).names()) == sorted(TENSORS)
+    check_message(refused(sharded(tmp_path)), "holds weights twice", "one.safetensors")
+
+
+def test_of_an_index_without_its_shards_and_a_single_file_the_file_is_taken(tmp_path: Path) -> None:
+    """As transformers does."""
+    for shard in ("one.safetensors", "two.safetensors"):
+        (sharded(tmp_path) / shard).unlink()
+    (tmp_path / "one.safetensors").unlink()
+    save_file({"new": torch.ones(1)}, tmp_path / SINGLE)
+    assert SafetensorsWeights(tmp_path).names() == ["new"]
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.uint8, torch.float8_e4m3fn, torch.bool])
@@ -132,8 +142,18 @@ def test_an_index_that_names_the_wrong_shard_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    [b"{", b"[]", b"3", b'{"weight_map": 3}', b'{"weight_map": null}', b'{"metadata": {}}', b"\xff\xfe\x00"],
-    ids=["no-json", "list", "number", "map-is-number", "map-is-null", "no-map", "no-text"],
+    [
+        b"{",
+        b"[]",
+        b"3",
+        b'{"weight_map": 3}',
+        b'{"weight_map": null}',
+        b'{"metadata": {}}',
+        b'{"weight_map": {"a": "one.safetensors"}}',
+        b"\xff\xfe\x00",
+        b"[" * 100_000,
+    ],
+    ids=["no-json", "list", "number", "map-is-number", "map-is-null", "no-map", "no-metadata", "no-text", "deep"],
 )
 def test_an_index_that_is_none_is_refused(content: bytes, tmp_path: Path) -> None:
     (sharded(tmp_path) / INDEX).write_bytes(content)

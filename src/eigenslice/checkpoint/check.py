@@ -64,7 +64,7 @@ def check_folder(folder: Path, adapters: bool = False) -> None:
             refuse_adapter(folder, beside_weights=True)
         check_adapter(folder)
     weights = SafetensorsWeights(folder)
-    if not config.get("quantization_config"):
+    if config.get("quantization_config") is None:
         _check_dtypes(folder, weights)
     check_config(str(folder), config, {name: weights.shape(name) for name in weights.names()})
 

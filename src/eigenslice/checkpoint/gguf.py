@@ -1,5 +1,6 @@
 """Reading the tensors of a GGUF file one at a time, dequantized, under transformers' names."""
 
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -80,6 +81,14 @@ def _stored_as(tensor: GgufTensor) -> tuple[np.dtype, tuple[int, ...]]:
     return np.dtype(np.uint8), (*rows, tensor.size // int(np.prod(rows, dtype=np.int64)))
 
 
+def _unread(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"transformers can't read {path} ({first_line(error)})",
+        allowed="a GGUF of a type that transformers can dequantize",
+        next_step="take the model's safetensors checkpoint",
+    )
+
+
 class _Named:
     """As much of a model as `get_gguf_hf_weights_map` looks at, without its hundreds of submodules: it would build
     the same map for each."""
@@ -105,7 +114,10 @@ class GgufWeights:
         self._parsed = {"config": config.to_dict()}
         self._processor = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)(config=self._parsed["config"])
         named: Any = _Named(model, ((model.base_model_prefix, model.base_model),))
-        self._mapping = self._understood(path, lambda: get_gguf_hf_weights_map(named, self._processor))
+        try:
+            self._mapping: dict[str, str] = get_gguf_hf_weights_map(named, self._processor)
+        except Exception as error:  # it knows fewer types than transformers has configs for
+            raise _unread(path, error) from error
         self._parts: dict[str, list[str]] = {}  # several tensors of the file may make one of the model
         for stored in self._stored:
             name = self._mapping.get(stored)
@@ -120,17 +132,42 @@ class GgufWeights:
                 next_step="take the model's safetensors checkpoint",
             )
 
-    @staticmethod
-    def _understood(path: Path, work: Callable[[], Any]) -> Any:
-        """What transformers makes of a GGUF; whatever it raises says that it can't read the file."""
-        try:
-            return work()
-        except Exception as error:  # for example reshape's, on shapes that don't fit the config
+        for name, parts in self._parts.items():
+            self._check_shape(name, parts)
+
+    def _check_shape(self, name: str, parts: list[str]) -> None:
+        """Compare a parameter of the model with its tensors, by zeros that take no memory."""
+        shape: tuple[int, ...] | int = self._shapes[name]
+        found: tuple[int, ...] | int
+        if len(parts) == 1:
+            zeros = np.broadcast_to(np.float32(0), self._stored[parts[0]].shape)
+            done = self._processed(name, parts[0], zeros, {})
+            found = self._stored[parts[0]].shape if done is None else done.shape
+        else:
+            found, shape = sum(math.prod(self._stored[part].shape) for part in parts), math.prod(shape)
+        if found != shape:
             raise CheckpointError(
-                f"transformers can't read {path} ({first_line(error)})",
-                allowed="a GGUF of a type that transformers can dequantize",
-                next_step="take the model's safetensors checkpoint",
-            ) from error
+                f"{self.files[0]}: {parts[0]} is {found}, the config says {shape}",
+                allowed="weights that fit the config",
+                next_step="convert or download the file again",
+            )
+
+    def _processed(self, name: str, part: str, data: np.ndarray, tensors: dict[str, Tensor]) -> np.ndarray | None:
+        """What transformers makes of a tensor's numbers; None where it has put them into `tensors` itself.
+
+        Raises:
+            CheckpointError: it can't, for example because they don't fit the number of heads.
+        """
+        try:
+            done = self._processor.process(
+                weights=data,
+                name=part,
+                tensor_key_mapping=self._mapping,
+                parsed_parameters=self._parsed | {"tensors": tensors},
+            )
+        except Exception as error:  # whatever numpy says to shapes that don't fit
+            raise _unread(self.files[0], error) from error
+        return None if done.name is None else done.weights
 
     def names(self) -> list[str]:
         return list(self._parts)
@@ -148,17 +185,9 @@ class GgufWeights:
             stored = self._stored[part]
             dtype, shape = _stored_as(stored)
             data = np.memmap(self.files[0], dtype, "r", stored.start, shape)
-            done = self._understood(
-                self.files[0],
-                lambda part=part, data=data, stored=stored: self._processor.process(
-                    weights=dequantize(data, stored.kind),
-                    name=part,
-                    tensor_key_mapping=self._mapping,
-                    parsed_parameters=self._parsed | {"tensors": tensors},
-                ),
-            )
-            if done.name is not None:  # otherwise the processor has put it into `tensors` itself
-                tensors[name] = torch.from_numpy(np.array(done.weights, dtype=np.float32))
+            done = self._processed(name, part, dequantize(data, stored.kind), tensors)
+            if done is not None:
+                tensors[name] = torch.from_numpy(np.array(done, dtype=np.float32))
         tensor = tensors[name]
         if tuple(tensor.shape) != self._shapes[name]:
             raise CheckpointError(

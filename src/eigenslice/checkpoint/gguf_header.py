@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 
 from eigenslice.errors import CheckpointError, first_line
 
@@ -26,7 +28,18 @@ ALIGNMENT = "general.alignment"
 ARCHITECTURE = "general.architecture"
 PART = re.compile(r"-\d{5}-of-(\d{5})\.gguf$", re.IGNORECASE)
 BLOCK = re.compile(r"blk\.(\d{1,9})\.")
-FLOATS = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+
+
+def _can_be_read(kind: GGMLQuantizationType) -> bool:
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except (NotImplementedError, KeyError):
+        return False
+    return True
+
+
+READABLE = frozenset(kind for kind in GGMLQuantizationType if _can_be_read(kind))
+"""Types of tensors that the package gguf dequantizes."""
 
 
 class HeaderError(ValueError):
@@ -218,6 +231,8 @@ def _stored(name: str, shape: tuple[int, ...], number: int) -> tuple[GGMLQuantiz
         kind = GGMLQuantizationType(number)
     except ValueError:
         raise HeaderError(f"tensor {name!r} has the unknown type {number}") from None
+    if kind not in READABLE:
+        raise HeaderError(f"tensor {name!r} is stored as {kind.name}, which can't be dequantized")
     per_block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[-1] % per_block:
         raise HeaderError(f"tensor {name!r} has rows of {shape[-1]} numbers, {kind.name} has blocks of {per_block}")

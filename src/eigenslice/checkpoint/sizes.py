@@ -40,7 +40,7 @@ POSITIVE = re.compile(
 ABOVE_ZERO = re.compile(
     r"^(factor|rope_theta|rotary_emb_base|(long|short)_factor|attention_factor|rope_local_base_freq)$"
 )
-SHARES = re.compile(r"^(partial_rotary_factor|rotary_pct)$")
+SHARES = re.compile(r"^(partial_rotary_factor|rotary_pct)$|(dropout|pdrop)$")
 EPSILON = re.compile(r"(^|_)(eps|epsilon)$")
 PARTS_OF_TEXT = ("text_config", "llm_config", "language_config")
 NUMBER_OF_LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -65,13 +65,13 @@ def check_config(name: str, config: Mapping[str, Any], shapes: Shapes) -> None:
     layers = _most_layers(shapes)
     largest = max((max(shape, default=1) for shape in shapes.values()), default=1)
     numbers = {int(found[1]) for tensor in shapes for found in EXPERT.finditer(tensor)}
+    text = _text(config)
+    if config.get("quantization_config") is None:  # tensors of quantized weights have shapes of their own
+        _compare(name, config, text, shapes, layers)
     limits = (max(FEW, layers), max(MANY, largest, len(numbers)))
     for path, field, value in _numbers(config):
         _check_number(name, path, field, value, limits)
-    text = _text(config)
     _check_divisions(name, text)
-    if not config.get("quantization_config"):  # tensors of quantized weights have shapes of their own
-        _compare(name, config, text, shapes, layers)
 
 
 def _text(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -102,7 +102,7 @@ def _check_number(name: str, path: str, field: str, value: float, limits: tuple[
         return
     if ABOVE_ZERO.match(field) and not 0 < value < math.inf:
         raise _impossible(name, path, value, "a finite number above 0")
-    if SHARES.match(field) and not 0 <= value <= 1:
+    if SHARES.search(field) and not 0 <= value <= 1:
         raise _impossible(name, path, value, "a share from 0 to 1")
     if EPSILON.search(field) and not 0 <= value < math.inf:
         raise _impossible(name, path, value, "a finite number of at least 0")
@@ -123,6 +123,14 @@ def _check_divisions(name: str, text: Mapping[str, Any]) -> None:
     chosen = _whole(text, "num_experts_per_tok", "moe_topk")
     if experts and chosen is not None and not 0 < chosen <= experts:
         raise _impossible(name, "num_experts_per_tok", chosen, f"a number from 1 to the {experts} experts")
+    groups, few = _whole(text, "n_group"), _whole(text, "topk_group")
+    if experts and groups is not None and (groups < 1 or experts % groups):
+        raise _impossible(name, "n_group", groups, f"a divisor of the {experts} experts")
+    if groups and few is not None and not 0 < few <= groups:
+        raise _impossible(name, "topk_group", few, f"a number from 1 to the {groups} groups")
+    width, turned = _whole(text, *WIDTHS), _whole(text, "rotary_dim")
+    if heads and width and turned is not None and not 0 < turned <= width // heads:
+        raise _impossible(name, "rotary_dim", turned, f"a number from 1 to the {width // heads} of a head")
 
 
 def _whole(config: Mapping[str, Any], *fields: str) -> int | None:
