@@ -15,36 +15,13 @@ from safetensors.torch import load_file
 from eigenslice.checkpoint.output import partial_path
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.evaluate import perplexity
-from eigenslice.finetune import FinetuneOptions, FinetuneResult, finetune, with_recipe
+from eigenslice.finetune import FinetuneOptions, finetune, with_recipe
 from eigenslice.options import CalibrationOptions
 from eigenslice.stream import Batch
 from tests import processes, tiny
 from tests.checkpoint.files import copy_of
 from tests.conftest import Slicer, load, stored_tensors
-
-Tuner = Callable[..., FinetuneResult]
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> CalibrationOptions:
-    """Token ids that a model can learn something of."""
-    from safetensors.torch import save_file
-
-    path = tmp_path / "train.safetensors"
-    save_file({"calibration": tiny.structured_ids(44, 16, seed=5)}, path)
-    return CalibrationOptions(data=str(path))
-
-
-@pytest.fixture
-def tune(data: CalibrationOptions, tmp_path: Path) -> Tuner:
-    """Trains a folder; keywords are options."""
-
-    def run(model: Path, **options: Any) -> FinetuneResult:
-        output = tmp_path / f"tuned-{len(list(tmp_path.iterdir()))}"
-        defaults = {"output": output, "data": data, "held_out": 4, "device": "cpu", "learning_rate": 1e-2}
-        return finetune(FinetuneOptions(**{"model": str(model), **defaults} | options))
-
-    return run
+from tests.finetune.conftest import Tuner
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -27,8 +29,6 @@ SEAL = "complete.json"
 FOLDER = re.compile(r"checkpoint-(\d+)")
 STATE_SUFFIXES = (".pt", ".pth")
 """Of files that only going on needs: the optimizer, the schedule, random numbers."""
-WRITING = ("pytorchstreamwriter", "inline_container", "unexpected pos")
-"""Of what torch.save says, in lower case, where a file can't be written."""
 PEERS = ("gloo", "nccl", "peer", "connection", "process group")
 """Of what torch says, in lower case, where another process is gone."""
 
@@ -206,10 +206,9 @@ def storage_errors(ranks: Ranks) -> Iterator[None]:
             next_step="remove the work folder (OUTPUT.partial) to start anew",
         ) from error
     except RuntimeError as error:
-        text = str(error).lower()
-        if any(words in text for words in WRITING):
-            raise OSError(first_line(error)) from error
-        if ranks.size > 1 and any(words in text for words in PEERS):
+        if any(frame.f_code.co_filename == torch.serialization.__file__ for frame, _ in walk_tb(error.__traceback__)):
+            raise OSError(first_line(error)) from error  # torch.save says of a full disk many things
+        if ranks.size > 1 and any(words in str(error).lower() for words in PEERS):
             raise RankError(
                 f"rank {ranks.rank} of {ranks.size} lost the others ({first_line(error)})",
                 allowed="all ranks running to the end",
