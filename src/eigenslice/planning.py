@@ -82,8 +82,12 @@ def rounded(width: float, step: int = ROUND) -> int:
     return whole if whole < step == ROUND else whole // step * step
 
 
+def _least_width(dense: DenseModel) -> int:
+    return 2 if dense.layer_norm else 1
+
+
 def _check_width(dense: DenseModel, width: int, found: str) -> None:
-    least = 2 if dense.layer_norm else 1
+    least = _least_width(dense)
     if not least <= width <= dense.width:
         raise OptionsError(
             f"{found}; the model's hidden width is {dense.width}",
@@ -195,6 +199,8 @@ def _family(
         for share in SHARES:
             width = dense.width - share * (dense.width - least)
             width = dense.width if share == 0 else min(dense.width, rounded(width + step / 2, step))
+            if width < _least_width(dense):
+                continue  # --multiple is wider than the model
             plan = _most_neurons(dense, options, tied, budget, width, heads, dropped)
             if plan is not None and plan not in plans:
                 plans.append(plan)

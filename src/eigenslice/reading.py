@@ -40,10 +40,18 @@ def read_json(path: Path, most: int = 16 * MIB) -> Any:
     return parsed_json(read_text(path, most))
 
 
-def parsed_json(text: str) -> Any:
-    """JSON's value. Raises ValueError where it is none, or nested deeper than anything that is meant."""
+def parsed_json(text: str, unique: bool = False) -> Any:
+    """JSON's value.
+
+    Args:
+        text: The JSON.
+        unique: Refuse objects that have a field twice.
+
+    Raises:
+        ValueError: it is no JSON, or nested deeper than anything that is meant.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_unique if unique else None)
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     level = [value]
@@ -52,6 +60,13 @@ def parsed_json(text: str) -> Any:
         if not level:
             return value
     raise ValueError(f"it is nested deeper than {LEVELS} levels")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a field is there twice")
+    return values
 
 
 def _values(outer: Any) -> Any:

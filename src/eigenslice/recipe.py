@@ -50,10 +50,10 @@ def read_recipe(path: Path) -> dict[str, Any]:
     try:
         content = _parsed(read_text(path, 16 * MIB))
         if not isinstance(content, dict):
-            raise ValueError(f"it holds {'nothing' if content is None else type(content).__name__}")
+            raise ValueError(f"it holds {'nothing' if content is None else f'a {type(content).__name__}'}")
         recipe = content.get("plan", content)
         if not isinstance(recipe, dict):
-            raise ValueError(f"its plan is a {type(recipe).__name__}")
+            raise ValueError(f"its plan is of the type {type(recipe).__name__}")
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise OptionsError(
             f"--recipe {path} can't be read ({first_line(error)})", allowed=ALLOWED, next_step="check the file"
@@ -76,7 +76,7 @@ def _parsed(text: str) -> Any:
     """JSON's or YAML's value."""
     if text.lstrip().startswith("{"):
         try:
-            return parsed_json(text)
+            return parsed_json(text, unique=True)
         except ValueError:  # YAML has such braces, too
             pass
     if len(text) > LONGEST_YAML:

@@ -28,7 +28,7 @@ def label(text: str) -> str:
 def parameters_by_role(manifest: dict[str, Any]) -> Figure:
     """Bars of the parameters in each role, dense and sliced."""
     sizes = manifest["parameters"]
-    before, after = sizes.get("dense_by_role", {}), sizes["by_role"]
+    before, after = sizes.get("dense_by_role") or {}, sizes["by_role"]
     roles = list(dict.fromkeys([*before, *after]))
     pairs = (("dense", before, "c0"), ("sliced", after, "c1"))
     bars = [
