@@ -8,6 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from eigenslice.errors import OutputError
+from eigenslice.paths import expanded
 
 LOCK = "lock"
 RUN = "run.json"
@@ -71,7 +72,7 @@ def refuse_overlap(output: Path, inputs: Iterable[Path]) -> None:
     Raises:
         OutputError.
     """
-    for path in inputs:
+    for path in map(expanded, inputs):
         if not path.exists():
             continue
         for ours in (output, partial_path(output)):
