@@ -113,7 +113,7 @@ def test_nan_in_a_block_of_a_model_of_which_neurons_are_cut(
     size: list[object], slice_fails: Failure, model: Path
 ) -> None:
     rewrite(model, break_block)
-    assert "block 1 (of 0 to 2) gives NaN" in slice_fails(model, *size)
+    assert BROKEN in slice_fails(model, *size)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -180,6 +180,9 @@ def test_an_already_sliced_model(
     assert "is a sliced model already" in slice_fails(sliced)
 
 
+BROKEN = "model.layers.1.mlp.down_proj.weight holds NaN or infinite numbers, the first one at [3, 4]"
+
+
 def break_block(tensors: Tensors) -> None:
     """Put a NaN into the middle block."""
     tensors["model.layers.1.mlp.down_proj.weight"][3, 4] = torch.nan
@@ -188,18 +191,22 @@ def break_block(tensors: Tensors) -> None:
 @pytest.mark.parametrize("basis", ["global", "per-block"])
 def test_nan_in_a_block(basis: str, slice_fails: Failure, model: Path) -> None:
     rewrite(model, break_block)
-    message = slice_fails(model, "--basis", basis)
-    assert "block 1 (of 0 to 2) gives NaN or infinite activations in float32" in message
+    assert BROKEN in slice_fails(model, "--basis", basis)
 
 
 def test_nan_in_the_embeddings(slice_fails: Failure, model: Path) -> None:
     rewrite(model, lambda t: t["model.embed_tokens.weight"].fill_(torch.nan))
-    assert "the embeddings give NaN" in slice_fails(model)
+    assert "model.embed_tokens.weight holds NaN or infinite numbers, the first one at [0, 0]" in slice_fails(model)
+
+
+def test_nan_in_a_row_of_the_embedding_that_no_text_uses(slice_fails: Failure, model: Path) -> None:
+    rewrite(model, lambda t: t["model.embed_tokens.weight"][1, 5].fill_(torch.nan))
+    assert "model.embed_tokens.weight holds NaN or infinite numbers, the first one at [1, 5]" in slice_fails(model)
 
 
 def test_nan_in_the_head_which_calibration_never_runs(slice_fails: Failure, model: Path) -> None:
     rewrite(model, lambda t: t["lm_head.weight"][3].fill_(torch.inf))
-    assert "lm_head.weight doesn't fit into float32: NaN or infinite numbers" in slice_fails(model)
+    assert "lm_head.weight holds NaN or infinite numbers, the first one at [3, 0]" in slice_fails(model)
 
 
 def test_weights_that_overflow_in_the_stored_dtype(slice_fails: Failure, model: Path) -> None:
@@ -208,9 +215,17 @@ def test_weights_that_overflow_in_the_stored_dtype(slice_fails: Failure, model: 
     assert "lm_head.weight doesn't fit into float16" in message
 
 
-def test_activations_that_overflow_in_the_compute_dtype(slice_fails: Failure, model: Path) -> None:
+def test_weights_that_overflow_in_the_compute_dtype(slice_fails: Failure, model: Path) -> None:
     rewrite(model, lambda t: t["model.layers.1.mlp.down_proj.weight"].mul_(1e6))
-    assert "activations in float16" in slice_fails(model, "--compute-dtype", "float16")
+    message = slice_fails(model, "--compute-dtype", "float16")
+    assert "model.layers.1.mlp.down_proj.weight holds numbers up to" in message
+
+
+def test_activations_that_overflow_in_the_compute_dtype(slice_fails: Failure, model: Path) -> None:
+    rewrite(model, lambda t: t["model.layers.1.mlp.down_proj.weight"].mul_(1e5))
+    assert "block 1 (of 0 to 2) gives NaN or infinite activations in float16" in slice_fails(
+        model, "--compute-dtype", "float16"
+    )
 
 
 @pytest.mark.parametrize("keep", [0, 100, -1], ids=["empty", "in-header", "in-data"])
@@ -378,6 +393,6 @@ def test_a_process_of_its_own_fails_the_same_way(model: Path, tmp_path: Path, ca
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     message = done.stderr[done.stderr.index("error: ") :].splitlines()
-    assert "block 1" in message[0]
+    assert BROKEN in message[0]
     assert [line.split(":")[0].strip() for line in message] == ["error", "allowed", "next"]
     assert sorted(tmp_path.rglob("*")) == before
