@@ -119,7 +119,7 @@ def local_path(data: str) -> Path | None:
     except (FileNotFoundError, NotADirectoryError):
         if path.is_symlink():
             raise _absent(data, f"is a link to {path.readlink()}, which doesn't exist") from None
-        if ":" not in data and _looks_local(data):
+        if (":" not in data or "\\" in data) and _looks_local(data):
             raise _absent(data, "doesn't exist") from None
         return None
     except (OSError, ValueError) as error:
@@ -135,7 +135,7 @@ def local_path(data: str) -> Path | None:
 
 def _looks_local(data: str) -> bool:
     """Whether a name is a path and no hub data set, NAME or OWNER/NAME."""
-    name = data.partition(":")[0]
+    name = data if "\\" in data else data.partition(":")[0]
     known = {*KINDS, *PACKED, ".txt", ".md", ".safetensors", *" ".join(BINARY_NAMES.values()).split()}
     return (
         name.startswith(("/", "./", "../", "~"))
@@ -176,7 +176,7 @@ def open_file(path: Path) -> TextFile:
         return TextFile(path, table, suffix, "", UTF_8)
     binary = _binary(suffix, start) or (table and f"{table}, which is packed as it is, in {packing}")
     if kind in TABLE_START and start and not binary:
-        binary = f"named {suffix} and isn't {kind}"
+        binary = f"named {suffix}, and isn't {kind}"
     if binary:
         raise refused(path, f"is no text: it is {binary}")
     return TextFile(path, kind, suffix, packing, _encoding(start))
@@ -189,7 +189,7 @@ def _binary(suffix: str, start: bytes) -> str | None:
             return kind
     for kind, suffixes in BINARY_NAMES.items():
         if suffix in suffixes.split():
-            return f"named {suffix}, as {kind} is"
+            return f"{kind} by its name, {suffix}"
     return "a binary file, with NUL bytes" if b"\0" in start and _encoding(start) == UTF_8 else None
 
 
@@ -236,7 +236,8 @@ def said(error: BaseException) -> str:
 
 def one_line(value: object) -> str:
     """What a value says, in one line that isn't too long."""
-    text = " ".join(str(value).split())
+    words = " ".join(str(value).split())
+    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in words)
     return text if len(text) <= LISTED else f"{text[:LISTED]} ..."
 
 

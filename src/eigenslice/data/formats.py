@@ -11,9 +11,11 @@ from typing import Any
 from eigenslice.data.files import TextFile, one_line, reading, refused
 from eigenslice.errors import CalibrationError
 
-LARGEST = 2**30
-"""Characters that are read of a file at most; of a larger one, this much from its start."""
-WHITE = " \t\r\n"  # what JSON takes for white space
+LARGEST = 2**27
+"""Characters of text that are taken from a file at most, from its start: tokenizers need a hundred times the memory."""
+LARGEST_VALUE = 2**30
+"""Characters of a JSON file, or of a line or a cell, which are read as a whole."""
+WHITE = " \t\r\n"  # what JSON takes for white space; control characters in strings are taken, too (strict=False)
 SAMPLE = 2**16  # characters that tell whether a text is JSON lines
 ROWS = 256  # of a table at once
 DELIMITERS = (",", ";", "\t", "|")
@@ -85,7 +87,7 @@ def _is_json(text: str) -> bool:
 
 def _parsed(text: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, strict=False)
     except (ValueError, RecursionError):
         return None
 
@@ -122,10 +124,10 @@ def _first_line(file: TextFile) -> tuple[int, str, bool]:
 def _split(file: TextFile, stream: TextIOWrapper) -> Iterator[tuple[int, str]]:
     """Lines that aren't blank, with their numbers: cut at line feeds only, as strings may hold other breaks."""
     number = 0
-    while line := stream.readline(LARGEST + 1):
+    while line := stream.readline(LARGEST_VALUE + 1):
         number += 1
-        if len(line) > LARGEST:
-            raise _too_large(file, f"line {number} has more than {LARGEST} characters")
+        if len(line) > LARGEST_VALUE:
+            raise _too_large(file, f"line {number} has more than {LARGEST_VALUE} characters")
         if line.strip(WHITE):
             yield number, line
 
@@ -138,7 +140,7 @@ def _lines(file: TextFile) -> Iterator[tuple[int, Any]]:
 
 def _load(file: TextFile, line: str, number: int) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, strict=False)
     except json.JSONDecodeError as error:
         raise _no_json(file, number + error.lineno - 1, f"{error.msg}, column {error.colno}") from error
     except (ValueError, RecursionError) as error:
@@ -148,10 +150,10 @@ def _load(file: TextFile, line: str, number: int) -> Any:
 def _documents(file: TextFile) -> list[Any]:
     """The values of a JSON file: one, or several one after the other."""
     with reading(file.path, file), file.characters(newline="\n") as stream:
-        text = stream.read(LARGEST + 1)
-    if len(text) > LARGEST:
-        raise _too_large(file, f"has more than {LARGEST} characters, and JSON is read as a whole")
-    decoder, values, at = json.JSONDecoder(), [], 0
+        text = stream.read(LARGEST_VALUE + 1)
+    if len(text) > LARGEST_VALUE:
+        raise _too_large(file, f"has more than {LARGEST_VALUE} characters, and JSON is read as a whole")
+    decoder, values, at = json.JSONDecoder(strict=False), [], 0
     try:
         while (start := re.compile(rf"[{WHITE}]*").match(text, at).end()) < len(text):  # pyright: ignore[reportOptionalMemberAccess]
             value, at = decoder.raw_decode(text, start)
@@ -198,7 +200,7 @@ def _listed(file: TextFile, value: Any, is_record: Callable[[dict[str, Any]], bo
 
 def _csv(file: TextFile) -> Iterator[tuple[int, Any]]:
     """Rows as records of the header's fields, with the numbers of their first lines."""
-    limit = csv.field_size_limit(LARGEST)
+    limit = csv.field_size_limit(LARGEST_VALUE)
     try:
         with reading(file.path, file):
             with file.characters(newline="") as stream:

@@ -67,7 +67,10 @@ def hub_records(hub: HubText, split: str, seed: int | None) -> Records:
 
 def _load(hub: HubText, split: str) -> Any:
     import datasets
+    from datasets import packaged_modules
 
+    if hub.path in packaged_modules._PACKAGED_DATASETS_MODULES:  # would read all such files of the current folder
+        raise ValueError(f"{hub.path} is the name of a format, not of a data set")
     folder = Path(hub.path)
     if any((folder / name).is_file() for name in SAVED):
         saved: Any = datasets.load_from_disk(folder)

@@ -73,7 +73,7 @@ def _why_no_ids(ids: Tensor, mask: Tensor | None, config: Any) -> str | None:
         return f"has sequences of {ids.shape[1]} tokens; the model takes {longest}"
     if mask is not None and (mask.shape != ids.shape or not mask.any()):
         return f"comes with an attention_mask of shape {tuple(mask.shape)} that marks {int(mask.sum())} tokens"
-    if mask is not None and not bool(((mask == 0) | (mask == 1)).all()):
+    if mask is not None and (mask.is_complex() or not bool(((mask == 0) | (mask == 1)).all())):
         return f"comes with an attention_mask of other numbers than 0 and 1, in {_dtype(mask)}"
     return None
 

@@ -150,10 +150,9 @@ class Texts:
                 allowed="at least one document that is not empty",
                 next_step="check the file, or --field",
             )
-        count = "its only record" if self._records == 1 else f"none of its {self._records} records"
-        verb = "can't" if self._records == 1 else "can"
+        none = "its only record can't" if self._records == 1 else f"none of {self._records} records can"
         raise CalibrationError(
-            f"{where}: {count} {verb} be used. The first: {self._first['unusable']}",
+            f"{where}: {none} be used. The first: {self._first['unusable']}",
             allowed="strings; records with text in the field; conversations: messages, or a question and an answer"
             + (", that the chat template takes" if chat_template else ""),
             next_step=self._reason.next_step or NEXT,

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+from eigenslice.data.files import one_line
+
 FIELDS = 20  # that are listed of a record
-LETTERS = 60  # of each field's name
+LETTERS = 40  # of each field's name
 KINDS = {
     type(None): "null",
     dict: "an object",
@@ -39,4 +41,4 @@ def fields_of(record: dict[Any, Any]) -> str:
     names = [str(name) for name in record]
     shown = ", ".join(name if len(name) <= LETTERS else f"{name[:LETTERS]} ..." for name in names[:FIELDS])
     more = f" and {len(names) - FIELDS} more" if len(names) > FIELDS else ""
-    return " ".join(f"{shown}{more}".split()) or "no fields"
+    return one_line(shown) + more if names else "no fields"
