@@ -56,6 +56,7 @@ def fails(command: Command) -> Failure:
         assert outcome.code == 2, outcome
         assert outcome.out == ""
         assert "Traceback" not in outcome.err
+        assert "bug in eigenslice" not in outcome.err
         start = outcome.err.rindex("error: ")
         message = outcome.err[start:].rstrip("\n").split("\n")
         assert len(message) == 3, message
