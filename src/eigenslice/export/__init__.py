@@ -79,13 +79,13 @@ def _open(options: ExportOptions) -> tuple[Path, Any]:
     """The folder and the config of the model to export."""
     check_output(options.output, inputs=[Path(options.model)])
     folder, gguf = locate(options.model)
-    refuse_overlap(options.output, [folder])
     if gguf:
         raise CheckpointError(
             f"{options.model} is a GGUF file",
             allowed="a folder or a hub id, in safetensors",
             next_step="export the folder that `eigenslice slice` wrote",
         )
+    refuse_overlap(options.output, [folder])
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=options.trust_remote_code)
     except Exception as error:  # config classes raise all kinds
