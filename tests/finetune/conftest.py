@@ -89,11 +89,13 @@ def training(dense_folder: Folders, calibration: Path, tmp_path_factory: pytest.
     return make_training(dense_folder, calibration, tmp_path_factory.mktemp("training"))
 
 
-def make_training(dense_folder: Folders, calibration: Path, folder: Path, **options: Any) -> Training:
+def make_training(
+    dense_folder: Folders, calibration: Path, folder: Path, case: str = "llama", **options: Any
+) -> Training:
     """A short training; keywords are options."""
     model = folder / "sliced"
     text = CalibrationOptions(data=str(calibration))
-    slice_model(SliceOptions(model=str(dense_folder("llama")), output=model, width=24, calibration=text, refit=False))
+    slice_model(SliceOptions(model=str(dense_folder(case)), output=model, width=24, calibration=text, refit=False))
     values: dict[str, Any] = {"model": str(model), "data": token_ids(folder, 20), "output": folder / "out"}
     chosen = FinetuneOptions(**values | {"epochs": 2, "dropout": 0.3} | SHORT | options)
     finetune(chosen)

@@ -17,7 +17,7 @@ from eigenslice.finetune.inputs import open_input, open_sliced
 from tests.attacks.disk import snapshot
 from tests.checkpoint.files import copy_of, edit_json
 from tests.conftest import Folders, Slicer, load
-from tests.finetune.conftest import Training, Tuner, contents
+from tests.finetune.conftest import Training, Tuner
 from tests.messages import check_message
 
 
@@ -192,7 +192,7 @@ def test_a_sharded_model_with_all_its_companions(training: Training, tmp_path: P
         weights = {name for name in found | expected if "-of-" in name}
         assert found - weights - {"README.md"} == expected - weights - {"README.md"} | added
         assert (output / "additional_chat_templates" / "tool.jinja").read_text() == "{{ messages }}"
-        manifest = json.loads(contents(output)["eigenslice.json"])
+        manifest = json.loads((output / "eigenslice.json").read_bytes())
         assert manifest["sha256"].keys() == {n for n in found if n.endswith(".safetensors")}
     with pytest.raises(CheckpointError, match="holds an adapter beside its weights"):
         open_sliced(str(tmp_path / "out-True"))
@@ -209,3 +209,26 @@ def test_a_disk_without_room_for_the_checkpoints_is_seen_before_the_training(
     numbers = sum(tensor.numel() for tensor in load_file(training.options.model + "/model.safetensors").values())
     assert sizes["full"] == [10 * 4 * numbers]
     assert sizes["adapters"][0] < 8 * 4 * numbers
+
+
+def test_a_generation_config_that_only_loads_is_kept(training: Training, tmp_path: Path) -> None:
+    """transformers refuses to save it: at the end of a training, all work would be lost."""
+    model = copy_of(Path(training.options.model), tmp_path / "model")
+    (model / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
+    output = finetune(training.at(tmp_path / "out", model=str(model), resume=False, full=True)).output
+    assert (output / "generation_config.json").read_bytes() == (model / "generation_config.json").read_bytes()
+
+
+def test_a_model_that_can_not_be_saved_is_refused_before_the_training(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise ValueError("not in this form")
+
+    monkeypatch.setattr("transformers.LlamaConfig.save_pretrained", refuse)
+    check_message(refused(training.at(tmp_path / "out"), tmp_path, CheckpointError), "not in this form")
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        "eigenslice.finetune.inputs.as_stored", lambda model, own: {f"x.{n}": t for n, t in own.items()}
+    )
+    check_message(refused(training.at(tmp_path / "out"), tmp_path, CheckpointError), "in another form")

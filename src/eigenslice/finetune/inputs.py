@@ -4,9 +4,12 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig
 
 from eigenslice.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from eigenslice.checkpoint.companions import copy_companions
@@ -15,7 +18,7 @@ from eigenslice.checkpoint.mapping import as_stored
 from eigenslice.checkpoint.names import CONFIG
 from eigenslice.checkpoint.source import locate
 from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights, file_hashes
-from eigenslice.errors import CheckpointError, IncompleteError
+from eigenslice.errors import CheckpointError, IncompleteError, first_line
 from eigenslice.evaluate import LoadedModel, load_model
 from eigenslice.manifest import NAME, read_manifest
 from eigenslice.modeling import SlicedConfig
@@ -131,21 +134,35 @@ class Sliced(Input):
         found = self.stored.get(name, ((), None))[1]
         return found or getattr(torch, self.manifest["dtype"])
 
-    def check_names(self, model: Any) -> None:
-        """Refuse a model that transformers would not save as it is stored.
+    def check_saving(self, model: Any) -> None:
+        """Refuse a model that transformers can't save, or not as it is stored.
+
+        All is tried but the weights, whose names are computed. The generation config, which may be one that
+        transformers only loads, is left to the file.
 
         Raises:
             CheckpointError.
         """
-        own = {name: p.to("meta") for name, p in model.named_parameters()}
-        names = own if model.config.model_type == SlicedConfig.model_type else as_stored(model, own)
+        model.generation_config = GenerationConfig()
+        try:
+            with TemporaryDirectory(prefix="eigenslice-") as folder:
+                model.save_pretrained(folder, state_dict={})
+            own = {name: p.to("meta") for name, p in model.named_parameters()}
+            names = own if model.config.model_type == SlicedConfig.model_type else as_stored(model, own)
+        except (OSError, SafetensorError):  # the disk
+            raise
+        except Exception as error:  # whatever configs raise
+            raise self._not_saved(f"can't be saved again by transformers ({first_line(error)})") from error
         wrong = sorted(n for n, tensor in names.items() if self.stored.get(n, ((),))[0] != tuple(tensor.shape))
         if wrong:
-            raise CheckpointError(
-                f"{self.name} stores {wrong[0]} in another form than transformers saves",
-                allowed="the names and shapes that save_pretrained writes",
-                next_step="load the model with transformers and save it with save_pretrained, or report this model",
-            )
+            raise self._not_saved(f"stores {wrong[0]} in another form than transformers saves")
+
+    def _not_saved(self, why: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name} {why}",
+            allowed="a model whose names, shapes and config save_pretrained writes",
+            next_step="load the model with transformers and save it with save_pretrained, or report this model",
+        )
 
 
 def open_input(name: str) -> Input:

@@ -132,7 +132,7 @@ def _finetune(options: FinetuneOptions, ranks: Ranks, progress: Progress) -> Fin
         companions = Path(folder)
         card = ranks.on_first(lambda: base.stage(companions, options.trust_remote_code))
         loaded = base.load("float32", options.trust_remote_code)
-        base.check_names(loaded.model)
+        base.check_saving(loaded.model)
         teacher = dense.load(None, options.trust_remote_code) if dense else None
         if teacher:
             _check_teacher(options, loaded, teacher)
