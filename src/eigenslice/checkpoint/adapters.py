@@ -41,8 +41,8 @@ PLAIN = frozenset(
 )
 """Fields of LoRA as it is; others make peft do something else, such as repeat layers or import modules."""
 MERGE = (
-    "merge it first: peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW), "
-    "or finetune without --keep-adapter"
+    "merge it first: peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), FOLDER)"
+    ".merge_and_unload().save_pretrained(NEW), MODEL being what it was trained on; or finetune without --keep-adapter"
 )
 
 

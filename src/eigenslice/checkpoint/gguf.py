@@ -119,15 +119,17 @@ class GgufWeights:
         except Exception as error:  # it knows fewer types than transformers has configs for
             raise _unread(path, error) from error
         self._parts: dict[str, list[str]] = {}  # several tensors of the file may make one of the model
+        unknown = []
         for stored in self._stored:
-            name = self._mapping.get(stored)
+            # Of experts, transformers maps the name without its suffix
+            name = self._mapping.get(stored, self._mapping.get(stored.removesuffix(".weight")))
             if name is not None and name in self._shapes:
                 self._parts.setdefault(name, []).append(stored)
-        unknown = [name for name in self._stored if self._mapping.get(name) not in self._parts]
-        unknown = sorted(name for name in unknown if not UNUSED.search(name))
+            elif not UNUSED.search(stored):
+                unknown.append(stored)
         if unknown:
             raise CheckpointError(
-                f"{path} has {len(unknown)} unknown tensors ({', '.join(unknown[:3])})",
+                f"{path} has {len(unknown)} unknown tensors ({', '.join(sorted(unknown)[:3])})",
                 allowed=f"exactly the weights of transformers' {type(model).__name__}",
                 next_step="take the model's safetensors checkpoint",
             )
@@ -137,9 +139,9 @@ class GgufWeights:
 
     def _check_shape(self, name: str, parts: list[str]) -> None:
         """Compare a parameter of the model with its tensors, by zeros that take no memory."""
-        shape: tuple[int, ...] | int = self._shapes[name]
-        found: tuple[int, ...] | int
-        if len(parts) == 1:
+        shape: Any = self._shapes[name]
+        found: Any
+        if len(parts) == 1 and len(shape) < 3:  # of experts, transformers makes copies
             zeros = np.broadcast_to(np.float32(0), self._stored[parts[0]].shape)
             done = self._processed(name, parts[0], zeros, {})
             found = self._stored[parts[0]].shape if done is None else done.shape

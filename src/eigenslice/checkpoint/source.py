@@ -1,4 +1,4 @@
-"""Opening what the user names: a folder, a hub id or a GGUF file."""
+"""A dense checkpoint, opened for reading: config, weights, tokenizer, hashes."""
 
 import io
 import warnings
@@ -15,18 +15,16 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from eigenslice.arch import lookup, table_of
-from eigenslice.checkpoint.check import check_folder, check_gguf, list_folder, read_config
-from eigenslice.checkpoint.download import commit_of, download
-from eigenslice.checkpoint.files import check_file, read_json
+from eigenslice.checkpoint.check import read_config
+from eigenslice.checkpoint.download import commit_of
+from eigenslice.checkpoint.files import read_json
 from eigenslice.checkpoint.gguf import GgufWeights, apart, refuse_lost_rope_scaling
+from eigenslice.checkpoint.locate import locate
 from eigenslice.checkpoint.names import TOKENIZER_CONFIG, code_named
 from eigenslice.checkpoint.scan import Extent, refuse_unfit, scan
 from eigenslice.checkpoint.towers import TOWERS, holds_tower, tower_config
 from eigenslice.checkpoint.weights import LEFTOVERS, SafetensorsWeights, Weights, file_hashes
 from eigenslice.errors import CheckpointError, EigensliceWarning, UnsupportedModelError, first_line
-from eigenslice.hub import hub_name
-
-GGUF = ".gguf"
 
 
 @dataclass(frozen=True)
@@ -202,78 +200,6 @@ def load_tokenizer(name: str, folder: Path, gguf: str | None, trust_remote_code:
             next_step="add --trust-remote-code if you trust the checkpoint's code"
             if withheld
             else "copy the tokenizer files into the folder, or pass token ids",
-        ) from error
-
-
-def locate(name: str, adapters: bool = False) -> tuple[Path, str | None]:
-    """Find and check a checkpoint: every verb does this first.
-
-    Args:
-        name: A folder, a hub id or a .gguf file.
-        adapters: Whether an adapter may lie beside the weights: transformers applies it, who reads the weights can't.
-
-    Returns:
-        The folder and, for a GGUF, the file's name in it.
-
-    Raises:
-        CheckpointError: there is none, or none that can be read; see `check_folder` and `check_gguf`.
-    """
-    folder, gguf = _find(name)
-    gguf = gguf or _only_gguf(folder)
-    if gguf:
-        check_gguf(folder / gguf)
-    else:
-        check_folder(folder, adapters)
-    return folder, gguf
-
-
-def _only_gguf(folder: Path) -> str | None:
-    """Name of the GGUF that a folder without config.json holds.
-
-    Raises:
-        CheckpointError: it holds several.
-    """
-    names = list_folder(folder)
-    ggufs = [name for name in names if name.lower().endswith(GGUF) and "config.json" not in names]
-    if len(ggufs) > 1:
-        raise CheckpointError(
-            f"{folder} holds {len(ggufs)} GGUF files: {', '.join(ggufs[:5])}",
-            allowed="a folder with one GGUF file, or the file itself",
-            next_step=f"pass one of them, for example {folder / ggufs[0]}",
-        )
-    if ggufs:
-        check_file(folder / ggufs[0], folder)
-    return ggufs[0] if ggufs else None
-
-
-def _find(name: str) -> tuple[Path, str | None]:
-    """The folder and, where the name is that of a GGUF file, the file's name in it."""
-    try:
-        path = Path(name).expanduser()
-        if path.is_file() and path.suffix.lower() == GGUF:
-            return path.parent, path.name
-        if path.is_dir():
-            return path, None
-        exists = path.exists() or path.is_symlink()
-    except (OSError, RuntimeError):  # no file can have this name, such as one of 300 characters; no such user
-        exists = False
-    allowed = "a local folder with config.json and safetensors, a .gguf file, or a hub id such as Qwen/Qwen3-0.6B"
-    if exists:
-        raise CheckpointError(
-            f"{name} is neither a folder nor a .gguf file", allowed=allowed, next_step="pass one of these"
-        )
-    hub = hub_name(name)
-    if hub is None:
-        raise CheckpointError(f"{name} doesn't exist and is no hub id", allowed=allowed, next_step="check the path")
-    try:
-        return download(name, hub)
-    except CheckpointError:
-        raise
-    except Exception as error:  # the hub client raises its own, requests' and the system's errors
-        raise CheckpointError(
-            f"{name} doesn't exist here and the hub didn't give it ({first_line(error)})",
-            allowed=allowed,
-            next_step="check the spelling, the network, and for a gated model `hf auth login`",
         ) from error
 
 

@@ -51,7 +51,7 @@ def generate(
     """
     written: list[list[str]] = []
     for name in models:
-        locate(name)  # the second one is refused before the first one is run
+        locate(name, adapters=True)  # the second one is refused before the first one is run
     for number, name in enumerate(models):
         progress("generating", number * len(prompts), len(models) * len(prompts))
         loaded = load_model(name, device, None, trust_remote_code)
