@@ -43,9 +43,8 @@ def test_the_line_that_tells_the_cause(text: str, expected: str) -> None:
 def test_errors_of_libraries_that_begin_with_a_heading() -> None:
     strict = StrictDataclassClassValidationError("validate_architecture", ValueError("The hidden size (7) is odd"))
     assert first_line(strict).endswith(": The hidden size (7) is odd")
-    assert "width: Input should be a valid integer" in first_line(
-        raised(ValidationError, Numbers.model_validate, {"width": "x"})
-    )
+    invalid = raised(ValidationError, Numbers.model_validate, {"width": "x"})
+    assert "width: Input should be a valid integer" in first_line(invalid)
     found = first_line(raised(yaml.YAMLError, yaml.safe_load, "width: ["))
     assert found == "ParserError: expected the node content, but found '<stream end>' (line 1, column 9)"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ FIELD_VALUES = st.dictionaries(st.sampled_from([*FIELDS, "plan", "x"]), VALUES, 
 @settings(derandomize=True, max_examples=200, deadline=None, database=None)
 @given(FIELD_VALUES.map(json.dumps) | st.text("width: 24{}[]&*-\n\t'\"!%#|>?,", max_size=40) | st.binary(max_size=30))
 def test_any_file_is_a_recipe_or_one_message(content: str | bytes) -> None:
-    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"recipe-{os.getpid()}"
+    path = Path(tempfile.gettempdir()) / f"recipe-{os.getpid()}"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     try:
         recipe = read_recipe(path)

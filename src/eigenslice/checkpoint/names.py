@@ -6,8 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from huggingface_hub.repocard import metadata_load
-
+from eigenslice.card_metadata import read_card_metadata
 from eigenslice.errors import CheckpointError
 
 CONFIG, GENERATION, CARD, MANIFEST = "config.json", "generation_config.json", "README.md", "eigenslice.json"
@@ -92,10 +91,7 @@ def is_companion(name: str) -> bool:
 
 def linked_licence(folder: Path) -> set[str]:
     """The file that a card's metadata links to as the licence, if the link is a path in the card's folder."""
-    try:
-        link = (metadata_load(folder / CARD) or {}).get("license_link")
-    except Exception:  # front matter of all kinds; who reads the card says what is wrong with it
-        return set()
+    link = read_card_metadata(folder / CARD, warn=False).get("license_link")
     path = PurePosixPath(link) if isinstance(link, str) and ":" not in link else None
     if path is None or not path.name or path.is_absolute() or ".." in path.parts or str(path) == CARD:
         return set()

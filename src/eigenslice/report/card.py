@@ -5,8 +5,8 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from eigenslice.card_metadata import read_card_metadata
 from eigenslice.report.escape import markdown
-from eigenslice.report.metadata import read_card_metadata
 from eigenslice.report.story import (
     base_model,
     calibration_text,
@@ -53,7 +53,7 @@ def _fewer(manifest: dict[str, Any]) -> list[str]:
 
 
 def _text(manifest: dict[str, Any], name: str) -> str:
-    sizes, plan, source = manifest["parameters"], manifest["plan"], markdown(source_name(manifest))
+    sizes, plan, source = manifest["parameters"], manifest["plan"], markdown(source_name(manifest), starts=True)
     lines = [
         f"# {markdown(name)}",
         "",
@@ -104,7 +104,8 @@ def _finetuned(manifest: dict[str, Any]) -> list[str]:
     return [
         "## Recovery fine-tuning",
         "",
-        f"{markdown(section['trained'])}, {section['steps']} steps on {markdown(calibration_text(section['data']))}"
+        f"{markdown(section['trained'], starts=True)}, {section['steps']} steps "
+        f"on {markdown(calibration_text(section['data']))}"
         + (f"; distilled from {markdown(Path(teacher).name)}" if teacher else "")
         + f". Perplexity on {measured['tokens']:,} held-out tokens: {change}.",
         "",

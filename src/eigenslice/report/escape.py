@@ -7,13 +7,21 @@ import shlex
 
 from eigenslice.errors import printable
 
-SPECIAL = re.compile(r"[\\`*_\[\]|~]|^[#>+=-]|^[0-9]+(?=[.)])")
-"""What means something in the middle of a line of Markdown, or at its start."""
+SPECIAL = re.compile(r"[\\`*_\[\]|~]")
+"""What means something in the middle of a line of Markdown, and ..."""
+AT_START = re.compile(r"^[#>+=-]|^[0-9]+(?=[.)])")
+"""... at its start."""
 
 
-def markdown(text: str) -> str:
-    """A text that Markdown, and the HTML that Markdown may hold, shows as it is, on one line."""
-    return SPECIAL.sub(_backslash, html.escape(printable(text), quote=False))
+def markdown(text: str, starts: bool = False) -> str:
+    """A text that Markdown, and the HTML that Markdown may hold, shows as it is, on one line.
+
+    Args:
+        text: The text.
+        starts: Whether a line starts with it.
+    """
+    escaped = SPECIAL.sub(_backslash, html.escape(printable(text), quote=False))
+    return AT_START.sub(_backslash, escaped) if starts else escaped
 
 
 def _backslash(found: re.Match[str]) -> str:

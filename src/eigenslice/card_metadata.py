@@ -16,18 +16,19 @@ FIELD = re.compile(rf"^({'|'.join(INHERITED)})[ \t]*:.*(?:\n|\Z)(?:[ \t-].*(?:\n
 """One field with all lines that belong to it. What is in the others, which may be anything, is never parsed."""
 LONGEST_CARD = 4 * 1024**2
 """Bytes in which the metadata end: lists of measurements can be long."""
-LONGEST_FIELD = 16 * 1024
+LONGEST_FIELD = 8 * 1024
 LONGEST_VALUE = 500
 MOST_LANGUAGES = 500
 
 
-def read_card_metadata(path: Path) -> dict[str, Any]:
+def read_card_metadata(path: Path, warn: bool = True) -> dict[str, Any]:
     """Licence and language in a model card.
 
     Whatever is in a card, it is never an error: fields that can't be understood are left out, with a warning.
 
     Args:
         path: The card; there may be none.
+        warn: Whether to say what is left out.
 
     Returns:
         `license`, `license_name` and `license_link` (texts), `language` (a text or a list of texts), as far as they
@@ -39,21 +40,23 @@ def read_card_metadata(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             text = file.read(LONGEST_CARD).decode("utf-8-sig", errors="replace")
     except (OSError, ValueError) as error:
-        _warn(f"{path} can't be read ({first_line(error)})")
+        _left_out(f"{path} can't be read ({first_line(error)})", warn)
         return {}
     front = FRONT.match(text)
     found: dict[str, Any] = {}
-    for field in FIELD.finditer(front[1]) if front else ():
-        value = _value(field[0])
+    fields = {field[1]: field[0] for field in FIELD.finditer(front[1])} if front else {}  # the last one counts
+    for name, field in fields.items():
+        value = _value(field)
         if value is None:
-            _warn(f"{path} has {field[1]} of another kind than a card's")
+            _left_out(f"{path} has {name} of another kind than a card's", warn)
         elif value:
-            found[field[1]] = value
+            found[name] = value
     return found
 
 
-def _warn(what: str) -> None:
-    warnings.warn(f"{what}: the result's card goes without it", EigensliceWarning, stacklevel=3)
+def _left_out(what: str, warn: bool) -> None:
+    if warn:
+        warnings.warn(f"{what}: the result's card goes without it", EigensliceWarning, stacklevel=3)
 
 
 def _value(field: str) -> str | list[str] | None:
