@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -229,7 +230,8 @@ def _run(job: _Job) -> FinetuneResult:
                 result = _train(job, work, checkpoints)
         except BaseException:
             if ranks.first:
-                checkpoints.remove_unsealed()
+                with suppress(OSError):  # the error that led here says more
+                    checkpoints.remove_unsealed()
             raise
     if result.after.loss >= result.before.loss:
         warnings.warn(
