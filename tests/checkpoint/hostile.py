@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import struct
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,8 +171,11 @@ def adapter(folder: Path, **values: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    tuned: Any = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False))
-    tuned.save_pretrained(folder)
+    config = LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's
+        tuned: Any = get_peft_model(model, config)
+        tuned.save_pretrained(folder)
     if values:
         edit_json(folder / "adapter_config.json", **values)
 

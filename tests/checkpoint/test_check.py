@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,9 +63,7 @@ def test_what_is_not_attacked_is_taken_by_all(folder: Path) -> None:
 
 @pytest.mark.parametrize("attack", hostile.FOLDERS)
 def test_all_readers_refuse(attack: str, folder: Path) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's, while an adapter is made
-        hostile.FOLDERS[attack](folder)
+    hostile.FOLDERS[attack](folder)
     assert all(verdicts(folder).values()), verdicts(folder)
     assert not (folder.parent / hostile.BOOM).exists(), "code was run"
 
@@ -176,8 +173,7 @@ def test_closed_files_are_told(name: str, folder: Path) -> None:
 
 def test_an_adapter_is_applied_as_transformers_does_it_or_refused(folder: Path) -> None:
     ids = tiny.random_ids(2, 9)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's, while the adapter is made
+    with torch.no_grad():
         bare = load(folder)(ids).logits
         hostile.adapter(folder)
         expected = load(folder)(ids).logits
@@ -193,9 +189,7 @@ def test_an_adapter_is_applied_as_transformers_does_it_or_refused(folder: Path) 
 
 def test_weights_that_lack_beside_an_adapter_are_found(folder: Path) -> None:
     """transformers forgets them where there is an adapter, and fills them with random numbers."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hostile.adapter(folder)
+    hostile.adapter(folder)
     tensors = load_file(folder / SINGLE)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
@@ -231,9 +225,7 @@ def test_a_gguf_is_read_apart_from_its_neighbours(
     gguf: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers reads a file of the same name in the working directory, and tokenizers and adapters beside it."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hostile.adapter(folder)
+    hostile.adapter(folder)
     shutil.move(gguf, folder / "tiny.gguf")
     other = tmp_path / "elsewhere"
     other.mkdir()
