@@ -43,6 +43,7 @@ from support_runtimes import (
     missing,
     near,
 )
+from support_types import head
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/support.json", ROOT / "docs/support.md"
@@ -198,16 +199,22 @@ def run_case(runner: Runner, columns: list[str]) -> dict[str, str]:
 def page(results: dict[str, dict[str, str]]) -> str:
     """The Markdown of docs/support.md."""
     lines = [
-        "# What is supported",
+        head(results),
+        "## Matrix",
         "",
-        "Made by `python benchmarks/support.py` from runs on tiny random models; no cell is filled in by hand. A type",
-        "has a row for each variant that was run. *untied*: the embeddings of this variant aren't tied. *none*: the",
-        "table has no neurons to cut. *not run*: nobody has tried, which includes what needs another program.",
-        "transformers 4.57 gets the stock result, at 24 of 32 numbers. OpenVINO gets it, or the custom one: a prompt",
-        "at once, another one token by token. llama.cpp gets one of that width from a model with a tokenizer that it",
-        f"has, vLLM one of {check_vllm.WIDTH} of {check_vllm.WIDE['hidden_size']} numbers. Where one of these fails,",
-        "the dense model as transformers 5 saves it is tried, too. *not written*: `eigenslice export` refuses this",
-        "type or, where there is a number, this variant.",
+        "`python benchmarks/support.py` makes this table from runs on tiny random models. No cell is filled in by",
+        "hand. A type has a row for each variant that was run.",
+        "",
+        "- *untied*: the embeddings of this variant aren't tied.",
+        "- *none*: the table has no neurons to cut.",
+        "- *not run*: nobody has tried. Columns of other programs need this program.",
+        "- *not written*: `eigenslice export` refuses this type or, where there is a number, this variant.",
+        "- transformers 4.57 gets the stock result at hidden size 24 of 32.",
+        "- OpenVINO gets the stock result or the custom one: a prompt at once, another prompt token by token.",
+        "- llama.cpp gets a result of hidden size 24 from a model with a tokenizer that llama.cpp has.",
+        f"- vLLM gets a result of hidden size {check_vllm.WIDTH} of {check_vllm.WIDE['hidden_size']}.",
+        "",
+        "Where one of these programs fails, the dense model as transformers 5 saves it is tried, too.",
         "",
         "| variant | type | " + " | ".join(COLUMNS.values()) + " |",
         "| --- " * (len(COLUMNS) + 2) + "|",
@@ -235,6 +242,9 @@ def main() -> None:
     parser.add_argument("--vllm", help="a Python with vLLM")
     parser.add_argument("--columns", help="columns to run, with commas between them; the others keep their results")
     parser.add_argument("--first", action="store_true", help="only the first variant of each type")
+    parser.add_argument(
+        "--page", action="store_true", help="run nothing: write the page from the results that are here"
+    )
     options = parser.parse_args()
     columns = options.columns.split(",") if options.columns else list(COLUMNS)
     for column in columns:
@@ -245,6 +255,9 @@ def main() -> None:
     pythons = {"old": options.old, "vllm": options.vllm}
     torch.set_num_threads(1)
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    if options.page:
+        PAGE.write_text(page(results))
+        return
     first = {variant.model_type: case for case, variant in reversed(tiny.CASES.items())}
     for case, variant in tiny.CASES.items():
         if options.types and variant.model_type not in options.types:
