@@ -62,7 +62,6 @@ class Interrupted:
             try:
                 slice_model(self._options.model_copy(update={"resume": True}))
             except EigensliceError as error:
-                assert error.next_step
                 return None, [str(error)]
         return self._content(), [str(w.message) for w in caught]
 
