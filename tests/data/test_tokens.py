@@ -1,5 +1,6 @@
 """Sequences of tokens: windows of texts, and token ids from files."""
 
+import json
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -356,3 +357,87 @@ def test_evaluation_takes_token_ids_as_they_are_without_a_warning(tmp_path: Path
     ids = random_ids(1, 5)
     options = CalibrationOptions(data=str(ids_file(tmp_path, calibration=ids)), samples=1)
     assert rows(evaluation_tokens(options, no_tokenizer, CONFIG)) == ids.tolist()
+
+
+NARROW = SimpleNamespace(**CONFIG.__dict__ | {"hidden_size": 1})  # for which few tokens are enough
+
+
+def chat_tokenizer() -> Any:
+    tokenizer = words.tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {{ eos_token }} {% endfor %}"
+    return tokenizer
+
+
+def test_conversations_are_read_in_the_chat_template_by_calibration_and_evaluation(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    turns = [{"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": "w7"}]
+    path.write_text(json.dumps({"messages": turns}) + "\n" + json.dumps({"messages": turns}) + "\n")
+    options = CalibrationOptions(data=str(path), samples=2, seqlen=5)
+    expected = [[5, 6, 2, 7, 2]] * 2  # </s> is 2
+    for tokens in (
+        calibration_tokens(options, chat_tokenizer, NARROW),
+        evaluation_tokens(options, chat_tokenizer, NARROW),
+    ):
+        assert rows(tokens) == expected
+        assert tokens.description["data"] == "a.jsonl, chat template"
+    plain = calibration_tokens(CalibrationOptions(data=str(path), samples=2, seqlen=3), chat_tokenizer, NARROW, False)
+    assert rows(plain) == [[5, 6, 7]] * 2
+
+
+def test_conversations_without_a_chat_template_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[{"question": "w5 w6", "answer": "w7 w8"}]')
+    with pytest.warns(EigensliceWarning, match="no chat template"):
+        tokens = calibrate(path, NARROW, samples=1, seqlen=4)
+    assert rows(tokens) == [[5, 6, 7, 8]]
+
+
+def test_records_that_are_left_out_are_told_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("null\n" + json.dumps({"text": words.text(IDS)}) + "\n3\n")
+    with pytest.warns(EigensliceWarning) as caught:
+        tokens = evaluate(path, samples=8)
+    assert rows(tokens) == WINDOWS
+    (warning,) = caught
+    assert "2 of 3 records can't be used" in str(warning.message)
+
+
+def test_a_long_file_is_evaluated_as_if_it_were_read_to_its_end(tmp_path: Path) -> None:
+    """Of 300 characters a token, so that more has to be read than is guessed first."""
+    for name, text in (("a.txt", "{}"), ("a.jsonl", '"{}"')):
+        path = tmp_path / name
+        path.write_text("\n".join(text.format(f"w{i}" + " " * 300) for i in IDS))
+        assert rows(evaluate(path, samples=3)) == WINDOWS[:3]
+        assert rows(evaluate(path, samples=9)) == [*WINDOWS, IDS[40:]]
+
+
+class Broken:
+    """A tokenizer that gives what it shouldn't."""
+
+    chat_template = None
+
+    def __init__(self, result: Any) -> None:
+        self._result = result
+
+    def __call__(self, text: str, **_: Any) -> Any:
+        if isinstance(self._result, Exception):
+            raise self._result
+        return {"input_ids": self._result}
+
+
+@pytest.mark.parametrize(
+    ("result", "found"),
+    [
+        (RuntimeError("no\nwords"), "the tokenizer can't read .*RuntimeError: no words"),
+        (None, "the tokenizer can't read"),
+        ([["w5"]], "the tokenizer can't read"),
+        (torch.zeros(1, 0), "holds 0 tokens"),
+        (torch.tensor([[5, -1, 6]]), "token id -1"),
+        (torch.tensor([[5, 10**9, 6]]), "token id 1000000000"),
+    ],
+    ids=str,
+)
+def test_what_a_tokenizer_gives_is_checked(result: Any, found: str, text: Path) -> None:
+    options = CalibrationOptions(data=str(text), samples=1, seqlen=4)
+    with pytest.raises(CalibrationError, match=found):
+        calibration_tokens(options, lambda: Broken(result), CONFIG)

@@ -116,9 +116,9 @@ def _json(file: TextFile, is_record: Callable[[dict[str, Any]], bool]) -> Record
 def _first_line(file: TextFile) -> tuple[int, str, bool]:
     """Number and text of the first line that isn't blank, and whether there is another."""
     with reading(file.path, file), file.characters(newline="\n") as stream:
-        for number, line in _split(file, stream):
-            return number, line, next(_split(file, stream), None) is not None
-    return 1, "", False
+        lines = _split(file, stream)
+        number, line = next(lines, (1, ""))
+        return number, line, next(lines, None) is not None
 
 
 def _split(file: TextFile, stream: TextIOWrapper) -> Iterator[tuple[int, str]]:
@@ -142,7 +142,7 @@ def _load(file: TextFile, line: str, number: int) -> Any:
     try:
         return json.loads(line, strict=False)
     except json.JSONDecodeError as error:
-        raise _no_json(file, number + error.lineno - 1, f"{error.msg}, column {error.colno}") from error
+        raise _no_json(file, number, f"{error.msg}, column {error.pos + 1}") from error
     except (ValueError, RecursionError) as error:
         raise _no_json(file, number, _why(error)) from error
 
@@ -247,6 +247,7 @@ def _table(file: TextFile) -> Iterator[tuple[int, Any]]:
     with reading(file.path):
         number = 0
         for batch in _record_batches(file):
+            batch.validate(full=True)  # offsets that lead out of the file would end the process
             for start in range(0, batch.num_rows, ROWS):
                 for row in batch.slice(start, ROWS).to_pylist():
                     number += 1

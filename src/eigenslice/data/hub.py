@@ -59,7 +59,7 @@ def hub_records(hub: HubText, split: str, seed: int | None) -> Records:
         rows = _load(hub, split)
     except Exception as error:  # datasets raises its own, the hub's and the network's errors
         raise _failed(hub, split, error, "loaded") from error
-    if hub.stream and seed is not None and hasattr(rows, "shuffle"):
+    if hub.stream and seed is not None:
         rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         return Records("in the order of the seed, row", _numbered(rows, hub, split))
     return Records("row", _numbered(rows, hub, split))
@@ -74,7 +74,8 @@ def _load(hub: HubText, split: str) -> Any:
     folder = Path(hub.path)
     if any((folder / name).is_file() for name in SAVED):
         saved: Any = datasets.load_from_disk(folder)
-        return saved[split] if (folder / SAVED[1]).is_file() else saved
+        rows = saved[split] if (folder / SAVED[1]).is_file() else saved
+        return rows.to_iterable_dataset() if hub.stream else rows
     return datasets.load_dataset(
         hub.path,
         hub.config,
