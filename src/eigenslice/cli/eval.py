@@ -17,13 +17,15 @@ def eval_(
         list[str] | None,
         typer.Option(
             help="Text to predict: builtin, wikitext2, c4, alpaca, ptb, fineweb-edu, tinystories, code (their held-out "
-            "parts), mixed (one after another), a file, or a hub data set NAME[:CONFIG[:SPLIT]] [wikitext2]. Several: "
-            "a perplexity for each."
+            "parts), mixed (one after another), a file (as slice's --calibration), or a hub data set "
+            "NAME[:CONFIG[:SPLIT]] [wikitext2]. Several: a perplexity for each."
         ),
     ] = None,
     field: Annotated[
         list[str] | None,
-        typer.Option(help="Text field of records, or tensor of a file; once, or once for each text."),
+        typer.Option(
+            help="Text field of records or tensor of a file, as slice's --field; once, or once for each text."
+        ),
     ] = None,
     tasks: Annotated[
         str | None,

@@ -55,14 +55,16 @@ def slice_(
         list[str] | None,
         typer.Option(
             help="Text to find the basis on: mixed (wikitext2, fineweb-edu, tinystories, alpaca and code), one of "
-            "these, c4, ptb, builtin, a file (text, .json, .jsonl; .safetensors with token ids), or a hub data set "
-            "NAME[:CONFIG[:SPLIT]] [mixed]. Several: equal shares of each."
+            "these, c4, ptb, builtin, a file (text, .json, .jsonl, .csv, .parquet, also packed; .safetensors with "
+            "token ids), or a hub data set NAME[:CONFIG[:SPLIT]] [mixed]. Conversations are written in the model's chat "
+            "template. Several: equal shares of each."
         ),
     ] = None,
     field: Annotated[
         list[str] | None,
         typer.Option(
-            help="Text field of records (several: a,b), or tensor of a .safetensors; once, or once for each text."
+            help="Text field of records (several: a,b) [text, or else a conversation], or tensor of a .safetensors; "
+            "once, or once for each text."
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences, of all texts together.")] = 128,
