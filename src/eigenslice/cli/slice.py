@@ -56,7 +56,7 @@ def slice_(
         typer.Option(
             help="Text to find the basis on: mixed (wikitext2, fineweb-edu, tinystories, alpaca and code), one of "
             "these, c4, ptb, builtin, a file (text, .json, .jsonl, .csv, .parquet, also packed; .safetensors with "
-            "token ids), or a hub data set NAME[:CONFIG[:SPLIT]] [mixed]. Conversations are written in the model's chat "
+            "token ids), or a hub data set NAME[:CONFIG[:SPLIT]] [mixed]. Conversations are in the model's chat "
             "template. Several: equal shares of each."
         ),
     ] = None,
