@@ -19,7 +19,7 @@ def test_default_is_a_gpu_if_there_is_one() -> None:
     assert resolve_device(None).type == ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta:x"])
+@pytest.mark.parametrize("name", ["gpu", "cuda:99", "meta:x", "meta", "meta:0", "", "CPU", "lazy"])
 def test_unknown_devices_are_refused(name: str) -> None:
     with pytest.raises(OptionsError, match=f"--device {name} can't be used"):
         resolve_device(name)

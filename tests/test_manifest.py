@@ -1,11 +1,9 @@
 """Manifests that were tampered with: one message before anything is done with them."""
 
-import copy
 import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,9 @@ from eigenslice.manifest import NAME, finished_manifest, read_manifest
 from eigenslice.report.figures import energy, parameters_by_role, refit_errors, spectra, training
 from eigenslice.report.page import render
 from tests.conftest import Slicer
+from tests.json_changes import changed, places
 from tests.messages import check_message
 
-Steps = tuple[str | int, ...]
 TRAINING: dict[str, Any] = {
     "trained": "all weights",
     "steps": 2,
@@ -43,29 +41,6 @@ def genuine(tmp_path_factory: pytest.TempPathFactory, dense_folder: Any, calibra
     data = CalibrationOptions(data=str(calibration))
     options = SliceOptions(model=str(dense_folder("llama")), output=output, width=24, calibration=data)
     return slice_model(options).manifest | {"finetune": TRAINING}
-
-
-def places(value: Any, before: Steps = ()) -> Iterator[Steps]:
-    """All places in a JSON value; of a list, the first entry's."""
-    yield before
-    if isinstance(value, dict):
-        for name, inner in value.items():
-            yield from places(inner, (*before, name))
-    elif isinstance(value, list) and value:
-        yield from places(value[0], (*before, 0))
-
-
-def changed(content: dict[str, Any], place: Steps, value: Any) -> Any:
-    """A copy with another value in one place; ... takes the field out."""
-    content = copy.deepcopy(content)
-    inner: Any = content
-    for step in place[:-1]:
-        inner = inner[step]
-    if value is ...:
-        del inner[place[-1]]
-    else:
-        inner[place[-1]] = value
-    return content
 
 
 def use(content: Any) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import yaml
 
-from eigenslice.errors import CalibrationError, OptionsError
+from eigenslice.errors import CalibrationError, EigensliceWarning, OptionsError
 from eigenslice.report.measured import tasks as plot
 from eigenslice.tasks import TaskOptions, evaluate_tasks, scores
 from tests import tiny, words
 from tests.checkpoint.files import copy_of
 from tests.cli.conftest import Command, command  # noqa: F401
 from tests.conftest import Folders, Slicer
+from tests.messages import check_message
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # lm-eval's and its packages' own
 
@@ -107,6 +108,43 @@ def test_what_can_not_be_asked(task: Path, models: list[str], monkeypatch: pytes
     (task / "pairs.jsonl").unlink()
     with pytest.raises(CalibrationError, match="can't be loaded"):
         evaluate_tasks(models, TaskOptions(tasks=("pairs",), include_path=task))
+
+
+WRONG: list[dict[str, Any]] = [
+    {"metric_list": [{"metric": "acc", "aggregation": "nothing", "higher_is_better": True}]},
+    {"metric_list": [{"metric": "nothing"}]},
+    {"doc_to_text": "{{goal"},
+    {"doc_to_text": "{{1 / 0}}"},
+    {"doc_to_choice": "{{[]}}"},
+    {"validation_split": "nothing"},
+    {"output_type": "nothing"},
+    {"output_type": "generate_until", "generation_kwargs": {"until": 3}},
+]
+
+
+@pytest.mark.parametrize("change", WRONG, ids=str)
+def test_tasks_that_lm_eval_can_not_run(
+    change: dict[str, Any], task: Path, models: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = task / "pairs.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | change))
+    with pytest.raises(CalibrationError) as caught:
+        evaluate_tasks(models[:1], TaskOptions(tasks=("pairs",), include_path=task, device="cpu"))
+    check_message(caught.value, "the tasks pairs")
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_task_without_questions(task: Path, models: list[str]) -> None:
+    (task / "pairs.jsonl").write_text("")
+    with pytest.raises(CalibrationError, match="pairs can't be loaded"):
+        evaluate_tasks(models[:1], TaskOptions(tasks=("pairs",), include_path=task, device="cpu"))
+
+
+def test_scores_that_are_no_numbers_are_left_out() -> None:
+    metrics = {"acc,none": float("nan"), "f1,none": 0.5, "f1_stderr,none": float("nan")}
+    with pytest.warns(EigensliceWarning, match="x: acc is nan"):
+        found = scores({"results": {"x": metrics}})
+    assert found == [{"task": "x", "metric": "f1", "value": 0.5, "stderr": None}]
 
 
 def test_scores_with_filters_and_without_errors() -> None:

@@ -118,7 +118,7 @@ def _manager(options: TaskOptions) -> Any:
         raise OptionsError(
             f"lm-eval has no task {', '.join(unknown)}",
             allowed="its tasks and groups (`lm-eval ls tasks`), and those in --include-path",
-            next_step="check the spelling, or add --include-path",
+            next_step="check the spelling and the task's file (YAML), or add --include-path",
         )
     with _translated(f"the tasks {', '.join(options.tasks)} can't be loaded"):
         manager.load(list(options.tasks))

@@ -1,5 +1,7 @@
 """What is timed is a greedy generation, and costs are what formulas say; times themselves aren't tested."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,24 @@ def test_memory_is_that_of_a_fresh_process() -> None:
     """The larger one first: it mustn't count in the other."""
     large, small = (peak_memory(allocate, size) for size in (300, 1))
     assert 280 * 2**20 < large - small < 320 * 2**20
+
+
+def fail(message: str) -> None:
+    """End as a model does that can't be run."""
+    raise ValueError(message)
+
+
+def vanish() -> None:
+    """End as a process does that the system kills for its memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_fails_while_memory_is_measured(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(CheckpointError, match=r"failed \(ValueError: too wide\)"):
+        peak_memory(fail, "too wide")
+    with pytest.raises(CheckpointError, match="memory may have run out"):
+        peak_memory(vanish)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_what_can_not_be_timed(dense_folder: Folders, tmp_path: Path) -> None:

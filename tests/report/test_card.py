@@ -1,8 +1,10 @@
 """The model card in each result's folder."""
 
+import re
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
@@ -13,7 +15,7 @@ from eigenslice.finetune import FinetuneOptions, finetune
 from eigenslice.manifest import read_manifest
 from eigenslice.options import CalibrationOptions
 from eigenslice.report.card import write_card
-from eigenslice.report.story import is_hub_id, slice_command
+from eigenslice.report.story import base_model, custom_note, is_hub_id, slice_command
 from tests.checkpoint.files import copy_of
 from tests.conftest import Folders, Slicer, stored_tensors
 
@@ -47,6 +49,61 @@ def test_custom_results_say_how_they_load(run_slice: Slicer) -> None:
     assert "trust_remote_code=True" in card.text
 
 
+REASONS: list[tuple[dict[str, Any], str]] = [
+    ({"basis": "per-block"}, "the shortcut matrices of a per-block basis"),
+    ({"form": "custom"}, "as --form custom asked for"),
+    ({"model": "opt"}, "no config of transformers holds a opt model"),
+]
+
+
+@pytest.mark.parametrize(("options", "reason"), REASONS, ids=lambda value: str(value)[:20])
+def test_custom_results_say_why_they_are_custom(options: dict[str, Any], reason: str, run_slice: Slicer) -> None:
+    chosen = dict(options)
+    manifest = run_slice(chosen.pop("model", "llama"), width=24, **chosen).manifest
+    assert reason in custom_note(manifest)
+
+
+def test_a_number_of_neurons_for_each_block_is_a_reason(run_slice: Slicer) -> None:
+    manifest = run_slice("llama", width=24, form="custom").manifest
+    manifest["options"]["form"] = "auto"
+    manifest["plan"]["neurons"] = [40, 48, 56]
+    assert "one number of MLP neurons for all blocks" in custom_note(manifest)
+
+
+ODD = "a|b`c <script>x</script> [l](u) *s* \u202egpj\n# heading\n---\n```"
+
+
+def test_names_can_not_break_the_card(run_slice: Slicer, tmp_path: Path) -> None:
+    """Tables keep their cells, the page its headings and code blocks, whatever things are called."""
+    manifest = run_slice("opt", width=24).manifest
+    write_card(tmp_path, manifest, "plain")
+    plain = (tmp_path / "README.md").read_text(encoding="utf-8")
+    manifest["source"] |= {"name": ODD, "model_type": ODD}
+    manifest["options"] |= {"model": ODD, "output": ODD}
+    manifest["calibration"]["data"] = [{"data": ODD, "sequences": 3}]
+    manifest["finetune"] = {
+        "trained": ODD,
+        "steps": 2,
+        "teacher": ODD,
+        "data": {"data": ODD, "sequences": 3, "tokens": 12},
+        "perplexity": {"before": 9.0, "after": 8.0, "tokens": 5},
+        "options": {"model": ODD, "output": ODD, "data": {"data": [ODD], "field": ["a|b"]}},
+    }
+    write_card(tmp_path, manifest, ODD, {"license": "mit"})
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert ModelCard.load(tmp_path / "README.md").data.to_dict()["license"] == "mit"
+    text = card.split("\n---\n", 1)[1]
+    assert "<script>" not in re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert [line for line in text.splitlines() if line.startswith("#")][1:] == [
+        "## Use",
+        "## Recovery fine-tuning",
+        "## How it was made",
+    ]
+    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
+    assert set(cells) == {4}
+    assert text.count("\n```") == plain.count("\n```")
+
+
 def test_a_hub_id_is_the_base_model(run_slice: Slicer, tmp_path: Path) -> None:
     manifest = run_slice("llama", width=24).manifest
     manifest["source"]["name"] = "Qwen/Qwen3-0.6B"
@@ -61,12 +118,18 @@ def test_a_hub_id_is_the_base_model(run_slice: Slicer, tmp_path: Path) -> None:
         ("./a/b", False),
         ("../b", False),
         ("models/a.gguf", False),
+        ("owner/name@v1.0", True),
+        ("a b/c", False),
+        ("a/b\nc", False),
+        ("a/" + "b" * 5000, False),
+        ("a/b\x00", False),
         ("a", False),
         ("/a", False),
     ],
 )
 def test_hub_ids(name: str, expected: bool) -> None:
     assert is_hub_id(name) == expected
+    assert base_model(name) == (name.partition("@")[0] if expected else None)
 
 
 def test_a_broken_card_of_the_source_is_left_out(dense_folder: Folders, run_slice: Slicer, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The report's page: what is in it, and that a browser draws it without a network."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,17 @@ import pytest
 
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.report import ReportOptions, report
+from eigenslice.report import page as page_module
 from eigenslice.report.figures import spectra
-from eigenslice.report.page import short
+from eigenslice.report.inputs import read_input
+from eigenslice.report.measured import perplexities, speeds, tasks
+from eigenslice.report.page import _json, short
+from eigenslice.report.samples import generate
 from tests import words
 from tests.checkpoint.files import copy_of
 from tests.conftest import Folders, Slicer
+from tests.json_changes import changed, places
+from tests.messages import check_message
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
@@ -173,6 +180,106 @@ def test_names_can_not_break_the_page(models: tuple[Path, Path], tmp_path: Path)
     text = report(ReportOptions(folder=sliced)).read_text(encoding="utf-8")
     assert "<script>alert(1)" not in text
     assert "<img src=x" not in text
+
+
+ODD = "a|`b</script><script>alert(1)</script><b>"
+BROKEN: list[Any] = [math.nan, math.inf, None, "x", [], {}, -1, 10**400, ..., [[[]]]]
+
+
+@pytest.mark.parametrize("option", ["perplexity", "tasks", "bench"])
+def test_any_json_is_drawn_or_refused(option: str, models: tuple[Path, Path], tmp_path: Path) -> None:
+    """One value after the other is replaced; numbers that can't be drawn never reach the page."""
+    dense, sliced = models
+    path = everything(dense, sliced, tmp_path)[option]
+    genuine = json.loads(path.read_text())
+    drawn = 0
+    for place in [place for place in places(genuine) if place]:
+        for value in [*BROKEN, ODD]:
+            content = changed(genuine, place, value)
+            path.write_text(json.dumps(content))
+            try:
+                found = read_input(option, path)
+            except OptionsError as error:
+                check_message(error, f"--{option} {path}")
+                continue
+            plots = {"perplexity": lambda c: [perplexities(c, {})], "tasks": lambda c: [tasks(c)], "bench": speeds}
+            text = _json(plots[option](found))
+            assert "<" not in text
+            json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} at {place}"))
+            drawn += 1
+    assert drawn > 10
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff", b"[" * 10**6, b"[NaN", b"9" * 5000, b"{}", b"null"], ids=lambda c: c[:5]
+)
+def test_files_that_hold_no_results(content: bytes, models: tuple[Path, Path], tmp_path: Path) -> None:
+    _, sliced = models
+    (tmp_path / "x.json").write_bytes(content)
+    for option in ("perplexity", "tasks", "bench"):
+        for path in (tmp_path / "x.json", tmp_path, Path("/dev/zero"), tmp_path / "none"):
+            with pytest.raises(OptionsError, match=f"--{option}"):
+                report(ReportOptions.model_validate({"folder": sliced, option: path}))
+    assert not list(sliced.parent.glob("*.html"))
+
+
+def test_numbers_that_can_not_be_drawn_are_gaps(models: tuple[Path, Path]) -> None:
+    _, sliced = models
+    path = sliced / "eigenslice.json"
+    manifest = json.loads(path.read_text())
+    manifest["refit_errors"] = [{"block": 0, "error": math.nan}, {"block": 1, "error": math.inf}]
+    path.write_text(json.dumps(manifest))
+    assert figures_of(report(ReportOptions(folder=sliced)))["refit"]["data"][0]["y"] == [None, None]
+
+
+def test_a_report_of_the_folder_here(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, sliced = models
+    monkeypatch.chdir(sliced)
+    expected = sliced.with_name(f"{sliced.name}-report.html")
+    assert report(ReportOptions(folder=Path())) == expected
+    assert f"<h1>{sliced.name}</h1>" in expected.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\x00b", "dangling", "file/x.html", "inside", ".", "/"])
+def test_reports_that_can_not_be_written_are_refused_before_the_work(
+    name: str, models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, sliced = models
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(page_module, "generate", lambda *arguments: pytest.fail("the work began"))
+    output = sliced / "x.html" if name == "inside" else tmp_path / name
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OutputError):
+        report(ReportOptions(folder=sliced, output=output, generate=str(dense)))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+GENERATION: list[dict[str, Any]] = [
+    {"num_beams": 4, "temperature": -1.0, "do_sample": True},
+    {"return_dict_in_generate": True, "output_scores": True},
+    {"eos_token_id": [[1]], "pad_token_id": 10**9},
+    {"max_length": "x", "min_length": 10**9},
+    {"custom_generate": "someone/code", "prompt_lookup_num_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("config", GENERATION, ids=str)
+def test_a_generation_config_changes_nothing_but_ends(config: dict[str, Any], models: tuple[Path, Path]) -> None:
+    dense, _ = models
+    file = dense / "generation_config.json"
+    file.unlink(missing_ok=True)
+    expected = generate([str(dense)], (words.text([5, 6, 7]),), 6, "cpu")
+    file.write_text(json.dumps(config))
+    assert generate([str(dense)], (words.text([5, 6, 7]),), 6, "cpu") == expected
+
+
+def test_text_that_models_can_not_go_on_from(models: tuple[Path, Path]) -> None:
+    dense, _ = models
+    with pytest.raises(OptionsError, match="--new 62 after a prompt of 3 tokens"):
+        generate([str(dense)], (words.text([5, 6, 7]),), 62, "cpu")
+    with pytest.raises(CheckpointError, match="makes nothing of ''"):
+        generate([str(dense)], ("",), 2, "cpu")
 
 
 def test_each_site_of_a_per_block_result_has_its_spectrum(run_slice: Slicer) -> None:

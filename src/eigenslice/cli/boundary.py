@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from io import TextIOWrapper
 from typing import Any
 
 from eigenslice import _interrupt
@@ -25,6 +26,9 @@ def run(work: Callable[[], object]) -> int:
         work: What to do. It may end by SystemExit, as typer does.
     """
     _interrupt.let_it_be_caught()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names that the terminal's encoding lacks
     try:
         with _our_hooks():
             code = _code_of(work)

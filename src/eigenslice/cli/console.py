@@ -25,6 +25,10 @@ class Printer(Console):
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, highlight=False, emoji=False, **settings)
 
+    def print_json(self, json: str, **settings: Any) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """JSON in ASCII, which every terminal and pipe takes as it is."""
+        super().print_json(json, ensure_ascii=True, **settings)
+
     def render_str(self, text: str, **settings: Any) -> Text:
         return super().render_str("\n".join(map(printable, text.split("\n"))), **settings)
 
