@@ -13,7 +13,7 @@ from eigenslice.bench import BenchOptions, bench
 from eigenslice.bench.costs import peak_memory
 from eigenslice.bench.runs import Runner
 from eigenslice.errors import CheckpointError, OptionsError
-from tests import tiny
+from tests import processes, tiny
 from tests.conftest import Slicer, load
 
 Folders = Callable[[str], Path]
@@ -113,7 +113,10 @@ def vanish() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_process_that_fails_while_memory_is_measured(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_process_that_fails_while_memory_is_measured(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multiprocessing.get_context", lambda kind: processes.CONTEXT)  # it starts sooner
     with pytest.raises(CheckpointError, match=r"failed \(ValueError: too wide\)"):
         peak_memory(fail, "too wide")
     with pytest.raises(CheckpointError, match="memory may have run out"):

@@ -205,9 +205,9 @@ def test_any_json_is_drawn_or_refused(option: str, models: tuple[Path, Path], tm
             plots = {"perplexity": lambda c: [perplexities(c, {})], "tasks": lambda c: [tasks(c)], "bench": speeds}
             text = _json(plots[option](found))
             assert "<" not in text
-            json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} at {place}"))
+            json.loads(text, parse_constant=pytest.fail)
             drawn += 1
-    assert drawn > 10
+    assert drawn >= 10
 
 
 @pytest.mark.parametrize(
