@@ -101,7 +101,7 @@ def test_a_teacher_of_another_vocabulary(fails: Failure, sliced: Path, train: Pa
 def test_reports_and_benchmarks_that_can_not_be_made(fails: Failure, model: Path, sliced: Path, tmp_path: Path) -> None:
     assert "is no sliced model" in fails("report", model)
     (tmp_path / "x.json").write_text(json.dumps({"models": 3}))
-    assert "--bench: this JSON" in fails("report", sliced, "--bench", tmp_path / "x.json")
+    assert "x.json: this JSON is not what it should be" in fails("report", sliced, "--bench", tmp_path / "x.json")
     assert "--runs 0" in fails("bench", model, "--runs", 0)
     assert "takes 64 tokens" in fails("bench", model, "--prompt", 100, "--device", "cpu", "-q")
     assert "--tasks with --data" in fails("eval", model, "--tasks", "piqa", "--data", "builtin")

@@ -184,7 +184,7 @@ def slice_(
             highlight=False,
             soft_wrap=True,
         )
-    if manifest["warning"]:
+    if manifest.get("warning"):
         errors.print(
             f"{manifest['warning']}.",
             style="yellow",
