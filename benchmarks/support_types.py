@@ -34,7 +34,7 @@ eigenslice slices decoder-only language models of these {count} `model_type`s.
   `trust_remote_code=True`: the folder carries the one file that it takes.
 - Per-block results (`--basis per-block`) and results of `--form custom` need the custom class for every type.
 
-| result | `model_type` |
+| result | types (`model_type`) |
 | --- | --- |
 """
 
