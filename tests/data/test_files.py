@@ -158,6 +158,11 @@ def test_other_names_may_be_data_sets(data: str) -> None:
     assert local_path(data) is None
 
 
+def test_a_name_that_is_not_in_utf_8_is_refused_before_the_work(tmp_path: Path) -> None:
+    path = file(tmp_path, os.fsdecode(b"\xff.txt"), b"text")
+    check_message(unreachable(str(path)), "isn't a name in UTF-8")
+
+
 @pytest.mark.parametrize("data", ["", " ", "a\0b", "\ud800", "/" + "x" * 300])
 def test_what_names_nothing_is_refused(data: str) -> None:
     unreachable(data)

@@ -45,14 +45,17 @@ def refused(folder: Path, records: list[Any], field: str | None = None, chat: Ch
         (3, "is a number"),
         (None, "is null"),
         (["x"], "is a list"),
-        ({}, "has no text in field text (there is none); it has no fields"),
-        ({"text": None, "n": 1}, "has no text in field text (null); it has text, n"),
-        ({"text": 5}, "has no text in field text (a number); it has text"),
-        ({"text": " "}, "has an empty text; it has text"),
-        ({"text": []}, "has no text in field text (a list); it has text"),
-        ({"body": "x"}, "has no text in field text (there is none); it has body"),
-        ({"instruction": "a", "input": "", "output": ""}, "has no text in output (empty); it has instruction, input"),
-        ({"messages": []}, "has no messages in messages; it has messages"),
+        ({}, "has no text in field text (there is none); it has []"),
+        ({"text": None, "n": 1}, "has no text in field text (null); it has ['text', 'n']"),
+        ({"text": 5}, "has no text in field text (a number); it has ['text']"),
+        ({"text": " "}, "has an empty text; it has ['text']"),
+        ({"text": []}, "has no text in field text (a list); it has ['text']"),
+        ({"body": "x"}, "has no text in field text (there is none); it has ['body']"),
+        (
+            {"instruction": "a", "input": "", "output": ""},
+            "has no text in output (empty); it has ['instruction', 'input'",
+        ),
+        ({"messages": []}, "has no messages in messages; it has ['messages']"),
         ({"instruction": "no", "output": "b"}, "is refused by the chat template (no)"),
     ],
     ids=str,
@@ -70,7 +73,7 @@ def test_records_that_can_not_be_used_are_counted_and_the_first_is_named(
 
 def test_records_of_which_none_can_be_used_are_refused(tmp_path: Path) -> None:
     error = refused(tmp_path, [{"body": "x"}, 3])
-    check_message(error, "none of 2 records can be used", "line 1 has no text in field text", "it has body")
+    check_message(error, "none of 2 records can be used", "line 1 has no text in field text", "it has ['body']")
     assert "--field" in error.next_step
     error = refused(tmp_path, [{"prompt": "no", "completion": "b"}], chat=TEMPLATE)
     check_message(error, "its only record", "is refused by the chat template (no)")

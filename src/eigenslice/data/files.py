@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from eigenslice.data.presets import ALLOWED as ALLOWED_DATA
-from eigenslice.errors import CalibrationError
+from eigenslice.errors import LONGEST_LINE, WRAPPERS, CalibrationError, printable, shortened
 
 CHUNK = 2**20  # bytes
 HEAD = 4096  # bytes at the start of a file that tell what it is
-LISTED = 300  # characters of another library's message
 KINDS = {
     ".json": "json",
     ".jsonl": "lines",
@@ -110,6 +109,8 @@ def local_path(data: str) -> Path | None:
     """
     if not data.strip():
         raise _absent(repr(data), "names no text")
+    if not data.isascii() and data.encode("utf-8", "replace").decode() != data:
+        raise _absent(data, "isn't a name in UTF-8, in which results record it", "rename the file")
     try:
         path = Path(data).expanduser()
     except RuntimeError:  # ~nobody
@@ -230,15 +231,15 @@ def refused(path: Path, what: str, next_step: str = "check the file's encoding a
 
 
 def said(error: BaseException) -> str:
-    """The type of any error, and what it says in one line."""
+    """The type of any error, and what it says in one line; datasets' wrappers are taken off."""
+    if type(error).__name__ in WRAPPERS and error.__cause__ is not None:
+        return said(error.__cause__)
     return f"{type(error).__name__}: {one_line(error)}"
 
 
 def one_line(value: object) -> str:
     """What a value says, in one line that isn't too long."""
-    words = " ".join(str(value).split())
-    text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in words)
-    return text if len(text) <= LISTED else f"{text[:LISTED]} ..."
+    return printable(shortened(" ".join(str(value).split()), LONGEST_LINE))
 
 
 def _named(encoding: str) -> str:

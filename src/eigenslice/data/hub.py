@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eigenslice.data.files import local_path, one_line
+from eigenslice.data.files import local_path, said
 from eigenslice.data.formats import Records
 from eigenslice.data.presets import ALLOWED, HubText
 from eigenslice.errors import CalibrationError
@@ -97,10 +97,10 @@ def _numbered(rows: Any, hub: HubText, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def _failed(hub: HubText, split: str, error: Exception, what: str) -> CalibrationError:
-    kind, said = type(error).__name__, one_line(error)
-    advice = (step for words, step in ADVICE.items() if words in f"{kind}: {said}")
+    reason = said(error)
+    advice = (step for words, step in ADVICE.items() if words in f"{type(error).__name__}, {reason}")
     return CalibrationError(
-        f"data set {hub.path} (split {split}) can't be {what} ({kind}: {said})",
+        f"data set {hub.path} (split {split}) can't be {what} ({reason})",
         allowed=ALLOWED,
         next_step=next(advice, "check the name and the network; without one, pass a file or 'builtin'"),
     )

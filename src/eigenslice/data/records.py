@@ -87,7 +87,7 @@ class Texts:
             self._blank += error.blank
             self._reason = self._reason or error
             return
-        if any("\ud800" <= letter <= "\udfff" for letter in text):
+        if not _encodable(text):
             self._count("halves", place)
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         if text.strip():
@@ -157,6 +157,14 @@ class Texts:
             + (", that the chat template takes" if chat_template else ""),
             next_step=self._reason.next_step or NEXT,
         )
+
+
+def _encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _fields(record: Any) -> str:

@@ -16,7 +16,7 @@ from eigenslice.data.ids import DEFAULT_TENSOR, longest_sequence, read_token_ids
 from eigenslice.data.sources import Source, sources
 from eigenslice.data.templates import ChatTemplate
 from eigenslice.data.texts import Chat, Documents, Purpose, load_documents
-from eigenslice.errors import CalibrationError, EigensliceWarning
+from eigenslice.errors import CalibrationError, EigensliceWarning, printable
 from eigenslice.options import CalibrationOptions
 from eigenslice.stream import Batch
 
@@ -174,7 +174,7 @@ def _windows(
     enough = length * (wanted + (purpose == "evaluation"))  # where a text is cut, its last tokens may be others
     ids, documents = _encoded(source, enough, seed, tokenizer(), config, purpose, chat)
     for note in documents.notes:
-        warnings.warn(note, EigensliceWarning, stacklevel=4)
+        warnings.warn(printable(note), EigensliceWarning, stacklevel=4)
     windows = list(ids.split(length))
     if len(windows) > 1 and len(windows[-1]) < length and (len(windows) > wanted or len(windows[-1]) < 2):
         windows.pop()

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-from eigenslice.data.files import one_line
-
 FIELDS = 20  # that are listed of a record
 LETTERS = 40  # of each field's name
 KINDS = {
@@ -37,8 +35,7 @@ def kind_of(value: Any) -> str:
 
 
 def fields_of(record: dict[Any, Any]) -> str:
-    """The names of a record's fields."""
+    """The names of a record's fields, the first ones of many."""
     names = [str(name) for name in record]
-    shown = ", ".join(name if len(name) <= LETTERS else f"{name[:LETTERS]} ..." for name in names[:FIELDS])
-    more = f" and {len(names) - FIELDS} more" if len(names) > FIELDS else ""
-    return one_line(shown) + more if names else "no fields"
+    shown = [name if len(name) <= LETTERS else f"{name[:LETTERS]} ..." for name in names[:FIELDS]]
+    return f"{shown}" + (f" and {len(names) - FIELDS} more" if len(names) > FIELDS else "")
