@@ -1,5 +1,6 @@
 """The stream is transformers' residual stream, block by block; padding doesn't count."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from eigenslice.checkpoint.source import open_source
 from eigenslice.dense import DenseModel
-from eigenslice.errors import ActivationError
+from eigenslice.errors import ActivationError, CheckpointError
+from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.slicing import slice_model
 from eigenslice.stream import Batch, Stream, captured_inputs
 from tests import tiny
-from tests.conftest import load
+from tests.checkpoint.files import copy_of
+from tests.conftest import Folders, load
+from tests.messages import check_message
 
 
 def site_inputs(model: Any, names: list[str], ids: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]:
@@ -109,3 +114,20 @@ def test_inputs_are_captured_with_or_without_what_follows(dense_folder: Callable
     assert torch.equal(stopped["mlp.down_proj"], whole["mlp.down_proj"])
     layer.mlp(x)  # nothing is left behind
     assert called[-1] == "down_proj"
+
+
+@pytest.mark.parametrize(
+    ("case", "changes"),
+    [("gpt_oss", {"sliding_window": None}), ("codegen", {"rotary_dim": 3})],
+    ids=["a window that is missing", "an odd rotary dimension"],
+)
+def test_a_config_that_can_be_built_and_not_run_is_one_message(
+    case: str, changes: dict[str, Any], dense_folder: Folders, calibration: Path, tmp_path: Path
+) -> None:
+    folder = copy_of(dense_folder(case), tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    data = CalibrationOptions(data=str(calibration))
+    with pytest.raises(CheckpointError) as caught:
+        slice_model(SliceOptions(model=str(folder), output=tmp_path / "out", width=24, calibration=data))
+    check_message(caught.value, "transformers can't run")

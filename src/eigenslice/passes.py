@@ -19,6 +19,7 @@ from eigenslice.assembly import (
 from eigenslice.checkpoint.writer import ShardWriter
 from eigenslice.data import Tokens
 from eigenslice.dense import DenseModel, NamedTensors, Tensors
+from eigenslice.device import trim_memory
 from eigenslice.head import GainFit, fit_gain, sliced_head
 from eigenslice.holdout import hold_out
 from eigenslice.manifest import site_summary
@@ -127,6 +128,7 @@ class Slicing:
                 run.progress(STAGE, block, dense.blocks)
                 bases = [basis.site] * (len(sites) + 1)
                 write_block(index, slice_block(sites, dense.block(block), bases, False, kept[index]))
+                trim_memory()
         self.write(slice_head(dense, plan, basis.site, tied_gain, dtype, reading))
         run.progress(STAGE, dense.blocks, dense.blocks)
         return {"spectra": [site_summary("all sites", spectrum, basis.site.width)]} | found_by_fit

@@ -16,7 +16,7 @@ from eigenslice.algebra.finite import all_finite
 from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel
 from eigenslice.device import trim_memory, unmap_freed_tensors
-from eigenslice.errors import ActivationError
+from eigenslice.errors import ActivationError, CheckpointError, EigensliceError, first_line
 from eigenslice.folding import FoldedBlock
 from eigenslice.forms import canonical_config
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM
@@ -257,7 +257,8 @@ class Stream:
         for number, batch in enumerate(batches):
             ids = batch.input_ids.to(self.device)
             mask = None if batch.attention_mask is None else batch.attention_mask.to(self.device)
-            self._inner.get_submodule(parent)(input_ids=ids, attention_mask=mask, use_cache=False)
+            with self._runs("what is before the blocks"):
+                self._inner.get_submodule(parent)(input_ids=ids, attention_mask=mask, use_cache=False)
             kwargs = [recorder.kwargs for recorder in recorders]
             if mask is None:  # the same for all batches of this shape
                 kwargs = shared.setdefault(ids.shape, kwargs)
@@ -316,10 +317,10 @@ class Stream:
                     yield Site(block, site, layer, held, activations, streams, width, eps, resumed)
                     if site == 0 and block + 1 < dense.blocks:  # not before: the consumer may need memory, too
                         following = reader.submit(dense.read_block, block + 1)
+                    trim_memory()  # what the consumer has freed
                     finite = [self._pass(layer, block, site, a, observe, observed) for a in activations]
                 self._runner.release(layer)
-                if large:
-                    trim_memory()
+                trim_memory()
                 self._check(finite, f"block {block} (of 0 to {dense.blocks - 1}) gives")
             yield Site(dense.blocks, 0, None, None, activations, streams, width, eps, start == dense.blocks)
 
@@ -336,7 +337,10 @@ class Stream:
         seen = [s for s in self._sites[site] if observe is not None and s in observed]
         seen = [s for s in seen if not s.stacked or has_experts(layer, s)]
         hidden = a.hidden
-        with captured_inputs(layer, [name for s in seen for name in s.observed]) as inputs:
+        with (
+            captured_inputs(layer, [name for s in seen for name in s.observed]) as inputs,
+            self._runs(f"block {block}"),
+        ):
             update = layer.update(site, layer.normalize(site, hidden), **a.kwargs[block])
         if observe is not None:
             for sublayer in seen:
@@ -345,6 +349,26 @@ class Stream:
         a.put(hidden)
         last = site == len(self._sites) - 1  # what isn't finite stays so: it is enough to look at the end of a block
         return self._finite(a, hidden) if last else torch.tensor(True, device=self.device)
+
+    @contextmanager
+    def _runs(self, part: str) -> Iterator[None]:
+        """Translate errors of transformers' modules: some configs can be built, and not run.
+
+        Raises:
+            CheckpointError: instead.
+        """
+        try:
+            yield
+        except (EigensliceError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if "memory" in str(error):  # of the CPU
+                raise
+            raise CheckpointError(
+                f"transformers can't run {part} of {self.dense.source.name} ({first_line(error)})",
+                allowed="a checkpoint that transformers runs",
+                next_step="check config.json; `eigenslice eval` shows whether transformers runs the model",
+            ) from error
 
     def _finite(self, a: Activations, hidden: Tensor) -> Tensor:
         return all_finite(hidden if a.mask is None else hidden[a.mask])

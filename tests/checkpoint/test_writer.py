@@ -183,7 +183,7 @@ def test_numbers_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
 def test_what_overflows_in_float16_is_refused_and_fits_into_bfloat16(tmp_path: Path) -> None:
     with pytest.raises(IncompleteError) as caught:
         one(torch.tensor([70_000.0]), torch.float16, tmp_path)
-    check_message(caught.value, "a doesn't fit into float16", "7e+04", "6.55e+04")
+    check_message(caught.value, "a doesn't fit into float16", "6.55e+04")
     assert "--resume --dtype bfloat16" in caught.value.next_step
     one(torch.tensor([70_000.0]), torch.bfloat16, tmp_path)
 

@@ -209,10 +209,20 @@ def test_nan_in_the_head_which_calibration_never_runs(slice_fails: Failure, mode
     assert "lm_head.weight holds NaN or infinite numbers, the first one at [3, 0]" in slice_fails(model)
 
 
-def test_weights_that_overflow_in_the_stored_dtype(slice_fails: Failure, model: Path) -> None:
+def test_weights_that_overflow_in_the_stored_dtype_cost_the_last_pass_only(
+    fails: Failure, command: Command, model: Path, calibration: Path, tmp_path: Path
+) -> None:
     rewrite(model, lambda t: t["lm_head.weight"].mul_(1e6))
-    message = slice_fails(model, "--dtype", "float16")
+    run = ["slice", model, "--width", 24, "--neurons", 40, "--calibration", calibration, "-q", "-o"]
+    message = fails(*run, tmp_path / "out", "--dtype", "float16")
     assert "lm_head.weight doesn't fit into float16" in message
+    measured = tmp_path / "out.partial" / "state" / "measuring.safetensors"
+    before = measured.stat().st_mtime_ns
+    assert "was begun with something else" in fails(*run, tmp_path / "out", "--resume", "--seed", 1)
+    assert measured.stat().st_mtime_ns == before
+    assert command(*run, tmp_path / "out", "--resume", "--dtype", "bfloat16").code == 0
+    assert command(*run, tmp_path / "whole", "--dtype", "bfloat16").code == 0
+    assert (tmp_path / "out" / SINGLE).read_bytes() == (tmp_path / "whole" / SINGLE).read_bytes()
 
 
 def test_weights_that_overflow_in_the_compute_dtype(slice_fails: Failure, model: Path) -> None:

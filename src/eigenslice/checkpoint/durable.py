@@ -60,13 +60,13 @@ def write_whole(path: Path, text: str) -> None:
             beside.write_text(text, encoding="utf-8")  # the lock has seen that it is no link
             beside.chmod(0o644)
             replace(beside, path.absolute())
-    except Timeout as error:
-        raise OutputError(
-            f"another process is writing {path}",
-            allowed="one process for each output",
-            next_step="wait for it, or choose another --output",
-        ) from error
     except OSError as error:
+        if isinstance(error, Timeout) and beside.exists():
+            raise OutputError(
+                f"another process is writing {path}",
+                allowed="one process for each output",
+                next_step="wait for it, or choose another --output",
+            ) from error
         beside.unlink(missing_ok=True)
         raise OutputError(
             f"writing {path} failed: {error}",

@@ -233,16 +233,17 @@ class ShardWriter:
 
 
 def _unfit(name: str, tensor: Tensor, dtype: torch.dtype) -> IncompleteError | ActivationError:
-    """The error of a tensor that can't be stored."""
-    if not all_finite(tensor):
+    """The error of a tensor that can't be stored; it may come in the stored dtype, as infinity where it doesn't fit."""
+    overflows = dtype != torch.float32 and tensor.dtype in (dtype, torch.float32, torch.float64)
+    if bool(tensor.isnan().any()) or not (overflows and (tensor.dtype == dtype or all_finite(tensor))):
         return ActivationError(
             f"{name} has NaN or infinite numbers after slicing",
             allowed="finite numbers",
             next_step="run with --compute-dtype float32; report the model if that doesn't help",
         )
     return IncompleteError(
-        f"{name} doesn't fit into {str(dtype).removeprefix('torch.')}: its largest number is "
-        f"{float(tensor.abs().max()):.3g}, the dtype's {torch.finfo(dtype).max:.3g}",
+        f"{name} doesn't fit into {str(dtype).removeprefix('torch.')}, which holds numbers up to "
+        f"{torch.finfo(dtype).max:.3g}",
         allowed="a dtype that holds every weight",
         next_step="run the same command with --resume --dtype bfloat16 (or float32): only the last pass is repeated",
     )
