@@ -18,7 +18,7 @@ from eigenslice.checkpoint.writer import GIB, ShardWriter, check_space, write_js
 from eigenslice.choosing import choose_plan
 from eigenslice.data import Tokens, beginnings, calibration_tokens, random_sequences
 from eigenslice.dense import DenseModel, NamedTensors
-from eigenslice.device import resolve_device
+from eigenslice.device import resolve_device, unmap_freed_tensors
 from eigenslice.estimate import activation_bytes
 from eigenslice.forms import custom_config, stock_config
 from eigenslice.manifest import NAME, finished_manifest, manifest, resumable, run_identity
@@ -48,7 +48,8 @@ class SliceResult:
 def slice_model(options: SliceOptions, progress: Progress = no_progress) -> SliceResult:
     """Slice a checkpoint into a new folder.
 
-    Under torchrun, all processes call this; they share the sequences, and the first one writes.
+    Under torchrun, all processes call this; they share the sequences, and the first one writes. From then on, this
+    process gives large tensors back to the system as soon as they are freed (`unmap_freed_tensors`).
 
     Args:
         options: What to slice, how far and how.
@@ -59,6 +60,7 @@ def slice_model(options: SliceOptions, progress: Progress = no_progress) -> Slic
         IncompleteError: the disk is full, or the like; what is done is kept.
     """
     device = resolve_device(options.device)
+    unmap_freed_tensors()
     with join_ranks(device) as ranks:
         return _slice(options, device, ranks, progress if ranks.first else no_progress)
 

@@ -15,7 +15,7 @@ from eigenslice.algebra.covariance import SecondMoment, normalize
 from eigenslice.algebra.finite import all_finite
 from eigenslice.arch import Sublayer
 from eigenslice.dense import DenseModel
-from eigenslice.device import trim_memory, unmap_freed_tensors
+from eigenslice.device import trim_memory
 from eigenslice.errors import ActivationError, CheckpointError, EigensliceError, first_line
 from eigenslice.folding import FoldedBlock
 from eigenslice.forms import canonical_config
@@ -24,8 +24,6 @@ from eigenslice.offload import Offload, OffloadedTensors
 from eigenslice.ranks import Ranks
 from eigenslice.resume import Position
 
-LARGE_BLOCK = 64 * 1024**2
-"""Bytes of a block's weights from which on what it leaves behind is given back to the system."""
 STREAMS = "dense"
 """Name of the dense model's streams in a saved state."""
 BESIDE_GROUP = -2
@@ -281,7 +279,8 @@ class Stream:
     ) -> Iterator[Site]:
         """Yield the stream at each site, the last one before the head, and run the sublayers in between.
 
-        Each block runs once; the next one is read meanwhile. The consumer may change the activations at a site.
+        Each block runs once; the next one is read meanwhile. The consumer may change the activations at a site. What a
+        block leaves behind goes back to the system, so that the next ones take no more memory.
 
         Args:
             batches: The sequences.
@@ -307,9 +306,6 @@ class Stream:
                 folded, layer = dense.block(block, following.result()), self._layers[block]
                 following = None
                 self._runner.assign(layer, dense.as_modules(folded.items(), dense.width))
-                large = sum(parameter.nbytes for parameter in layer.parameters()) > LARGE_BLOCK
-                if large and block == start:
-                    unmap_freed_tensors()
                 held = folded if hold else None
                 del folded
                 for site in range(len(layer.sites)):
@@ -317,7 +313,7 @@ class Stream:
                     yield Site(block, site, layer, held, activations, streams, width, eps, resumed)
                     if site == 0 and block + 1 < dense.blocks:  # not before: the consumer may need memory, too
                         following = reader.submit(dense.read_block, block + 1)
-                    trim_memory()  # what the consumer has freed
+                    trim_memory()
                     finite = [self._pass(layer, block, site, a, observe, observed) for a in activations]
                 self._runner.release(layer)
                 trim_memory()
