@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eigenslice.data.batches import Batch
 from eigenslice.errors import OptionsError, UnsupportedModelError
-from eigenslice.stream import Batch
 
 HIDDEN, MLP = "hidden", "mlp"
 AXES: dict[str, tuple[str | None, ...]] = {

@@ -13,10 +13,10 @@ from typing import Any
 
 from baselines import Baseline, Importance, drop_blocks, measure, prune_width, stored, without_blocks
 from eigenslice import CalibrationOptions, SliceOptions, slice_model
-from eigenslice.checkpoint.output import partial_path
-from eigenslice.evaluate import load_model
-from eigenslice.options import DtypeName
-from eigenslice.stream import Batch
+from eigenslice.checkpoint.loading import load_model
+from eigenslice.data.batches import Batch
+from eigenslice.options.common import DtypeName
+from eigenslice.runtime.output import partial_path
 
 SLICED: dict[str, dict[str, Any]] = {
     "ours": {},

@@ -28,10 +28,10 @@ import transformers
 from baselines import stored
 from candidates import BASELINES, SLICED, Candidate, Pruner, Slicer, record, recorded
 from eigenslice import CalibrationOptions, EigensliceError, __version__
+from eigenslice.checkpoint.loading import load_model
 from eigenslice.data import Tokens, calibration_tokens, evaluation_tokens
 from eigenslice.data.texts import BUILTIN, PRESETS
 from eigenslice.errors import OptionsError
-from eigenslice.evaluate import load_model
 from report import chart, table
 from scores import Score, compare
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from eigenslice import CalibrationOptions, EigensliceError, ExportOptions, export_model
 from eigenslice.data import evaluation_tokens
-from eigenslice.export.llama_cpp import LlamaCpp
+from eigenslice.export.gguf.llama_cpp import LlamaCpp
 
 REFERENCE, TORCHAO = "float32", "torchao-int8"
 Measured = tuple[int, float]

@@ -23,10 +23,11 @@ from typing import Any
 import torch
 
 from eigenslice import CalibrationOptions, __version__
-from eigenslice.checkpoint.output import partial_path
+from eigenslice.checkpoint.loading import load_model
 from eigenslice.data import Tokens, evaluation_tokens
-from eigenslice.evaluate import load_model, perplexity
+from eigenslice.evaluation.perplexity import perplexity
 from eigenslice.finetune import FinetuneOptions, finetune
+from eigenslice.runtime.output import partial_path
 from quality import text_option
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -21,7 +21,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from eigenslice import ExportOptions, export_model
-from eigenslice.export.llama_cpp import LlamaCpp
+from eigenslice.export.gguf.llama_cpp import LlamaCpp
 from eigenslice.export.openvino import OpenVino
 
 Round = tuple[float, float]

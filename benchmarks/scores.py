@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenslice.evaluate import LARGEST_LOSS, predictions
-from eigenslice.stream import Batch
+from eigenslice.data.batches import Batch
+from eigenslice.evaluation.perplexity import LARGEST_LOSS, predictions
 
 POSITIONS = 128  # whose distributions are compared at once, so that a large vocabulary's fit into memory
 

@@ -52,10 +52,10 @@ def forward_seconds(model: Any, batches: list[Any]) -> float:
 
 def measure(model_name: str, options: list[str], calibration: list[str], repeats: int) -> dict[str, Any]:
     """Medians of the dense pass and of slicing, which take turns; in this process."""
+    from eigenslice.checkpoint.loading import load_model
     from eigenslice.cli import app
     from eigenslice.data import calibration_tokens
-    from eigenslice.evaluate import load_model
-    from eigenslice.options import CalibrationOptions
+    from eigenslice.options.calibration import CalibrationOptions
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--calibration", action="append")

@@ -24,12 +24,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from safetensors.torch import load_file
 from tests import reference, tiny
 from tests.compat import check_vllm
-from tests.conftest import load, relative
 from tests.export import models
+from tests.results import load, relative
 
 from eigenslice import CalibrationOptions, SliceOptions, slice_model
 from eigenslice.arch import TABLES
-from eigenslice.measuring import HEAD_WEIGHT
+from eigenslice.measure.importance import HEAD_WEIGHT
 from support_runtimes import (
     IDS,
     NOT_RUN,

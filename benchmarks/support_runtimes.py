@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from tests import tiny
 from tests.compat import check_vllm
-from tests.conftest import load
 from tests.export import models
+from tests.results import load
 
 from eigenslice import ExportOptions, export_model
 from eigenslice.errors import UnsupportedModelError, first_line
-from eigenslice.export.gguf_arch import ARCHITECTURES
+from eigenslice.export.gguf.arch import ARCHITECTURES
 from eigenslice.export.openvino import OpenVino
 
 NOT_RUN, NOT_WRITTEN = "not run", "not written"

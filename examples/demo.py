@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from eigenslice import CalibrationOptions, SliceOptions, perplexity, slice_model
+from eigenslice.checkpoint.loading import LoadedModel, load_model
 from eigenslice.data import evaluation_tokens
-from eigenslice.evaluate import LoadedModel, load_model
 
 PROMPT = "The most important thing about a good library is"
 

@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM
 
-from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import SliceResult, slice_model
 from tests import tiny
 
@@ -68,28 +67,3 @@ def recipe(tmp_path: Path) -> Recipe:
         return file
 
     return write
-
-
-def load(folder: Path, **kwargs: Any) -> Any:
-    """Load a model as a user would."""
-    return AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
-
-
-def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Size of the difference as a share of what was expected."""
-    return float((actual - expected).norm() / expected.norm())
-
-
-def stored_tensors(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of all tensors in a folder's safetensors files."""
-    shapes = {}
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    return shapes
-
-
-def size(model: Any) -> int:
-    """Numbers that a model's checkpoint has to hold: parameters and buffers, what is shared once."""
-    tensors = {t.data_ptr(): t.numel() for t in model.state_dict().values()}
-    return sum(tensors.values())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from eigenslice.arch import Table, lookup
-from tests.conftest import load
+from tests.results import load
 
 
 def load_wide(folder: Path, dtype: torch.dtype) -> Any:

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import slice_model
 from tests import processes, tiny, words
 

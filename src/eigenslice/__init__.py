@@ -7,11 +7,13 @@ from eigenslice import _interrupt as _interrupt
 from eigenslice._version import __version__
 from eigenslice.arch import Refusal, StockForm, Sublayer, Table, Variant, register_table
 from eigenslice.errors import EigensliceError
-from eigenslice.evaluate import Perplexity, evaluate, perplexity
+from eigenslice.evaluation.perplexity import Perplexity, evaluate, perplexity
 from eigenslice.export import Export, export_model
-from eigenslice.inspection import Inspection, inspect_model
+from eigenslice.inspection.inspect import Inspection, inspect_model
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM, register
-from eigenslice.options import CalibrationOptions, ExportOptions, SliceOptions
+from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.export import ExportOptions
+from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import SliceResult, slice_model
 
 register()

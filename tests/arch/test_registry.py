@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from eigenslice.arch import TABLES, Table, lookup, register_table, registry, table_of
-from eigenslice.dense import empty_model
 from eigenslice.errors import OptionsError, UnsupportedModelError
+from eigenslice.model.dense import empty_model
 from tests import tiny
-from tests.conftest import Slicer, load
+from tests.conftest import Slicer
 from tests.messages import check_message
+from tests.results import load
 
 ROOT = Path(__file__).parents[2]
 EPS = 3e-4  # no architecture's default

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import slice_model
 from tests import tiny, words
 from tests.checkpoint import hostile

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from eigenslice.checkpoint.output import partial_path
+from eigenslice.runtime.output import partial_path
 from tests import processes, tiny, words
 from tests.attacks.disk import snapshot
 from tests.checkpoint.files import copy_of

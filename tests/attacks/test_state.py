@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-from eigenslice import resume
-from eigenslice.checkpoint.output import partial_path
 from eigenslice.errors import EigensliceError, EigensliceWarning
-from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.slicing import SliceOptions
+from eigenslice.runtime import run_state as resume
+from eigenslice.runtime.output import partial_path
 from eigenslice.slicing import slice_model
 from tests.attacks.disk import flip
 from tests.conftest import Folders

@@ -14,13 +14,13 @@ import baselines
 import quality
 from candidates import plan_text
 from eigenslice import slice_model
+from eigenslice.data.batches import Batch
 from eigenslice.errors import EigensliceError, OptionsError
-from eigenslice.evaluate import perplexity
-from eigenslice.stream import Batch
+from eigenslice.evaluation.perplexity import perplexity
 from scores import Score, compare
 from tests import tiny, words
 from tests.checkpoint.files import copy_of
-from tests.conftest import load
+from tests.results import load
 
 METHODS = ["ours", "ours-custom", "paper-per-block", "drop-blocks", "width-pruning"]
 

@@ -7,10 +7,11 @@ import pytest
 from safetensors.torch import save_file
 
 import recovery
-from eigenslice.evaluate import perplexity
-from eigenslice.stream import Batch
+from eigenslice.data.batches import Batch
+from eigenslice.evaluation.perplexity import perplexity
 from tests import tiny
-from tests.conftest import Folders, Slicer, load
+from tests.conftest import Folders, Slicer
+from tests.results import load
 
 
 def test_ratios_before_and_after(dense_folder: Folders, run_slice: Slicer, tmp_path: Path) -> None:

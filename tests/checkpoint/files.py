@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eigenslice.checkpoint.weights import SINGLE
-from eigenslice.dense import DenseModel
+from eigenslice.model.dense import DenseModel
 
 Tensors = dict[str, Tensor]
 

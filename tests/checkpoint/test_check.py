@@ -11,18 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eigenslice.bench.costs import weight_bytes_on_disk
+from eigenslice.checkpoint.loading import load_model
 from eigenslice.checkpoint.source import locate, open_source
 from eigenslice.checkpoint.weights import INDEX, SINGLE
-from eigenslice.dense import DenseModel
 from eigenslice.errors import CheckpointError, EigensliceError
-from eigenslice.evaluate import load_model
+from eigenslice.evaluation.costs import weight_bytes_on_disk
+from eigenslice.model.dense import DenseModel
 from tests import tiny, words
 from tests.checkpoint import hostile
 from tests.checkpoint.files import copy_of, edit_json, weight_of
 from tests.checkpoint.gguf_file import NORMAL, write_gguf
-from tests.conftest import load
 from tests.messages import check_message
+from tests.results import load
 
 READERS: dict[str, Callable[[str], Any]] = {
     "slice": lambda name: DenseModel(open_source(name)),

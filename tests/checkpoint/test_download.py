@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from eigenslice.checkpoint.companions import stage_companions
+from eigenslice.checkpoint.loading import load_model
 from eigenslice.checkpoint.source import locate, open_source
 from eigenslice.errors import CheckpointError, EigensliceWarning
-from eigenslice.evaluate import load_model
 from tests import tiny, words
 from tests.checkpoint.fake_hub import COMMIT, Files, Hub, cache, files_of, serve
 from tests.checkpoint.files import copy_of

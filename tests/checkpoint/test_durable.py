@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from eigenslice.checkpoint.durable import flush_all, replace_json, write_whole
 from eigenslice.errors import OutputError
+from eigenslice.runtime.durable import flush_all, replace_json, write_whole
 from tests.messages import check_message
 
 

@@ -11,13 +11,13 @@ from safetensors.torch import save_file
 
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.weights import SINGLE
-from eigenslice.dense import DenseModel
 from eigenslice.errors import CheckpointError, UnsupportedModelError
-from eigenslice.folding import FoldedBlock
+from eigenslice.model.dense import DenseModel
+from eigenslice.model.folding import FoldedBlock
 from tests import tiny
 from tests.checkpoint.files import Tensors, copy_of, edit_json, rewrite, tensors_of, weight_of
-from tests.conftest import load
 from tests.messages import check_message
+from tests.results import load
 
 QUERY = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"

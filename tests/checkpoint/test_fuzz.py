@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.weights import INDEX, SINGLE
-from eigenslice.dense import DenseModel
 from eigenslice.errors import EigensliceError
+from eigenslice.model.dense import DenseModel
 from tests import tiny
 from tests.checkpoint.files import copy_of
 from tests.checkpoint.gguf_file import write_gguf

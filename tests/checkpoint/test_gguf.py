@@ -10,13 +10,14 @@ from gguf import GGMLQuantizationType
 from transformers import AutoTokenizer
 
 from eigenslice.checkpoint.source import open_source
-from eigenslice.dense import DenseModel
 from eigenslice.errors import CheckpointError
+from eigenslice.model.dense import DenseModel
 from tests import tiny
 from tests.checkpoint.files import weight_of
 from tests.checkpoint.gguf_file import NORMAL, write_gguf
-from tests.conftest import Slicer, load
+from tests.conftest import Slicer
 from tests.messages import check_message
+from tests.results import load
 
 
 @pytest.fixture(params=["llama", "llama-tied"])

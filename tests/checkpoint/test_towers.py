@@ -7,15 +7,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from eigenslice.checkpoint.loading import load_model
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.towers import TOWERS
-from eigenslice.dense import DenseModel
 from eigenslice.errors import EigensliceWarning, UnsupportedModelError
-from eigenslice.estimate import whole_bytes
-from eigenslice.evaluate import load_model
+from eigenslice.model.dense import DenseModel
+from eigenslice.slicing.memory import whole_bytes
 from tests import tiny
-from tests.conftest import Slicer, load, stored_tensors
+from tests.conftest import Slicer
 from tests.messages import check_message
+from tests.results import load, stored_tensors
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 VISION |= {"image_size": 16, "patch_size": 8, "projection_dim": 16, "head_dim": 8}

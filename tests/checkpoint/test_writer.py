@@ -13,8 +13,8 @@ from eigenslice.checkpoint.weights import INDEX, SINGLE, SafetensorsWeights
 from eigenslice.checkpoint.writer import ShardWriter, check_space, write_json
 from eigenslice.errors import ActivationError, IncompleteError
 from tests import tiny
-from tests.conftest import load
 from tests.messages import check_message
+from tests.results import load
 
 # 16, 24, 8 and 32 bytes in float32
 TENSORS = {name: torch.arange(float(size)) for name, size in {"a": 4, "b": 6, "c": 2, "d": 8}.items()}

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eigenslice.manifest import read_manifest
+from eigenslice.report.manifest import read_manifest
 from tests import tiny
 from tests.cli.conftest import Command, Failure
-from tests.conftest import stored_tensors
+from tests.results import stored_tensors
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from eigenslice import cli
 from eigenslice.cli.boundary import run
 from eigenslice.errors import EchoedError, EigensliceWarning, OptionsError, RankError
-from eigenslice.options import SliceOptions
+from eigenslice.options.slicing import SliceOptions
 from tests.cli.conftest import Command
 
 Raiser = Callable[[BaseException], Any]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from eigenslice.checkpoint.weights import SINGLE
-from eigenslice.stream import Stream
+from eigenslice.stream.walk import Stream
 from tests import tiny, words
 from tests.checkpoint.files import Tensors, copy_of, edit_json, rewrite
 from tests.cli.conftest import Command, Failure

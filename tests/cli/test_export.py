@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eigenslice.export import gguf_tensors
+from eigenslice.export.gguf import tensors as gguf_tensors
 from tests import tiny
 from tests.checkpoint.gguf_file import write_gguf
 from tests.cli.conftest import Command, Failure

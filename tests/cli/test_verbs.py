@@ -15,7 +15,7 @@ import eigenslice
 from tests import tiny, words
 from tests.checkpoint.files import tensors_of
 from tests.cli.conftest import Command
-from tests.conftest import load
+from tests.results import load
 
 
 def stored_parameters(folder: Path) -> int:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from eigenslice.data import Tokens, evaluation_tokens
 from eigenslice.data.files import BINARY_NAMES, KINDS, PACKED
 from eigenslice.errors import CalibrationError, EigensliceWarning
-from eigenslice.options import CalibrationOptions
+from eigenslice.options.calibration import CalibrationOptions
 from tests import words
 from tests.data.test_tokens import CONFIG
 from tests.messages import check_message

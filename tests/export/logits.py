@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from eigenslice.export import export_model
-from eigenslice.options import ExportOptions
+from eigenslice.options.export import ExportOptions
 from tests import tiny
-from tests.conftest import load
+from tests.results import load
 
 
 def save_two_layers(case: str, folder: Path) -> Path:

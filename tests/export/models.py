@@ -8,9 +8,9 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import PreTrainedTokenizerFast
 
-from eigenslice.export.llama_cpp import LlamaCpp
+from eigenslice.export.gguf.llama_cpp import LlamaCpp
 from tests import tiny
-from tests.conftest import load
+from tests.results import load
 
 SPLITS = {  # as in the tokenizer.json of Llama 3, Qwen2 and Mistral Nemo
     "llama-bpe": (

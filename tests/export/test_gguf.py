@@ -10,11 +10,11 @@ from gguf import GGUFReader
 from transformers import AutoConfig
 
 from eigenslice.errors import ExportError, OptionsError, OutputError, UnsupportedModelError
-from eigenslice.export import gguf_tensors
 from eigenslice.export.check import TEXTS
-from eigenslice.export.gguf_arch import architecture_of
-from eigenslice.export.gguf_rope import interleave
-from eigenslice.export.llama_cpp import LlamaCpp
+from eigenslice.export.gguf import tensors as gguf_tensors
+from eigenslice.export.gguf.arch import architecture_of
+from eigenslice.export.gguf.llama_cpp import LlamaCpp
+from eigenslice.export.gguf.rope import interleave
 from tests import tiny
 from tests.conftest import Slicer
 from tests.export import models

@@ -8,13 +8,14 @@ import torch
 from gguf import GGUFReader
 
 from eigenslice.errors import OptionsError, UnsupportedModelError
-from eigenslice.export.llama_cpp import LlamaCpp
+from eigenslice.export.gguf.llama_cpp import LlamaCpp
 from tests import tiny
-from tests.conftest import Slicer, load
+from tests.conftest import Slicer
 from tests.export import models
 from tests.export.conftest import Exporter, Sliced
 from tests.export.models import log_probabilities
 from tests.messages import check_message
+from tests.results import load
 
 
 def fields(path: Path) -> dict[str, Any]:

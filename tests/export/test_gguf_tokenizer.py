@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from eigenslice.errors import UnsupportedModelError
 from eigenslice.export import export_model
 from eigenslice.export.check import TEXTS
-from eigenslice.export.gguf_tokenizer import split_name
-from eigenslice.export.llama_cpp import LlamaCpp
-from eigenslice.options import ExportOptions
+from eigenslice.export.gguf.llama_cpp import LlamaCpp
+from eigenslice.export.gguf.tokenizer import split_name
+from eigenslice.options.export import ExportOptions
 from tests import tiny
 from tests.export.models import CONFIG
 from tests.messages import check_message

@@ -10,10 +10,11 @@ from transformers.cache_utils import DynamicCache
 from eigenslice.errors import ExportError
 from eigenslice.export import export_model, openvino
 from eigenslice.export.graph import CachedModel, graph_of
-from eigenslice.options import ExportOptions
+from eigenslice.options.export import ExportOptions
 from tests import tiny
-from tests.conftest import Slicer, load
+from tests.conftest import Slicer
 from tests.messages import check_message
+from tests.results import load
 
 CASES = ["llama", "mistral-window", "qwen2-window", "qwen3", "phi", "opt", "gpt_neox", "gemma2", "gemma3_text"]
 

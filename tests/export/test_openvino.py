@@ -10,12 +10,13 @@ import torch
 from eigenslice.errors import EigensliceError, ExportError
 from eigenslice.export import export_model
 from eigenslice.export.openvino import BEAM, FILE, OpenVino
-from eigenslice.options import ExportOptions
+from eigenslice.options.export import ExportOptions
 from tests import tiny
-from tests.conftest import Slicer, load
+from tests.conftest import Slicer
 from tests.export import models
 from tests.export.logits import assert_same_logits, save_two_layers
 from tests.messages import check_message
+from tests.results import load
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # torch's own
 

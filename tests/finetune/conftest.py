@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from safetensors.torch import save_file
 
-from eigenslice.checkpoint.output import partial_path
 from eigenslice.finetune import FinetuneOptions, FinetuneResult, finetune
-from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.slicing import SliceOptions
+from eigenslice.runtime.output import partial_path
 from eigenslice.slicing import slice_model
 from tests import tiny
 from tests.conftest import Folders

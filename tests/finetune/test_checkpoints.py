@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from eigenslice.checkpoint.output import partial_path
 from eigenslice.errors import EigensliceWarning, IncompleteError
 from eigenslice.finetune import finetune
 from eigenslice.finetune.checkpoints import SEAL, Checkpoints
+from eigenslice.runtime.output import partial_path
 from tests.attacks.disk import flip, snapshot
 from tests.finetune.conftest import Training
 from tests.messages import check_message

@@ -10,15 +10,16 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
-from eigenslice.checkpoint.output import partial_path
 from eigenslice.errors import CheckpointError, EigensliceError, IncompleteError, OutputError
 from eigenslice.finetune import FinetuneOptions, finetune
 from eigenslice.finetune.inputs import open_input, open_sliced
+from eigenslice.runtime.output import partial_path
 from tests.attacks.disk import snapshot
 from tests.checkpoint.files import copy_of, edit_json
-from tests.conftest import Folders, Slicer, load
+from tests.conftest import Folders, Slicer
 from tests.finetune.conftest import Training, Tuner
 from tests.messages import check_message
+from tests.results import load
 
 
 def refused(options: FinetuneOptions, world: Path, kind: type[EigensliceError] = OutputError) -> EigensliceError:
@@ -78,7 +79,7 @@ def test_the_lock_is_tried_before_anything_else(resume: bool, training: Training
 def test_logs_of_somebody_else_are_left_alone(
     name: str, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eigenslice.finetune.options.find_spec", lambda name: True)
+    monkeypatch.setattr("eigenslice.options.finetune.find_spec", lambda name: True)
     (tmp_path / "out.logs").mkdir()
     (tmp_path / "out.logs" / name).write_text("mine")
     options = training.at(tmp_path / "out", log_to=("tensorboard",))

@@ -45,7 +45,7 @@ def test_loss_and_gradient(distill: float, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_next_tokens_loss_is_transformers_own(dense_folder) -> None:
     from tests import tiny
-    from tests.conftest import load
+    from tests.results import load
 
     model, ids = load(dense_folder("llama")), tiny.random_ids(2, 9)
     with torch.no_grad():

@@ -12,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eigenslice.checkpoint.output import partial_path
+from eigenslice.data.batches import Batch
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
-from eigenslice.evaluate import perplexity
+from eigenslice.evaluation.perplexity import perplexity
 from eigenslice.finetune import FinetuneOptions, finetune, with_recipe
-from eigenslice.options import CalibrationOptions
-from eigenslice.stream import Batch
+from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.runtime.output import partial_path
 from tests import processes, tiny
 from tests.checkpoint.files import copy_of
-from tests.conftest import Slicer, load, stored_tensors
+from tests.conftest import Slicer
 from tests.finetune.conftest import Tuner
+from tests.results import load, stored_tensors
 
 
 @pytest.mark.parametrize(

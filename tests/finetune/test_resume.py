@@ -13,11 +13,11 @@ import pytest
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, Trainer
 
-from eigenslice.checkpoint import workfolder
-from eigenslice.checkpoint.output import partial_path
 from eigenslice.errors import IncompleteError, OptionsError, OutputError
 from eigenslice.finetune import FinetuneOptions, checkpoints, finetune, recovery, result
 from eigenslice.finetune.checkpoints import Checkpoints
+from eigenslice.runtime import work_folder as workfolder
+from eigenslice.runtime.output import partial_path
 from tests import processes
 from tests.attacks.disk import snapshot
 from tests.conftest import Folders

@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModel
 
 from tests import tiny
-from tests.conftest import Slicer, load
+from tests.conftest import Slicer
+from tests.results import load
 
 CASES = [("opt", "global"), ("gpt_neox", "global"), ("llama", "per-block")]
 

@@ -11,7 +11,8 @@ import torch
 
 from eigenslice.modeling import MODELING_FILE
 from tests import tiny
-from tests.conftest import Slicer, load
+from tests.conftest import Slicer
+from tests.results import load
 
 # every kind of result: stock and custom, with shortcuts, LayerNorm tied and untied, parallel and sequential
 RESULTS = [

@@ -15,7 +15,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from eigenslice.modeling import AUTO_MAP, MODELING_FILE
 from tests import tiny
-from tests.conftest import Slicer, load
+from tests.conftest import Slicer
+from tests.results import load
 
 CASES = [("opt", {}), ("gpt_neox", {}), ("xglm", {}), ("llama", {"basis": "per-block"})]
 """Layers, a centred embedding (opt), stored positions (xglm), shortcuts."""

@@ -12,12 +12,13 @@ from huggingface_hub import ModelCard
 from eigenslice.cli import main
 from eigenslice.errors import EigensliceWarning
 from eigenslice.finetune import FinetuneOptions, finetune
-from eigenslice.manifest import read_manifest
-from eigenslice.options import CalibrationOptions
+from eigenslice.options.calibration import CalibrationOptions
 from eigenslice.report.card import write_card
+from eigenslice.report.manifest import read_manifest
 from eigenslice.report.story import base_model, custom_note, is_hub_id, slice_command
 from tests.checkpoint.files import copy_of
-from tests.conftest import Folders, Slicer, stored_tensors
+from tests.conftest import Folders, Slicer
+from tests.results import stored_tensors
 
 LICENCE = "---\nlicense: apache-2.0\nlanguage:\n- en\nbase_model: someone/else\ntags:\n- theirs\n---\n\n# Theirs\n"
 

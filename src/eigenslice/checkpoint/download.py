@@ -18,9 +18,9 @@ from huggingface_hub.utils import tqdm
 
 from eigenslice.checkpoint import names
 from eigenslice.checkpoint.files import check_file, read_json
+from eigenslice.checkpoint.hub import HubName
 from eigenslice.checkpoint.weights import INDEX, SINGLE
 from eigenslice.errors import CheckpointError, EigensliceWarning, first_line
-from eigenslice.hub import HubName
 
 
 class _Silent(tqdm):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from eigenslice.errors import CheckpointError, first_line
-from eigenslice.reading import MIB, parsed_json
+from eigenslice.runtime.reading import MIB, parsed_json
 
 LARGEST_JSON = 64 * MIB
 """Of configs and indexes: the index of a model with 150,000 tensors has 15 MiB."""

@@ -17,11 +17,11 @@ from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from eigenslice.checkpoint.check import check_gguf
+from eigenslice.checkpoint.empty import empty_model
 from eigenslice.checkpoint.gguf_header import GgufTensor
 from eigenslice.checkpoint.scan import Span
 from eigenslice.checkpoint.sizes import check_total
 from eigenslice.errors import CheckpointError, UnsupportedModelError, first_line
-from eigenslice.skeleton import empty_model
 
 UNUSED = re.compile(r"^rope_|rope_freqs|\.attn_rot_embd|\.rotary_|^token_types")
 """Tensors that no model of transformers has: it computes them from the config."""

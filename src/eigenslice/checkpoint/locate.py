@@ -5,8 +5,8 @@ from pathlib import Path
 from eigenslice.checkpoint.check import CONFIG, check_folder, check_gguf, list_folder
 from eigenslice.checkpoint.download import download
 from eigenslice.checkpoint.files import check_file
+from eigenslice.checkpoint.hub import hub_name
 from eigenslice.errors import CheckpointError, first_line
-from eigenslice.hub import hub_name
 
 GGUF = ".gguf"
 

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from eigenslice.card_metadata import read_card_metadata
+from eigenslice.checkpoint.card_metadata import read_card_metadata
 from eigenslice.errors import CheckpointError
 
 CONFIG, GENERATION, CARD, MANIFEST = "config.json", "generation_config.json", "README.md", "eigenslice.json"

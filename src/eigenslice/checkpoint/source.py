@@ -23,8 +23,9 @@ from eigenslice.checkpoint.locate import locate
 from eigenslice.checkpoint.names import TOKENIZER_CONFIG, code_named
 from eigenslice.checkpoint.scan import Extent, refuse_unfit, scan
 from eigenslice.checkpoint.towers import TOWERS, holds_tower, tower_config
-from eigenslice.checkpoint.weights import LEFTOVERS, SafetensorsWeights, Weights, file_hashes
+from eigenslice.checkpoint.weights import LEFTOVERS, SafetensorsWeights, Weights
 from eigenslice.errors import CheckpointError, EigensliceWarning, UnsupportedModelError, first_line
+from eigenslice.runtime.durable import file_hashes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import AutoModelForImageTextToText
 
 from eigenslice.arch import has_table
-from eigenslice.skeleton import empty_model
+from eigenslice.checkpoint.empty import empty_model
 
 TOWERS = {
     "gemma3": "language_model",

@@ -1,10 +1,9 @@
 """Reading tensors one at a time, by name; nothing is unpickled and nothing is read before it is asked for."""
 
-import hashlib
 import json
 import re
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,7 +14,7 @@ from torch import Tensor
 from eigenslice.checkpoint.files import LARGEST_JSON, check_file
 from eigenslice.checkpoint.scan import Span, plain
 from eigenslice.errors import CheckpointError, first_line
-from eigenslice.reading import parsed_json
+from eigenslice.runtime.reading import parsed_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -54,15 +53,6 @@ class Weights(Protocol):
     def spans(self, file: Path) -> list[Span]:
         """Where the tensors of one of the files lie in it."""
         ...
-
-
-def file_hashes(files: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of files, by name."""
-    digests = {}
-    for file in files:
-        with file.open("rb") as handle:
-            digests[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return digests
 
 
 def _broken(file: Path, why: object) -> CheckpointError:

@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import zlib
 from dataclasses import dataclass
@@ -15,14 +14,14 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.finite import all_finite
-from eigenslice.checkpoint.durable import NOFOLLOW, flush
 from eigenslice.checkpoint.weights import INDEX, SAFETENSORS_DTYPES, SINGLE
 from eigenslice.errors import ActivationError, IncompleteError
-from eigenslice.progress import MIB
+from eigenslice.runtime.durable import NOFOLLOW, flush
+from eigenslice.runtime.output import WEIGHT_FILE
+from eigenslice.runtime.progress import MIB
 
 GIB = 1024**3
 CHUNK = 1 << 24  # bytes read at once when files are verified
-WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 

@@ -26,8 +26,8 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Speed, memory and size of models side by side: medians, and the lowest and highest run."""
-    from eigenslice.bench import BenchOptions
-    from eigenslice.bench import bench as run
+    from eigenslice.evaluation.speed import bench as run
+    from eigenslice.options.bench import BenchOptions
     from eigenslice.report.measured import short_names
 
     options = BenchOptions(

@@ -55,7 +55,7 @@ def progress_bar(
         log: Folder for TensorBoard's events, too.
         interrupted: Says what Ctrl-C left.
     """
-    from eigenslice.progress import Pacer
+    from eigenslice.runtime.progress import Pacer
 
     pacer = Pacer()
     bars = errors.is_terminal and not quiet and not as_json

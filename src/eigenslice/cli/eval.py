@@ -65,8 +65,8 @@ def eval_(
         )
         return
     from eigenslice.data.sources import one_by_one
-    from eigenslice.evaluate import evaluate_each
-    from eigenslice.options import CalibrationOptions
+    from eigenslice.evaluation.perplexity import evaluate_each
+    from eigenslice.options.calibration import CalibrationOptions
 
     names = tuple(data or ["wikitext2"])
     texts = one_by_one(CalibrationOptions(data=names, field=tuple(field or ()), samples=samples, seqlen=seqlen))
@@ -90,8 +90,9 @@ def eval_(
 
 def _tasks(models: list[str], tasks: str, data: list[str] | None, as_json: bool, quiet: bool, **options: Any) -> None:
     from eigenslice.errors import OptionsError
+    from eigenslice.evaluation.tasks import evaluate_tasks
+    from eigenslice.options.tasks import TaskOptions
     from eigenslice.report.measured import short_names
-    from eigenslice.tasks import TaskOptions, evaluate_tasks
 
     if data:
         raise OptionsError("--tasks with --data", allowed="one of them", next_step="run eigenslice eval twice")

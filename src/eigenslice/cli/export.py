@@ -36,9 +36,9 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write a model for another runtime, and check there that it computes what transformers computes."""
+    from eigenslice.checkpoint.hub import with_revision
     from eigenslice.export import export_model
-    from eigenslice.hub import with_revision
-    from eigenslice.options import ExportOptions
+    from eigenslice.options.export import ExportOptions
 
     options = ExportOptions(
         model=with_revision(model, revision),

@@ -79,10 +79,10 @@ def finetune(
     quiet: Quiet = False,
 ) -> None:
     """Train a sliced model for a while, so that it recovers; the result is stored as before."""
-    from eigenslice.checkpoint.output import partial_path
+    from eigenslice.checkpoint.hub import check_hub, push, with_revision
     from eigenslice.finetune import finetune as run
     from eigenslice.finetune import with_recipe
-    from eigenslice.hub import check_hub, push, with_revision
+    from eigenslice.runtime.output import partial_path
 
     given: dict[str, Any] = {
         "model": with_revision(model, revision),

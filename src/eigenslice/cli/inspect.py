@@ -20,8 +20,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Whether a model can be sliced, its parameters by role, and what each slicing would store."""
-    from eigenslice.hub import with_revision
-    from eigenslice.inspection import inspect_model
+    from eigenslice.checkpoint.hub import with_revision
+    from eigenslice.inspection.inspect import inspect_model
 
     model = with_revision(model, revision)
     with progress_bar(quiet=True):

@@ -26,8 +26,9 @@ def sample(
     quiet: Quiet = False,
 ) -> None:
     """Let a model write text by itself, to calibrate with: of all the kinds that it was trained on."""
-    from eigenslice.hub import with_revision
-    from eigenslice.sampling import SampleOptions, sample_text
+    from eigenslice.checkpoint.hub import with_revision
+    from eigenslice.data.own_text import sample_text
+    from eigenslice.options.sampling import SampleOptions
 
     options = SampleOptions(
         model=with_revision(model, revision),

@@ -109,10 +109,11 @@ def slice_(
     quiet: Quiet = False,
 ) -> None:
     """Slice a model into a new folder, of exactly one size: --keep, --slicing, --width or --recipe."""
-    from eigenslice.checkpoint.output import partial_path
-    from eigenslice.hub import check_hub, push, with_revision
-    from eigenslice.options import CalibrationOptions, SliceOptions
-    from eigenslice.paths import expanded
+    from eigenslice.checkpoint.hub import check_hub, push, with_revision
+    from eigenslice.options.calibration import CalibrationOptions
+    from eigenslice.options.paths import expanded
+    from eigenslice.options.slicing import SliceOptions
+    from eigenslice.runtime.output import partial_path
     from eigenslice.slicing import slice_model
 
     options = SliceOptions(

@@ -6,7 +6,7 @@ from pathlib import Path
 from eigenslice.data.files import local_path
 from eigenslice.data.presets import BUILTIN, MIXTURES, PRESETS
 from eigenslice.errors import CalibrationError
-from eigenslice.options import CalibrationOptions
+from eigenslice.options.calibration import CalibrationOptions
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenslice.data.batches import Batch
 from eigenslice.data.files import said
 from eigenslice.data.ids import DEFAULT_TENSOR, longest_sequence, read_token_ids
 from eigenslice.data.sources import Source, sources
 from eigenslice.data.templates import ChatTemplate
 from eigenslice.data.texts import Chat, Documents, Purpose, load_documents
 from eigenslice.errors import CalibrationError, EigensliceWarning, printable
-from eigenslice.options import CalibrationOptions
-from eigenslice.stream import Batch
+from eigenslice.options.calibration import CalibrationOptions
 
 CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read from large data sets
 BATCH_TOKENS = 2048  # a forward pass of more tokens isn't faster, and takes more memory

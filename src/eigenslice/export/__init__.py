@@ -14,15 +14,15 @@ from transformers import AutoConfig
 
 from eigenslice.algebra.finite import all_finite
 from eigenslice.checkpoint.companions import companions_of, copy_companions
+from eigenslice.checkpoint.hub import hub_name, is_local
+from eigenslice.checkpoint.loading import LoadedModel, load_model
 from eigenslice.checkpoint.names import CONFIG
-from eigenslice.checkpoint.output import check_output, refuse_overlap
 from eigenslice.checkpoint.source import locate
-from eigenslice.checkpoint.workfolder import WorkFolder, work_folder
 from eigenslice.errors import CheckpointError, EigensliceError, ExportError, OptionsError, first_line
-from eigenslice.evaluate import LoadedModel, load_model
 from eigenslice.export.check import Agreement, Runtime
-from eigenslice.hub import hub_name, is_local
-from eigenslice.options import ExportOptions
+from eigenslice.options.export import ExportOptions
+from eigenslice.runtime.output import check_output, refuse_overlap
+from eigenslice.runtime.work_folder import WorkFolder, work_folder
 
 if TYPE_CHECKING:
     from eigenslice.export.graph import Graph
@@ -116,11 +116,11 @@ def _work_folder(options: ExportOptions, names: Collection[str] = ()) -> Abstrac
 
 
 def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
-    from eigenslice.export import llama_cpp
     from eigenslice.export.check import check_tokens, compare, prompts, reference, require_agreement
-    from eigenslice.export.gguf import write_gguf
-    from eigenslice.export.gguf_arch import architecture_of
-    from eigenslice.export.gguf_types import round_weights, type_for
+    from eigenslice.export.gguf import llama_cpp
+    from eigenslice.export.gguf.arch import architecture_of
+    from eigenslice.export.gguf.types import round_weights, type_for
+    from eigenslice.export.gguf.writing import write_gguf
 
     folder, config = _open(options)
     architecture_of(config)

@@ -19,11 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from eigenslice.checkpoint.durable import flush, flush_all, replace_json
-from eigenslice.checkpoint.weights import file_hashes
 from eigenslice.errors import CheckpointError, IncompleteError, RankError, first_line
-from eigenslice.ranks import Ranks
-from eigenslice.resume import content_digest
+from eigenslice.runtime.durable import file_hashes, flush, flush_all, replace_json
+from eigenslice.runtime.ranks import Ranks
+from eigenslice.runtime.run_state import content_digest
 
 SEAL = "complete.json"
 FOLDER = re.compile(r"checkpoint-(\d+)")

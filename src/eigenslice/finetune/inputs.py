@@ -14,16 +14,17 @@ from transformers import GenerationConfig
 from eigenslice.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from eigenslice.checkpoint.companions import copy_companions
 from eigenslice.checkpoint.files import LARGEST_JSON, check_file
+from eigenslice.checkpoint.loading import LoadedModel, load_model
 from eigenslice.checkpoint.mapping import as_stored
 from eigenslice.checkpoint.names import CONFIG
 from eigenslice.checkpoint.source import locate
-from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights, file_hashes
+from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights
 from eigenslice.errors import CheckpointError, IncompleteError, first_line
-from eigenslice.evaluate import LoadedModel, load_model
-from eigenslice.manifest import NAME, read_manifest
 from eigenslice.modeling import SlicedConfig
-from eigenslice.options import DtypeName
+from eigenslice.options.common import DtypeName
 from eigenslice.report.card import CARD, read_card_metadata
+from eigenslice.report.manifest import NAME, read_manifest
+from eigenslice.runtime.durable import file_hashes
 
 Stored = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 """Shape and dtype of tensors, by their names in the files."""

@@ -18,16 +18,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from eigenslice._version import __version__
-from eigenslice.checkpoint.output import check_output, refuse_overlap
-from eigenslice.checkpoint.workfolder import WorkFolder, remove_finished, work_folder
+from eigenslice.checkpoint.loading import LoadedModel
 from eigenslice.checkpoint.writer import check_space
 from eigenslice.data import Tokens, calibration_tokens
-from eigenslice.device import resolve_device
+from eigenslice.data.batches import Batch
 from eigenslice.errors import CalibrationError, EigensliceWarning, OptionsError
-from eigenslice.evaluate import LoadedModel, Perplexity, perplexity
+from eigenslice.evaluation.perplexity import Perplexity, perplexity
 from eigenslice.finetune.checkpoints import Checkpoints, load_weights, storage_errors
 from eigenslice.finetune.inputs import Input, Sliced, open_input, open_sliced
-from eigenslice.finetune.options import FinetuneOptions
 from eigenslice.finetune.result import merged, result_names, section, write_result
 from eigenslice.finetune.training import (
     Progress,
@@ -38,10 +36,13 @@ from eigenslice.finetune.training import (
     training_arguments,
     with_adapters,
 )
-from eigenslice.manifest import NAME, finished_manifest, versions
-from eigenslice.ranks import Ranks, join_ranks
+from eigenslice.options.finetune import FinetuneOptions
 from eigenslice.report.card import write_card
-from eigenslice.stream import Batch
+from eigenslice.report.manifest import NAME, finished_manifest, versions
+from eigenslice.runtime.device import resolve_device
+from eigenslice.runtime.output import check_output, refuse_overlap
+from eigenslice.runtime.ranks import Ranks, join_ranks
+from eigenslice.runtime.work_folder import WorkFolder, remove_finished, work_folder
 
 KEPT = 3
 """Checkpoints on the disk at the same time: the last one, the one before, and the one that is being written."""

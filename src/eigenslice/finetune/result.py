@@ -11,16 +11,18 @@ import torch
 from eigenslice.algebra.finite import all_finite
 from eigenslice.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from eigenslice.checkpoint.names import CONFIG
-from eigenslice.checkpoint.weights import SafetensorsWeights, file_hashes
-from eigenslice.checkpoint.workfolder import WorkFolder
-from eigenslice.checkpoint.writer import GIB, WEIGHT_FILE, write_json
+from eigenslice.checkpoint.weights import SafetensorsWeights
+from eigenslice.checkpoint.writer import GIB, write_json
 from eigenslice.data import Tokens
 from eigenslice.errors import IncompleteError, OutputError
-from eigenslice.evaluate import Perplexity
+from eigenslice.evaluation.perplexity import Perplexity
 from eigenslice.finetune.inputs import Sliced, stored_tensors
-from eigenslice.finetune.options import FinetuneOptions
-from eigenslice.manifest import NAME
+from eigenslice.options.finetune import FinetuneOptions
 from eigenslice.report.card import CARD
+from eigenslice.report.manifest import NAME
+from eigenslice.runtime.durable import file_hashes
+from eigenslice.runtime.output import WEIGHT_FILE
+from eigenslice.runtime.work_folder import WorkFolder
 
 Save = Callable[[Path], None]
 

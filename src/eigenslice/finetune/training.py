@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
-from eigenslice.checkpoint.output import refuse_overlap
 from eigenslice.errors import OptionsError, OutputError, first_line
 from eigenslice.finetune.checkpoints import Checkpoints, load_weights
 from eigenslice.finetune.objective import shifted_targets, summed_loss
-from eigenslice.finetune.options import FinetuneOptions
-from eigenslice.ranks import Ranks
+from eigenslice.options.finetune import FinetuneOptions
+from eigenslice.runtime.output import refuse_overlap
+from eigenslice.runtime.ranks import Ranks
 
 Progress = Callable[[str, int, int], None]
 EVENTS = "events.out.tfevents."

@@ -1,5 +1,6 @@
 """What people read about a result: an HTML page, and the model card in its folder."""
 
-from eigenslice.report.page import ReportOptions, report
+from eigenslice.options.report import ReportOptions
+from eigenslice.report.page import report
 
 __all__ = ["ReportOptions", "report"]

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from eigenslice.card_metadata import read_card_metadata
+from eigenslice.checkpoint.card_metadata import read_card_metadata
 from eigenslice.report.escape import markdown
 from eigenslice.report.story import (
     base_model,

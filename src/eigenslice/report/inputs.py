@@ -6,8 +6,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from eigenslice.errors import OptionsError, first_line
-from eigenslice.manifest_fields import Count, Name
-from eigenslice.reading import MIB, read_json
+from eigenslice.report.manifest_fields import Count, Name
+from eigenslice.runtime.reading import MIB, read_json
 
 LARGEST = 64 * MIB
 """Bytes; lm-eval's results hold every task's whole configuration."""

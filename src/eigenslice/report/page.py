@@ -4,83 +4,23 @@ import json
 import math
 import os
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
-
 from eigenslice._version import __version__
-from eigenslice.checkpoint.durable import write_whole
-from eigenslice.checkpoint.output import check_output, refuse_overlap
-from eigenslice.errors import CheckpointError, OptionsError, OutputError
-from eigenslice.manifest import NAME, read_manifest
-from eigenslice.options import LONGEST
-from eigenslice.paths import UserPath, expanded
-from eigenslice.ranges import check_ranges
+from eigenslice.errors import CheckpointError, OutputError
+from eigenslice.options.paths import expanded
+from eigenslice.options.report import ReportOptions
 from eigenslice.report import figures, measured, story
 from eigenslice.report.inputs import read_input
-from eigenslice.report.samples import PROMPTS, Sample, generate
+from eigenslice.report.manifest import NAME, read_manifest
+from eigenslice.report.samples import Sample, generate
+from eigenslice.runtime.durable import write_whole
+from eigenslice.runtime.output import check_output, refuse_overlap
 
 Progress = Callable[[str, int, int], None]
 MARK = f'<meta name="generator" content="eigenslice {__version__}">'
 MARK_START = '<meta name="generator" content="eigenslice'
-
-
-class ReportOptions(BaseModel):
-    """What goes into a report.
-
-    Attributes:
-        folder: A result of `slice` or `finetune`.
-        output: The HTML file; None is FOLDER-report.html beside the folder. A report is replaced, another file never.
-        perplexity: JSON of `eval --json` or benchmarks/quality.py.
-        tasks: JSON of `eval --tasks --json`.
-        bench: JSON of `bench --json`.
-        generate: The dense model, to write samples beside the sliced one's.
-        prompts: What both go on from.
-        new: Tokens that they write.
-        device: torch device for that; None is a GPU if there is one.
-        trust_remote_code: Let the checkpoints run code.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    folder: UserPath
-    output: UserPath | None = None
-    perplexity: UserPath | None = None
-    tasks: UserPath | None = None
-    bench: UserPath | None = None
-    generate: str | None = None
-    prompts: tuple[str, ...] = PROMPTS
-    new: int = 60
-    device: str | None = None
-    trust_remote_code: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> "ReportOptions":
-        if find_spec("plotly") is None:
-            raise OptionsError(
-                "plotly is not installed",
-                allowed="an environment with the packages that reports need",
-                next_step="pip install 'eigenslice[report]'",
-            )
-        check_ranges(self, {"new": (1, LONGEST, f"1 to {LONGEST} tokens")})
-        if not self.prompts:
-            raise OptionsError(
-                "no --prompt", allowed="at least 1 prompt", next_step="leave the option out for the defaults"
-            )
-        return self
-
-    @property
-    def path(self) -> Path:
-        """Where the report goes."""
-        folder = self.named_folder
-        return self.output or folder.absolute().parent / f"{folder.absolute().name}-report.html"
-
-    @property
-    def named_folder(self) -> Path:
-        """The folder by a path that ends in a name: "." and ".." have none."""
-        return self.folder.resolve() if self.folder.name in ("", "..") else self.folder
 
 
 def report(options: ReportOptions, progress: Progress = lambda stage, done, total: None) -> Path:

@@ -7,16 +7,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from eigenslice.checkpoint.loading import load_model
 from eigenslice.checkpoint.source import locate
 from eigenslice.data.tokens import longest_sequence
 from eigenslice.errors import CheckpointError, OptionsError
-from eigenslice.evaluate import load_model
-
-PROMPTS = (
-    "The most important thing about a good library is",
-    "Once upon a time, there was a little girl who",
-    "Water boils at",
-)
 
 
 @dataclass(frozen=True)

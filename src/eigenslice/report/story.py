@@ -4,7 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from eigenslice.options import CalibrationOptions, SliceOptions
+from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.slicing import SliceOptions
 from eigenslice.report.escape import python_string, shell_words
 
 FLAGS = {"shard_gib": "shard-size"}
@@ -21,7 +22,7 @@ def slice_command(manifest: dict[str, Any]) -> str:
 
 def finetune_command(section: dict[str, Any]) -> str:
     """The same of the recovery fine-tuning, from the manifest's section on it."""
-    from eigenslice.finetune.options import FinetuneOptions  # its package imports much
+    from eigenslice.options.finetune import FinetuneOptions  # its package imports much
 
     fields = FinetuneOptions.model_fields
     options = section["options"] | {"resume": False}

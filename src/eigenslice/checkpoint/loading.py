@@ -1,0 +1,138 @@
+"""Loading a whole model by transformers, as its user would."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GgufConfig
+
+from eigenslice.checkpoint.adapters import ADAPTER_CONFIG
+from eigenslice.checkpoint.empty import empty_model
+from eigenslice.checkpoint.gguf import apart, check_gguf_fits, refuse_lost_rope_scaling
+from eigenslice.checkpoint.sizes import check_total
+from eigenslice.checkpoint.source import load_tokenizer, locate, no_bars, refuse_missing
+from eigenslice.checkpoint.towers import TOWERS
+from eigenslice.checkpoint.weights import SafetensorsWeights
+from eigenslice.errors import CheckpointError, EigensliceError, first_line
+from eigenslice.options.common import DtypeName
+from eigenslice.runtime.device import resolve_device
+
+NO_ADAPTER = "no-adapter"
+"""Where transformers looks for an adapter, which is applied afterwards: a folder that doesn't exist."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model to run, dense or sliced, and a function that gives its tokenizer."""
+
+    model: Any
+    tokenizer: Callable[[], Any]
+
+
+def load_model(
+    name: str,
+    device: str | None = None,
+    dtype: DtypeName | torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a model as its user would, by transformers.
+
+    Args:
+        name: A folder, a hub id or a .gguf file.
+        device: torch device; None is a GPU if there is one.
+        dtype: None is the stored one on a GPU and float32 on CPU.
+        trust_remote_code: Let the checkpoint run code.
+
+    Raises:
+        CheckpointError: transformers can't load it.
+    """
+    target = resolve_device(device)
+    folder, gguf = locate(name, adapters=True)
+    wanted = dtype or ("float32" if target.type == "cpu" else "auto")
+    try:
+        with apart(folder, gguf) as (place, extra), no_bars():
+            model = _read(name, (folder, gguf), place, wanted, trust_remote_code, extra).to(target).eval()
+            with torch.no_grad():  # some configs can be built, and not run
+                model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=target), use_cache=False)
+    except EigensliceError:
+        raise
+    except Exception as error:  # whatever configs, safetensors and models raise
+        raise CheckpointError(
+            f"transformers can't load {name} ({first_line(error)})",
+            allowed="a checkpoint in safetensors, or a .gguf file, that AutoModelForCausalLM loads and runs",
+            next_step="check the folder; a model with its own code needs --trust-remote-code",
+        ) from error
+    return LoadedModel(model, partial(load_tokenizer, name, folder, gguf, trust_remote_code))
+
+
+def _read(
+    name: str,
+    found: tuple[Path, str | None],
+    place: Path,
+    dtype: DtypeName | torch.dtype | str,
+    trust_remote_code: bool,
+    extra: dict[str, Any],
+) -> Any:
+    """The model by transformers' `from_pretrained`, if it is what the files hold.
+
+    Args:
+        name: As the user wrote it.
+        found: What `locate` gives.
+        place: The folder for transformers.
+        dtype: As transformers takes it.
+        trust_remote_code: Let the checkpoint run code.
+        extra: Further arguments for transformers.
+
+    Raises:
+        CheckpointError: weights are missing, unknown or of other sizes than the config says.
+    """
+    folder, gguf = found
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
+    config.return_dict = True  # it says what users' code gets, not what the model computes
+    auto = AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
+    quantized = getattr(config, "quantization_config", None) is not None and not gguf
+    if gguf:
+        refuse_lost_rope_scaling(folder / gguf, config)
+        check_gguf_fits(folder / gguf, config)
+        # Where the package `kernels` is, transformers would leave the weights quantized, and so slow to multiply by
+        extra = extra | {"quantization_config": GgufConfig(dequantize=True)}
+    elif not quantized:
+        empty = empty_model(config, auto, trust_remote_code=trust_remote_code)
+        weights = SafetensorsWeights(folder)
+        stored = sum(math.prod(weights.shape(tensor)) for tensor in weights.names())
+        check_total(name, sum(p.numel() for p in empty.parameters()), stored)
+    loaded: Any = auto.from_pretrained(
+        place,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        config=config,
+        use_safetensors=True,
+        output_loading_info=True,
+        adapter_kwargs={"subfolder": NO_ADAPTER},
+        **extra,
+    )
+    model, loading = loaded
+    refuse_missing(name, loading, known=not getattr(model, "is_quantized", False))
+    if not gguf and (folder / ADAPTER_CONFIG).exists():
+        _apply_adapter(name, folder, model)
+    return model
+
+
+def _apply_adapter(name: str, folder: Path, model: Any) -> None:
+    """Apply the adapter beside a model's weights, as `from_pretrained` does.
+
+    That forgets, where there is an adapter, which of the model's own weights were missing.
+
+    Raises:
+        CheckpointError: the adapter isn't one of this model.
+    """
+    before = {parameter.data_ptr() for parameter in model.parameters()}
+    found = model.load_adapter(str(folder))
+    refuse_missing(name, found.to_dict())
+    for parameter in model.parameters():
+        if parameter.data_ptr() not in before:
+            parameter.data = parameter.data.to(model.dtype)

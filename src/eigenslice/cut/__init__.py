@@ -1,0 +1,1 @@
+"""Rotating and slicing the weights of blocks, embeddings and head."""

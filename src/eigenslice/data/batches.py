@@ -1,0 +1,45 @@
+"""Batches of sequences, and the groups that sequences belong to."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from eigenslice.runtime.ranks import Ranks
+
+BESIDE_GROUP = -2
+"""Group of sequences beside the texts: layers are fitted on them, too, but no basis or ridge is chosen by them."""
+HELD_OUT_GROUP = -1
+"""Group of sequences that run along while layers are fitted on the others: there, errors are those on unseen text."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Calibration sequences of one length.
+
+    Attributes:
+        input_ids: (B, T).
+        attention_mask: (B, T), 0 for padding; None if there is none.
+        group: Number of the text that they are from, or of their part of it: what is fitted on some groups is tried
+            on the others.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor | None = None
+    group: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count."""
+        return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+
+def share_batches(batches: list[Batch], ranks: Ranks) -> list[Batch]:
+    """A rank's sequences: of N ranks, every N-th."""
+    shared, first = [], 0
+    for batch in batches:
+        rows = slice((ranks.rank - first) % ranks.size, None, ranks.size)
+        first += len(batch.input_ids)
+        if len(batch.input_ids[rows]):
+            mask = None if batch.attention_mask is None else batch.attention_mask[rows]
+            shared.append(Batch(batch.input_ids[rows], mask, batch.group))
+    return shared

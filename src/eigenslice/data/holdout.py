@@ -1,0 +1,79 @@
+"""Which calibration sequences nothing is fitted on: plans and the head's gain are judged there."""
+
+from dataclasses import replace
+from itertools import zip_longest
+
+from eigenslice.data.batches import BESIDE_GROUP, HELD_OUT_GROUP, Batch
+
+FIT_TOKENS = 8_192
+"""Tokens that a trial is fitted on: enough to tell plans apart, not enough to make the best of one."""
+TRIAL_TOKENS = 4_096
+"""Tokens that it is measured on."""
+HELD_OUT_TOKENS = 8_192
+"""Tokens that the last pass holds out, ..."""
+HELD_OUT_SHARE = 8
+"""... but no more than one sequence of so many."""
+
+
+def hold_out(batches: list[Batch], least: int = 1) -> list[Batch]:
+    """All sequences, a few of them in the group that nothing is fitted on.
+
+    These are the last ones of each group, in turns. Of fewer than `HELD_OUT_SHARE` sequences, none is held out,
+    nor where that gives fewer tokens than `least`: as many numbers are fitted on them.
+    """
+    places: dict[int, list[tuple[int, int]]] = {}
+    for number, batch in enumerate(batches):
+        if batch.group != BESIDE_GROUP:
+            places.setdefault(batch.group, []).extend((number, row) for row in range(len(batch.input_ids)))
+    most, tokens, held = sum(map(len, places.values())) // HELD_OUT_SHARE, 0, set[tuple[int, int]]()
+    for place in (p for turn in zip_longest(*map(reversed, places.values())) for p in turn if p is not None):
+        if len(held) < most and tokens < HELD_OUT_TOKENS:
+            held.add(place)
+            tokens += _rows(batches[place[0]], [place[1]]).tokens
+    if tokens < least:
+        return batches
+    result = []
+    for number, batch in enumerate(batches):
+        rows = {
+            kind: [row for row in range(len(batch.input_ids)) if ((number, row) in held) == kind]
+            for kind in (False, True)
+        }
+        result += [_rows(batch, rows[False])] if rows[False] else []
+        result += [_rows(batch, rows[True], HELD_OUT_GROUP)] if rows[True] else []
+    return result
+
+
+def trial_batches(batches: list[Batch]) -> list[Batch]:
+    """A few sequences to fit on and a few others to measure on, in equal shares of all groups.
+
+    Sequences are taken in turns from the groups, short ones beside the texts several at once; every third one is held
+    out. With a single sequence, that one serves for both.
+    """
+    queues: dict[int, list[Batch]] = {}
+    longest = max(batch.input_ids.shape[1] for batch in batches)
+    for batch in batches:
+        rows, length = batch.input_ids.shape
+        together = longest // length if batch.group == BESIDE_GROUP else 1
+        for start in range(0, rows, together):
+            some = _rows(batch, list(range(start, min(start + together, rows))))
+            if some.tokens:  # not all of it is padding
+                queues.setdefault(batch.group, []).append(some)
+    chosen: list[Batch] = []
+    room = {False: FIT_TOKENS, True: TRIAL_TOKENS}
+    for turn in range(max(map(len, queues.values()))):
+        for group, queue in queues.items():
+            held = turn % 3 == 2 and group != BESIDE_GROUP
+            if turn < len(queue) and room[held] > 0:
+                room[held] -= queue[turn].tokens
+                chosen.append(replace(queue[turn], group=HELD_OUT_GROUP if held else group))
+    if all(batch.group != HELD_OUT_GROUP for batch in chosen):
+        *texts, last = [batch for batch in chosen if batch.group != BESIDE_GROUP]
+        beside = [batch for batch in chosen if batch.group == BESIDE_GROUP]
+        return [*(texts or [last]), *beside, replace(last, group=HELD_OUT_GROUP)]
+    return chosen
+
+
+def _rows(batch: Batch, rows: list[int], group: int | None = None) -> Batch:
+    """Some sequences of a batch, in another group if one is given."""
+    mask = None if batch.attention_mask is None else batch.attention_mask[rows]
+    return Batch(batch.input_ids[rows], mask, batch.group if group is None else group)

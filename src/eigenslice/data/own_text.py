@@ -1,0 +1,142 @@
+"""Text that a model writes by itself: calibration text of the kinds that it was trained on.
+
+A model's own training text is rarely at hand, and other text shows only a part of what it can do. What it samples at
+temperature 1 from random beginnings is a sample of what it learnt (arXiv 2410.17170 calibrates on it, too).
+"""
+
+import json
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from eigenslice.checkpoint.loading import load_model
+from eigenslice.data.tokens import longest_sequence, ordinary_tokens
+from eigenslice.errors import OptionsError
+from eigenslice.options.paths import expanded
+from eigenslice.options.sampling import SampleOptions
+from eigenslice.runtime.durable import write_whole
+from eigenslice.runtime.output import check_output
+from eigenslice.runtime.progress import Progress, no_progress
+
+STAGE = "sampling"
+
+
+class Drawn(LogitsProcessor):
+    """Leaves one token, drawn from what a model predicts, so that the most likely one is that.
+
+    It inverts the cumulative distribution, with one random number for each text. `do_sample` draws one for each token
+    of the vocabulary, which takes a third of the time on CPU, and from the process's generator.
+    """
+
+    def __init__(self, temperature: float, generator: torch.Generator) -> None:
+        """temperature: what logits are divided by. generator: of the CPU, so that all devices draw the same."""
+        self._temperature, self._generator = temperature, generator
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """0 for the token that is drawn, minus infinity for the others.
+
+        Args:
+            input_ids: The texts so far, (B, T).
+            scores: Logits of their next tokens, (B, vocabulary).
+        """
+        cumulative = (scores.float() / self._temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        point = torch.rand(len(scores), 1, generator=self._generator, dtype=torch.float64).to(scores.device)
+        token = torch.searchsorted(cumulative, point * cumulative[:, -1:], right=True)
+        return torch.full_like(scores, -math.inf).scatter_(1, token.clamp_max(scores.shape[-1] - 1), 0.0)
+
+
+def sample_text(options: SampleOptions, progress: Progress = no_progress) -> list[str]:
+    """Let a model write texts into a file.
+
+    Each begins with what the tokenizer puts before any text and one random token. Where one ends, the model goes on
+    with the next, as in its training.
+
+    Args:
+        options: What to write.
+        progress: Called after each batch.
+
+    Returns:
+        The texts.
+
+    Raises:
+        OptionsError: longer than the model takes.
+        CheckpointError: the model or its tokenizer can't be loaded.
+        OutputError: the file exists, or can't be written.
+    """
+    check_output(options.output, inputs=[expanded(options.model)])
+    loaded = load_model(options.model, options.device, options.dtype, options.trust_remote_code)
+    tokenizer = loaded.tokenizer()
+    start = len(tokenizer("")["input_ids"])
+    longest = longest_sequence(loaded.model.config.get_text_config())
+    if longest and start + options.seqlen > longest:
+        raise OptionsError(
+            f"--seqlen {options.seqlen}",
+            allowed=f"at most {longest - start} tokens: {options.model} takes {longest}",
+            next_step="lower it; more --samples make up for it",
+        )
+    ids = draw(
+        loaded.model,
+        tokenizer,
+        options.samples,
+        options.seqlen,
+        options.batch,
+        options.temperature,
+        options.seed,
+        progress,
+    )
+    texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
+    write_whole(options.output, json.dumps(texts, ensure_ascii=False, indent=0))
+    return texts
+
+
+def draw(
+    model: Any,
+    tokenizer: Any,
+    samples: int,
+    length: int,
+    batch: int,
+    temperature: float = 1.0,
+    seed: int = 0,
+    progress: Progress = no_progress,
+) -> Tensor:
+    """Token by token, as a model predicts them.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        samples: Number of texts.
+        length: Tokens of each, the random first one among them.
+        batch: Texts at once.
+        temperature: What logits are divided by.
+        seed: Of the first tokens and of the drawing.
+        progress: Called after each batch.
+
+    Returns:
+        Token ids, (samples, s + length), on the CPU: s is the number of tokens that the tokenizer puts before any text.
+    """
+    start = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)
+    ordinary = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
+    generator = torch.Generator().manual_seed(seed)
+    first = ordinary[torch.randint(len(ordinary), (samples, 1), generator=generator)]
+    prompts = torch.cat([start.expand(samples, -1), first], dim=1)
+    # A config of its own: those of checkpoints cut the tail off and stop where a text ends
+    sampling = GenerationConfig(max_length=len(start) + length, do_sample=False, pad_token_id=0)
+    model.generation_config = sampling
+    processors = LogitsProcessorList([Drawn(temperature, generator)])
+    drawn: list[Tensor] = []
+    for prompt in prompts.split(batch):
+        progress(STAGE, sum(map(len, drawn)), samples)
+        prompt = prompt.to(model.device)
+        with torch.no_grad():
+            ids = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                generation_config=sampling,
+                logits_processor=processors,
+            )
+        drawn.append(ids.cpu())
+    progress(STAGE, samples, samples)
+    return torch.cat(drawn)

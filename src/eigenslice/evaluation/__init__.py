@@ -1,0 +1,1 @@
+"""Perplexity, tasks of lm-eval, speed and costs of a model."""

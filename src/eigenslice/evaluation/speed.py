@@ -1,0 +1,211 @@
+"""Timing models in turns, so that what else the machine does meets all of them alike."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, StaticCache
+
+from eigenslice._version import __version__
+from eigenslice.checkpoint.loading import load_model
+from eigenslice.errors import OptionsError
+from eigenslice.evaluation.costs import bytes_per_step, operations, peak_memory, weight_bytes_on_disk
+from eigenslice.options.bench import BenchOptions
+from eigenslice.runtime.device import resolve_device
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One timed generation.
+
+    Attributes:
+        first: Seconds to the first token: the prompt read, its last token's prediction chosen.
+        rest: Seconds for the other tokens.
+        tokens: What was generated, (B, new).
+        cache: The cache at the end.
+    """
+
+    first: float
+    rest: float
+    tokens: Tensor
+    cache: Any
+
+
+class Runner:
+    """A loaded model, ready to generate greedily."""
+
+    def __init__(self, name: str, options: BenchOptions) -> None:
+        loaded = load_model(name, options.device, options.dtype, options.trust_remote_code)
+        self.model, self._options = loaded.model, options
+        self.device = self.model.device
+        self._forward = torch.compile(self.model.forward) if options.compile else self.model.forward
+
+    def cache(self) -> Any:
+        """An empty cache."""
+        if self._options.static:
+            length = self._options.prompt + self._options.new
+            return StaticCache(config=self.model.config, max_cache_len=length)
+        return DynamicCache(config=self.model.config)
+
+    def step(self, ids: Tensor, cache: Any) -> Tensor:
+        """The most likely next token, (B, 1), after ids (B, T)."""
+        output = self._forward(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return output.logits[:, -1:].argmax(-1)
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor) -> Generation:
+        """Generate after a prompt (B, T), and time it."""
+        cache = self.cache()
+        times = [self._now()]
+        tokens = [self.step(prompt, cache)]
+        times.append(self._now())
+        for _ in range(self._options.new - 1):
+            tokens.append(self.step(tokens[-1], cache))
+        times.append(self._now())
+        return Generation(times[1] - times[0], times[2] - times[1], torch.cat(tokens, dim=1), cache)
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def bench(
+    models: list[str], options: BenchOptions, progress: Progress = lambda stage, done, total: None
+) -> dict[str, Any]:
+    """Time models side by side; every value is JSON.
+
+    Args:
+        models: Folders, hub ids or .gguf files; all are loaded at once. The others are compared with the first.
+        options: How.
+        progress: Called as the work goes on.
+
+    Returns:
+        `settings`, `environment`, and for each of `models`: `parameters`, `disk_bytes`, `peak_bytes`, `operations` of
+        reading a prompt, `step_bytes` of generating a token, and `first_token` (seconds), `prefill` and `decode`
+        (tokens per second, all sequences together), each with `median`, `low`, `high` and `runs`. Models after the
+        first have `speedup`: for `prefill` and `decode` the median over rounds of the first one's time over theirs
+        (`measured`), the one that their operations or bytes would allow (`ideal`), and the share of that gain that is
+        reached (`share`).
+
+    Raises:
+        OptionsError: sequences are longer than a model takes.
+        CheckpointError: a model can't be loaded.
+    """
+    device = resolve_device(options.device)
+    runners = []
+    for number, name in enumerate(models):
+        progress("loading", number, len(models))
+        runners.append(Runner(name, options))
+        _check_length(name, runners[-1], options)
+    vocabulary = min(r.model.config.get_text_config().vocab_size for r in runners)
+    generator = torch.Generator().manual_seed(options.seed)
+    prompt = torch.randint(0, vocabulary, (options.batch, options.prompt), generator=generator).to(device)
+    rounds: list[list[Generation]] = []
+    total = len(models) * (options.runs + 1)
+    for turn in range(options.runs + 1):
+        generations = []
+        for number, runner in enumerate(runners):
+            progress("timing", turn * len(models) + number, total)
+            generations.append(runner.generate(prompt))
+        rounds.append(generations)
+    progress("timing", total, total)
+    rows = [
+        {"model": name, "parameters": runner.model.num_parameters(), "disk_bytes": weight_bytes_on_disk(name)}
+        | _costs(runner, rounds[0][number].cache, prompt)
+        | _speed([turn[number] for turn in rounds[1:]], options)
+        for number, (name, runner) in enumerate(zip(models, runners, strict=True))
+    ]
+    for number, row in enumerate(rows[1:], 1):
+        row["speedup"] = _speedup(rows[0], row, [(turn[0], turn[number]) for turn in rounds[1:]])
+    names = [str(r.model.dtype).removeprefix("torch.") for r in runners]
+    del runners, rounds
+    if options.memory:
+        for number, row in enumerate(rows):
+            progress("memory", number, len(rows))
+            row["peak_bytes"] = _peak(row["model"], options, device)
+    return {
+        "settings": options.model_dump(mode="json"),
+        "environment": {
+            "eigenslice": __version__,
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "threads": torch.get_num_threads(),
+            "dtypes": names,
+        },
+        "models": rows,
+    }
+
+
+def _check_length(name: str, runner: Runner, options: BenchOptions) -> None:
+    longest = getattr(runner.model.config.get_text_config(), "max_position_embeddings", None)
+    if longest and options.prompt + options.new > longest:
+        raise OptionsError(
+            f"--prompt {options.prompt} --new {options.new}: {name} takes {longest} tokens",
+            allowed=f"at most {longest} together",
+            next_step="lower one of them",
+        )
+
+
+def _costs(runner: Runner, cache: Any, prompt: Tensor) -> dict[str, Any]:
+    options = runner._options
+    length = options.prompt + options.new if options.static else options.prompt + options.new - 1
+    middle = length if options.static else options.prompt + options.new / 2
+    return {
+        "operations": operations(
+            lambda: runner.model(
+                input_ids=prompt, past_key_values=DynamicCache(config=runner.model.config), logits_to_keep=1
+            )
+        ),
+        "step_bytes": bytes_per_step(runner.model, cache, middle, length),
+        "peak_bytes": None,
+    }
+
+
+def _speed(generations: list[Generation], options: BenchOptions) -> dict[str, Any]:
+    read, written = options.batch * options.prompt, options.batch * (options.new - 1)
+    return {
+        "first_token": _spread([g.first for g in generations]),
+        "prefill": _spread([read / g.first for g in generations]),
+        "decode": _spread([written / g.rest for g in generations]),
+    }
+
+
+def _spread(values: list[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values), "runs": values}
+
+
+def _speedup(
+    dense: dict[str, Any], row: dict[str, Any], pairs: list[tuple[Generation, Generation]]
+) -> dict[str, dict[str, float | None]]:
+    """Pairs: generations of both models in the same round."""
+    times = {"prefill": [a.first / b.first for a, b in pairs], "decode": [a.rest / b.rest for a, b in pairs]}
+    costs = {"prefill": "operations", "decode": "step_bytes"}
+    result: dict[str, dict[str, float | None]] = {}
+    for phase, ratios in times.items():
+        measured, ideal = statistics.median(ratios), dense[costs[phase]] / row[costs[phase]]
+        share = (measured - 1) / (ideal - 1) if ideal > 1 else None
+        result[phase] = {"measured": measured, "ideal": ideal, "share": share}
+    return result
+
+
+def generate_once(name: str, options: BenchOptions) -> None:
+    """Load a model and generate, for the memory that this takes."""
+    runner = Runner(name, options.model_copy(update={"compile": False}))
+    runner.generate(torch.zeros((options.batch, options.prompt), dtype=torch.long, device=runner.device))
+
+
+def _peak(name: str, options: BenchOptions, device: torch.device) -> int:
+    """Peak memory in bytes: what torch allocates on a GPU, on CPU the resident memory of a process."""
+    if device.type != "cuda":
+        return peak_memory(generate_once, name, options)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    generate_once(name, options)
+    return torch.cuda.max_memory_allocated(device)

@@ -1,0 +1,108 @@
+"""Which of llama.cpp's architectures holds a model.
+
+Stock results are held by the architecture of their own type, or by an equivalent one (`gguf_table.py`). A result of
+eigenslice's class is the dense model with narrower matrices and norms without a gain, so that the dense type's
+architecture holds it with gains of one, as long as all blocks have the same number of MLP neurons. Where they differ,
+`deci` does: llama.cpp's name for the graph of Llama with heads and neurons that are counted for each block (made for
+NVIDIA's Nemotron, in which they differ, too).
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from gguf import MODEL_ARCH
+
+from eigenslice.errors import UnsupportedModelError
+from eigenslice.export.gguf.config import dense_config, head_dim, is_custom, neurons_of
+from eigenslice.export.gguf.rope import rope_type, turned_dim
+from eigenslice.export.gguf.table import ARCHITECTURES, OWN, Architecture
+
+ALLOWED = (
+    "results saved as "
+    + ", ".join(ARCHITECTURES)
+    + ", or as eigenslice's class from "
+    + ", ".join(kind for kind, held in ARCHITECTURES.items() if held.custom)
+)
+ELSEWHERE = "run it with transformers or vLLM, or export --to openvino (docs/serving.md)"
+
+
+def architecture_of(config: Any) -> Architecture:
+    """How llama.cpp holds this model.
+
+    Raises:
+        UnsupportedModelError: it doesn't, or not this variant.
+    """
+    dense = dense_config(config)
+    kind = dense.model_type
+    found = ARCHITECTURES.get(kind)
+    if found is None or (is_custom(config) and not found.custom):
+        of = f" of a {kind!r} model" if is_custom(config) else ""
+        raise UnsupportedModelError(
+            f"llama.cpp can't run results saved as {config.model_type!r}{of}, or eigenslice doesn't write them for it",
+            allowed=ALLOWED,
+            next_step=ELSEWHERE,
+        )
+    own: list[str] = []
+    if is_custom(config):
+        found = _holder(config, found)
+        own = list(_custom_variants(config, kind, found))
+    reasons = list(_variants(dense, found))
+    width = config.num_attention_heads * head_dim(config)
+    if not found.any_width and config.hidden_size != width:
+        raise UnsupportedModelError(
+            f"llama.cpp refuses {kind!r} at hidden width {config.hidden_size}, other than heads x head_dim = {width}",
+            allowed=ALLOWED,
+            next_step=f"slice to a width that divides by the {config.num_attention_heads} heads: the result is then "
+            "saved as llama"
+            if kind == "qwen2"
+            else f"cut heads along with the width where the type allows it, or only MLP neurons, or {ELSEWHERE}",
+        )
+    if reasons or own:
+        raise UnsupportedModelError(
+            f"llama.cpp's {found.name!r} lacks a part of this {kind!r} model: " + "; ".join(reasons + own),
+            allowed=f"full attention, the activation {' or '.join(found.activations)}, rotary angles of type "
+            + ", ".join(found.rope_types)
+            + ("; a global basis, in qwen3 one number of MLP neurons" if is_custom(config) else ""),
+            next_step=("slice with --basis global --form stock, or " if own and not reasons else "") + ELSEWHERE,
+        )
+    return found
+
+
+def _holder(config: Any, found: Architecture) -> Architecture:
+    """The architecture for a result of eigenslice's class, whose dense type has `found`.
+
+    Llama's takes biases of queries, keys and values at any width, as Qwen2's doesn't.
+    """
+    if not found.any_width:
+        found = OWN
+    counted = len(set(neurons_of(config))) > 1
+    return replace(found, arch=MODEL_ARCH.DECI, counted=True) if counted else found
+
+
+def _variants(config: Any, found: Architecture) -> Iterator[str]:
+    """What a type's architecture has no place for, of a stock or dense config."""
+    layers = set(getattr(config, "layer_types", None) or ())
+    window = getattr(config, "sliding_window", None)
+    windowed = "sliding_attention" in layers if layers else window is not None
+    if windowed and window < config.max_position_embeddings:
+        yield f"a sliding window of {window} tokens"
+    if config.hidden_act not in found.activations:
+        yield f"the activation {config.hidden_act!r}"
+    if rope_type(config) not in found.rope_types:
+        yield f"rotary angles of type {rope_type(config)!r}"
+    if turned_dim(config) != head_dim(config) and not found.partly_turned:
+        yield "heads that are turned in part"
+    for refusal in found.refusals:
+        if refusal.when(config):
+            yield refusal.reason
+
+
+def _custom_variants(config: Any, kind: str, found: Architecture) -> Iterator[str]:
+    """What an architecture has no place for, of a config of eigenslice's class and a dense type."""
+    if config.shortcuts or len(set(config.site_widths or ())) > 1:
+        yield "matrices between the bases of its blocks (--basis per-block)"
+    if config.reader_bias or config.head_bias or config.centered_embedding:
+        yield "shifts of LayerNorms"
+    if found.counted and kind == "qwen3":
+        yield "norms of queries and keys (its blocks have different numbers of MLP neurons)"

@@ -1,0 +1,119 @@
+"""Writing a result as a GGUF file for llama.cpp and what is built on it (Ollama, LM Studio and others).
+
+Why not llama.cpp's `convert_hf_to_gguf.py`: it is a script of a source tree, in no package that pip installs, and
+changes with it. The work is small on top of the `gguf` package, which llama.cpp publishes: it has the names of all
+tensors and keys, and the writer. What is left is llama.cpp's architecture (`gguf_arch.py`, `gguf_table.py`), a handful
+of numbers (below), what it wants of tensors (`gguf_tensors.py`, `gguf_rope.py`), the tokenizer (`gguf_tokenizer.py`)
+and the number formats (`gguf_types.py`). Each file is then run by llama.cpp itself and compared with transformers
+(`check.py`), so that an error here can't go unnoticed.
+
+Tensors are read, converted and written one at a time.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFWriter, RopeScalingType
+
+from eigenslice.checkpoint.weights import SafetensorsWeights
+from eigenslice.export.gguf.arch import architecture_of
+from eigenslice.export.gguf.config import dense_config, head_dim, is_custom, neurons_of
+from eigenslice.export.gguf.rope import rope_type, turned_dim
+from eigenslice.export.gguf.table import Architecture
+from eigenslice.export.gguf.tensors import entries
+from eigenslice.export.gguf.tokenizer import write_tokenizer
+from eigenslice.export.gguf.types import GgufType, encode, stored_dtype, stored_shape
+
+
+def _write_parameters(writer: GGUFWriter, config: Any, arch: Architecture, kind: GgufType, name: str) -> None:
+    dense = dense_config(config)
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(kind.file_type)
+    if kind.matrices.name.startswith("Q"):
+        writer.add_quantization_version(2)
+    writer.add_vocab_size(dense.vocab_size)
+    writer.add_context_length(dense.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(dense.num_hidden_layers)
+    neurons, heads, kv_heads = neurons_of(config), config.num_attention_heads, config.num_key_value_heads
+    writer.add_feed_forward_length(neurons if arch.counted else neurons[0])
+    writer.add_head_count([heads] * len(neurons) if arch.counted else heads)
+    writer.add_head_count_kv([kv_heads] * len(neurons) if arch.counted else kv_heads)
+    dim = head_dim(config)
+    writer.add_key_length(dim)  # llama.cpp takes hidden / heads otherwise
+    writer.add_value_length(dim)
+    epsilon = config.norm_eps if is_custom(config) else getattr(config, arch.epsilon)
+    (writer.add_layer_norm_eps if arch.layer_norm else writer.add_layer_norm_rms_eps)(epsilon)
+    for method, field in arch.keys.items():
+        getattr(writer, method)(getattr(dense, field))
+    # Interleaved heads are turned as a whole, by factors that leave a part as it is
+    writer.add_rope_dimension_count(dim if arch.interleaved else turned_dim(config))
+    rope = dense.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope_type(config) == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    elif rope_type(config) == "longrope":
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+
+
+def write_gguf(
+    path: Path,
+    folder: Path,
+    config: Any,
+    tokenizer: Any,
+    kind: GgufType,
+    name: str,
+    pre: str | None = None,
+    progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
+) -> dict[str, int]:
+    """Write a checkpoint as a GGUF file.
+
+    Args:
+        path: The file to write.
+        folder: The checkpoint, in safetensors.
+        config: Its config.
+        tokenizer: transformers' tokenizer.
+        kind: What the matrices are stored in.
+        name: The model's name, for the file's header.
+        pre: llama.cpp's word for how the tokenizer splits text; None finds it.
+        progress: Told how many tensors are written.
+
+    Returns:
+        The number of matrices in each format.
+
+    Raises:
+        UnsupportedModelError: llama.cpp can't run this model, or has no such tokenizer.
+    """
+    arch = architecture_of(config)
+    weights = SafetensorsWeights(folder)
+    tensors = list(entries(config, weights, arch, kind))
+    writer = GGUFWriter(path, arch.name)
+    _write_parameters(writer, config, arch, kind, name)
+    eos = dense_config(config).eos_token_id
+    ends = [
+        number for number in [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])] if number is not None
+    ]
+    write_tokenizer(writer, tokenizer, dense_config(config).vocab_size, list(dict.fromkeys(ends)), pre)
+    counts: dict[str, int] = {}
+    for entry in tensors:
+        shape, dtype = stored_shape(entry.shape, entry.format), stored_dtype(entry.format)
+        size = int(torch.Size(shape).numel()) * dtype().itemsize
+        writer.add_tensor_info(entry.name, shape, dtype, size, raw_dtype=entry.format)
+        if len(entry.shape) > 1:
+            counts[entry.format.name.lower()] = counts.get(entry.format.name.lower(), 0) + 1
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    try:
+        for number, entry in enumerate(tensors):
+            progress("writing", number, len(tensors))
+            writer.write_tensor_data(encode(entry.load().contiguous().numpy(), entry.format))
+        progress("writing", len(tensors), len(tensors))
+    finally:
+        writer.close()
+    return counts

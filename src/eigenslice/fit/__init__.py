@@ -1,0 +1,1 @@
+"""Fitting the sliced layers beside the dense residual stream."""

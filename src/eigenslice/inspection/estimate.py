@@ -1,0 +1,142 @@
+"""What a run will take, told before it begins."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.data.batches import Batch
+from eigenslice.data.extra_sequences import BEGINNINGS_SHARE
+from eigenslice.data.holdout import FIT_TOKENS, TRIAL_TOKENS
+from eigenslice.data.tokens import longest_sequence
+from eigenslice.fit.neuron_readers import STEPS as READER_STEPS
+from eigenslice.fit.neuron_readers import curvature_stride
+from eigenslice.model.dense import DenseModel
+from eigenslice.options.slicing import OWN_SHARE, RANDOM_SHARE
+from eigenslice.plan.candidates import DROPS
+from eigenslice.plan.forms import choose_form
+from eigenslice.search.choose import CANDIDATES
+from eigenslice.search.parted import TOKENS as ALLOCATION_TOKENS
+from eigenslice.slicing.memory import WRITING, activation_bytes, room_for_model, whole_bytes
+from eigenslice.stream.walk import Stream
+
+PROBE_TOKENS = 512
+"""Tokens that a block is timed on."""
+TRIED_TOKENS = FIT_TOKENS + TRIAL_TOKENS
+PLANS = 4
+"""That are tried at least, beside those with fewer blocks: of three widths, and one with fewer heads."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Time and memory of slicing with so many calibration tokens on this machine.
+
+    Attributes:
+        tokens: Calibration tokens.
+        seconds: With a global basis and no refit: one pass of the dense model, its covariances, and writing.
+        refitted_seconds: With text that the model writes, a plan tried and layers refitted (`--keep`).
+        bytes: Peak memory without refit: this process, a block being run while the next one is read, the embeddings
+            or the activations. On a GPU, part of it is the device's.
+        refitted_bytes: With refit: one Gram matrix in float64 and its factor, too; or the whole model, to write text.
+    """
+
+    tokens: int
+    seconds: float
+    refitted_seconds: float
+    bytes: int
+    refitted_bytes: int
+
+
+def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = torch.float32) -> Estimate:
+    """Time one block and a covariance on this machine, and count the rest.
+
+    Args:
+        dense: The model.
+        tokens: Calibration tokens.
+        seqlen: Tokens per sequence; attention grows with it.
+        dtype: Of the forward pass.
+    """
+    longest = longest_sequence(dense.config) or seqlen
+    length = min(seqlen, longest, PROBE_TOKENS)
+    ids = torch.zeros(PROBE_TOKENS // length, length, dtype=torch.long)
+    item = torch.empty((), dtype=dtype).element_size()
+    site = next(iter(Stream(dense, dtype).walk([Batch(ids)])))
+    sites, a = len(dense.table.sites(dense.config)), site.activations[0]
+    rows = torch.randn(ids.numel(), dense.width, device=dense.device)
+    wide = torch.randn(ids.numel(), max(dense.width, dense.neurons), device=dense.device)
+    readers = torch.randn(dense.neuron_rows, dense.width, device=dense.device)
+
+    def run_block() -> None:
+        for index in range(sites):
+            site.layer.update(index, site.layer.normalize(index, a.hidden), **a.kwargs[0])
+
+    def fold_block() -> None:
+        for _ in dense.block(0).values():
+            pass
+
+    with torch.no_grad():
+        block = _seconds(run_block, dense.device)
+        narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
+        fold = _seconds(fold_block, dense.device)
+        read = _seconds(lambda: rows @ readers.T, dense.device)
+    share = dense.blocks * tokens / ids.numel()
+    write = dense.blocks * fold * 3  # folded to be run; folded again to be sliced, and written
+    measuring = share * (block + sites * narrow)
+    # The model's own text; plans tried on some of the tokens, in two passes; and a pass of two streams with their
+    # products and solutions
+    whole = whole_bytes(dense, dtype)
+    writes = whole <= room_for_model(dense, tokens, dtype)
+    text = OWN_SHARE * (measuring + share * WRITING * block) if writes else 0.0
+    more = (1 + (OWN_SHARE if writes else RANDOM_SHARE)) * (1 + BEGINNINGS_SHARE)
+    twin = block + 2 * sites * narrow + 2 * broad
+    # What neurons read is fitted by products as large as that of their readers, three for each gradient; they run again
+    twin_with_readers = twin + (3 + READER_STEPS / curvature_stride(tokens) * 3 + 4) * read
+    fit = more * share * (block + twin_with_readers) + dense.blocks * 2 * broad
+    plans = PLANS + (len(DROPS) if dense.blocks_alike else 0)
+    tried = dense.blocks * min(more * tokens, TRIED_TOKENS) / ids.numel()
+    trial = tried * (2 * block + plans * twin)
+    trial += (_allocation(dense) + _depth(dense)) * dense.blocks * block / ids.numel()
+    weights = dense.block_parameters
+    rss = psutil.Process().memory_info().rss
+    activations = activation_bytes(dense, tokens, dtype)
+    vocabulary = dense.shapes[dense.table.embeddings[0] + ".weight"]
+    running = 2 * weights * max(4, item) + 6 * dense.width**2 * 8
+    plain = rss + activations // 2 + max(running, torch.Size(vocabulary).numel() * item)
+    gram = max(dense.width, dense.neurons) ** 2 * 8
+    more_activations = activation_bytes(dense, tokens, dtype, refitted=True) - activations
+    refitted = plain + activations // 2 + more_activations + weights * 8 + 5 * gram // 2
+    if writes:
+        refitted = max(refitted, rss + whole)
+    plain_seconds = measuring + write
+    return Estimate(tokens, plain_seconds, plain_seconds + text + trial + fit, plain, refitted)
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    """The faster of two runs: the first one may have to wait for memory."""
+    taken = []
+    for _ in range(2):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        taken.append(time.perf_counter() - start)
+    return min(taken)
+
+
+def _allocation(dense: DenseModel) -> float:
+    """Tokens that pass all blocks so that each block gets neurons of its own, for results in the custom class."""
+    if not dense.neurons or dense.experts:
+        return 0.0
+    if choose_form(dense, "global", dense.width, True, "auto", dense.neurons // 2).stock:
+        return 0.0
+    return TRIED_TOKENS + ALLOCATION_TOKENS * dense.blocks / 2  # a stream more behind each block
+
+
+def _depth(dense: DenseModel) -> float:
+    """Tokens that pass all blocks so that it is known which ones are missed least."""
+    if not dense.blocks_alike:
+        return 0.0
+    return TRIED_TOKENS + ALLOCATION_TOKENS * CANDIDATES / 2

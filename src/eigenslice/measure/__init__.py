@@ -1,0 +1,1 @@
+"""Importance of directions and neurons, and the divergence of two models."""

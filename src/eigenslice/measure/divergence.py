@@ -1,0 +1,113 @@
+"""A sliced model's logits beside the dense model's, on sequences that nothing was fitted on.
+
+What they are there is what other text will see: on the tokens that its layers were fitted on, a sliced model is better
+than it is. So plans are compared on such sequences, and the gain before the head is fitted on them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from eigenslice.algebra.covariance import normalize
+from eigenslice.cut.ends import GlobalBasis, slice_embeddings, slice_head
+from eigenslice.data.batches import HELD_OUT_GROUP
+from eigenslice.model.dense import DenseModel
+from eigenslice.plan.plan import Plan
+from eigenslice.runtime.offload import OffloadedTensors
+from eigenslice.runtime.ranks import ALONE, Ranks
+from eigenslice.stream.walk import Site
+
+LOGITS = 2**24
+"""Logits that are held at once."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """Logits from the normalized stream, scale * (x W^T + b).
+
+    Attributes:
+        weight: W, (vocabulary, width), float32; the final norm's gain is in it.
+        bias: b, (vocabulary,), float32, or None.
+        scale: The config's.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """(n, vocabulary), from rows (n, width)."""
+        logits = rows @ self.weight.T
+        return self.scale * (logits if self.bias is None else logits + self.bias)
+
+    @property
+    def at_once(self) -> int:
+        """Tokens whose logits are held at once."""
+        return max(1, LOGITS // len(self.weight))
+
+
+def dense_head(dense: DenseModel) -> Head:
+    """The dense model's."""
+    rows, bias = dense.head()
+    return Head(rows.to(torch.float32), None if bias is None else bias.float(), _scale(dense))
+
+
+def sliced_head(dense: DenseModel, plan: Plan, basis: GlobalBasis, reading: Tensor | None) -> Head:
+    """A sliced model's, whatever class it is saved as.
+
+    Args:
+        dense: The dense model.
+        plan: What the result looks like.
+        basis: Of all sites.
+        reading: What an untied head reads, (D, width); None is what the basis says.
+    """
+    head, norm = dense.table.head, dense.table.final_norm
+    custom = replace(plan, stock=None)  # another class computes the same
+    tensors = dict(slice_head(dense, custom, basis.site, basis.tied_gain, torch.float32, reading))
+    if plan.tied:
+        embeddings = dict(slice_embeddings(dense, plan, basis.site, torch.float32))
+        weight = embeddings[dense.table.embeddings[0] + ".weight"] * tensors[norm + ".weight"].float()
+    else:
+        weight = tensors[head + ".weight"]
+    bias = tensors.get(head + ".bias")
+    return Head(weight, None if bias is None else bias.float(), _scale(dense))
+
+
+def _scale(dense: DenseModel) -> float:
+    return dense.table.logit_scale(dense.config) if dense.table.logit_scale else 1.0
+
+
+def _held_out(site: Site, streams: Sequence[OffloadedTensors], at_once: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """At the site before the head, held-out tokens' normalized rows: the dense ones (n, D), and those of streams."""
+    for number, a in enumerate(site.activations):
+        if a.group == HELD_OUT_GROUP:
+            rows = a.rows(normalize(a.hidden, site.eps))
+            others = [a.rows(normalize(stream[number], site.eps)) for stream in streams]
+            for start in range(0, len(rows), at_once):
+                part = slice(start, start + at_once)
+                yield rows[part], [other[part] for other in others]
+
+
+def divergences(
+    whole: Head, site: Site, streams: Sequence[OffloadedTensors], heads: Sequence[Head], ranks: Ranks = ALONE
+) -> list[float]:
+    """KL(dense || other) at the site before the head, in nats per held-out token of all ranks.
+
+    Args:
+        whole: The dense model's head.
+        site: The one before the head.
+        streams: The others', there.
+        heads: The others'.
+        ranks: Who share the sequences.
+    """
+    totals = torch.zeros(len(streams) + 1, dtype=torch.float64, device=whole.weight.device)  # and the number of tokens
+    for rows, others in _held_out(site, streams, whole.at_once):
+        totals[-1] += len(rows)
+        expected = whole.logits(rows).log_softmax(-1)
+        for index, (head, other) in enumerate(zip(heads, others, strict=True)):
+            actual = head.logits(other).log_softmax(-1)
+            totals[index] += (expected.exp() * (expected - actual)).sum(-1).double().sum()
+    *losses, tokens = ranks.decide(ranks.sum(totals)).tolist()
+    return [loss / tokens for loss in losses]

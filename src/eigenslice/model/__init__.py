@@ -1,0 +1,1 @@
+"""The dense model in canonical form, one block at a time."""

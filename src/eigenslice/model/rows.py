@@ -1,0 +1,46 @@
+"""A matrix with a row for each token, read a few thousand rows at a time."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ROWS = 4096
+"""Rows of an embedding or a head that are in float64 at once."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A matrix with a row for each token, read and changed a few thousand rows at a time.
+
+    Attributes:
+        pieces: Reads it, (n, D) at a time, as the checkpoint has it.
+        count: Number of rows.
+        device: Where it is changed, in float64.
+        changes: From rows (n, D) to rows (n, D), one after the other.
+    """
+
+    pieces: Callable[[], Iterable[Tensor]]
+    count: int
+    device: torch.device
+    changes: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    def map(self, then: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
+        """All rows, changed by `changes` and then by `then`, from (n, D) to (n, m); (V, m) of a dtype on the device."""
+        result = torch.empty(0)
+        start = 0
+        for piece in self.pieces():
+            rows = piece.to(device=self.device, dtype=torch.float64)
+            for change in self.changes:
+                rows = change(rows)
+            rows = then(rows)
+            if start == 0:
+                result = torch.empty(self.count, rows.shape[1], dtype=dtype, device=self.device)
+            result[start : start + len(rows)] = rows
+            start += len(rows)
+        return result
+
+    def to(self, dtype: torch.dtype) -> Tensor:
+        """All rows, changed."""
+        return self.map(lambda rows: rows, dtype)

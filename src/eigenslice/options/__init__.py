@@ -1,0 +1,1 @@
+"""Options of every verb: one validated model a file."""

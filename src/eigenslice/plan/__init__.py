@@ -1,0 +1,1 @@
+"""Plans: the sizes of a result, decided before a weight is touched."""

@@ -1,0 +1,264 @@
+"""The forms a result can be saved in: a stock config of transformers where one fits, else the custom class."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from eigenslice.arch import StockForm
+from eigenslice.checkpoint.empty import empty_model
+from eigenslice.errors import OptionsError, first_line
+from eigenslice.model.dense import DenseModel
+from eigenslice.modeling import AUTO_MAP, SlicedConfig
+from eigenslice.plan.layout import layout
+from eigenslice.plan.plan import BasisKind, Plan, full_plan, widths
+
+FormChoice = Literal["auto", "stock", "custom"]
+
+OWN_FIELDS = frozenset(
+    (
+        "_name_or_path",
+        "_model_name_or_path",
+        "architectures",
+        "auto_map",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+    )
+)
+"""Fields of a config that are about its own folder."""
+
+
+def architecture(dense: DenseModel) -> dict[str, Any]:
+    """What the custom class has to know of a table."""
+    table = dense.table
+    sublayer = {
+        name: {
+            "norm": s.norm,
+            "modules": list(s.modules),
+            "readers": list(s.readers),
+            "writers": list(s.writers),
+            "post_norm": s.post_norm,
+            "gated": list(s.gated),
+            "transposed": list(s.transposed),
+            "stacked": list(s.stacked),
+            "shared": list(s.shared),
+            "renames": {module: dict(names) for module, names in s.renames.items()},
+            "adds_stream": s.adds_stream,
+        }
+        for name, s in (("attention", table.attention), ("mlp", table.mlp))
+    }
+    return sublayer | {
+        "embeddings": list(table.embeddings),
+        "layers": table.layers,
+        "final_norm": table.final_norm,
+        "head": table.head,
+        "parallel": table.is_parallel(dense.config),
+        "dropout": table.dropout,
+        "sinusoids": table.sinusoids,
+        "embedding_norm": table.embedding_norm,
+        "layers_give_tuples": table.layers_give_tuples,
+        "stream_scale": table.stream_scale,
+    }
+
+
+def _dense_config(dense: DenseModel, blocks: int) -> dict[str, Any]:
+    """The dense config with so many blocks.
+
+    What belongs to its folder and its old weights is left out, and what every config has anyway.
+    """
+    common = PreTrainedConfig().to_dict()
+    values = {
+        key: value
+        for key, value in dense.config.to_dict().items()
+        if key not in OWN_FIELDS and (key not in common or common[key] != value)
+    }
+    if blocks == dense.blocks:
+        return values
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == dense.blocks:  # an entry for each block, all alike
+            values[key] = value[:blocks]
+    name = "num_hidden_layers"
+    return values | {type(dense.config).attribute_map.get(name, name): blocks}
+
+
+def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
+    """Config of the custom class."""
+    values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
+    return SlicedConfig(
+        text_config=_dense_config(dense, len(plan.neurons)) | {"tie_word_embeddings": plan.tied},
+        architecture=architecture(dense),
+        site_widths=list(plan.site_widths),
+        neurons=list(plan.neurons) if set(plan.neurons) != {dense.neurons} else None,
+        key_value_heads=plan.heads,
+        shortcuts=plan.shortcuts,
+        norm_eps=dense.eps,
+        reader_bias=dense.reader_bias,
+        head_bias=dense.keeps_bias(dense.table.head + ".bias", stock=False),
+        centered_embedding=plan.tied and dense.layer_norm,
+        tie_word_embeddings=plan.tied,
+        dtype=dtype,
+        **values,
+    )
+
+
+def canonical_config(dense: DenseModel) -> SlicedConfig:
+    """Config under which the custom class is the dense model in canonical form."""
+    return custom_config(dense, full_plan(dense, tied=False), torch.float32)
+
+
+def _head_dim(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
+    """The rotary parameters as transformers 4 spells them (it ignores `rope_parameters` and takes 10000)."""
+    rope = values.get("rope_parameters")
+    if not rope:
+        return {}
+    legacy: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    if "partial_rotary_factor" in rope:
+        legacy["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    if rope.get("rope_type", "default") != "default":
+        legacy["rope_scaling"] = {k: v for k, v in rope.items() if k not in legacy}
+    return legacy
+
+
+def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a stock result.
+
+    Raises:
+        ValueError: the config class refuses this width.
+    """
+    form = plan.stock
+    assert form is not None
+    values = _dense_config(dense, len(plan.neurons)) | {"head_dim": _head_dim(dense.config)}
+    if plan.heads is not None:  # and as many query heads for each as before
+        queries = dense.config.num_attention_heads // dense.heads * plan.heads
+        values |= {"num_attention_heads": queries, "num_key_value_heads": plan.heads}
+    if form.model_type != dense.table.model_type:
+        fields = AutoConfig.for_model(form.model_type).to_dict()
+        values = {key: value for key, value in values.items() if key in fields}
+    values |= {
+        **form.overrides,
+        "model_type": form.model_type,
+        "hidden_size": plan.site_widths[0],
+        "tie_word_embeddings": plan.tied,
+    }
+    if dense.table.mlp.neurons:
+        values[dense.table.neurons_field] = plan.neurons[0]
+    checked_config(values)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[form.model_type]
+    name = str(dtype).removeprefix("torch.")
+    return values | _legacy_rope(values) | {"architectures": [model_class], "dtype": name, "torch_dtype": name}
+
+
+def checked_config(values: dict[str, Any]) -> Any:
+    """The config object of some values. Raises ValueError where its class refuses them."""
+    try:
+        config = AutoConfig.for_model(**values)
+        config.validate()
+    except Exception as error:  # each config class refuses in its own way
+        raise ValueError(str(error)) from error
+    return config
+
+
+def misfit(dense: DenseModel, plan: Plan) -> str | None:
+    """Why a stock form can't hold a plan; None if it can.
+
+    The config class validates the width; then transformers builds the model on the meta device, and its
+    parameters must be exactly those that will be written.
+    """
+    assert plan.stock is not None
+    if not plan.stock.applies(dense.config):
+        return "the type can't express this variant of the architecture"
+    if plan.tied and dense.layer_norm:
+        return "tied embeddings behind LayerNorms need the custom class (--untie gives the stock form)"
+    if len(set(plan.neurons)) > 1:
+        return "stock configs have one number of MLP neurons for all blocks"
+    try:
+        values = stock_config(dense, plan, torch.float32)
+    except ValueError as error:
+        return first_line(error).partition(": ")[2] or first_line(error)
+    state = {name: tuple(p.shape) for name, p in empty_model(checked_config(values)).state_dict().items()}
+    if plan.tied:
+        state.pop(dense.table.head + ".weight", None)
+    ours = {name: shape for name, (_, shape) in layout(dense, plan).items()}
+    different = sorted(name for name in state.keys() | ours.keys() if state.get(name) != ours.get(name))
+    if different:
+        return (
+            f"{different[0]} would be {ours.get(different[0])}, the type has {state.get(different[0])} "
+            f"({len(different)} such tensors)"
+        )
+    return None
+
+
+def choose_form(
+    dense: DenseModel,
+    basis: BasisKind,
+    width: int,
+    tied: bool,
+    choice: FormChoice,
+    neurons: int | tuple[int, ...] | None = None,
+    heads: int | None = None,
+    dropped: tuple[int, ...] = (),
+) -> Plan:
+    """Complete a plan: the first stock form that fits, else the custom class.
+
+    Args:
+        dense: The model.
+        basis: Global or per-block.
+        width: Hidden width.
+        tied: Whether embedding and head are to stay one matrix.
+        choice: What the user asked for.
+        neurons: MLP neurons, one number or one for each block that is kept; None keeps all.
+        heads: Key/value heads of every block; None keeps all.
+        dropped: Numbers of the blocks that are left out; all must be alike then.
+
+    Raises:
+        OptionsError: a stock result was asked for and none fits.
+    """
+    blocks = dense.blocks - len(dropped)
+    site_widths = widths(dense, basis, width, blocks)
+    counts = neurons if isinstance(neurons, tuple) else (neurons or dense.neurons,) * blocks
+    custom = Plan(basis, site_widths, tied, None, counts, None if heads == dense.heads else heads, dropped)
+    if choice == "custom":
+        return custom
+    reasons: list[str] = []
+    if basis == "per-block":
+        reasons.append("no stock config has the shortcuts of a per-block basis")
+    elif not dense.table.stock:
+        reasons.append(
+            f"{dense.table.model_type!r} ties the attention's width to the hidden width, or norms its output"
+        )
+    else:
+        for form in dense.table.stock:
+            plan = replace(custom, stock=form)
+            why = misfit(dense, plan)
+            if why is None:
+                return plan
+            reasons.append(f"{form.model_type}: {why}")
+    if choice == "stock":
+        raise OptionsError(
+            f"no stock config can hold width {width}: " + "; ".join(reasons),
+            allowed="--form auto or --form custom, or another width",
+            next_step=_how_to_save(dense, basis, width),
+        )
+    return custom
+
+
+def _how_to_save(dense: DenseModel, basis: BasisKind, width: int) -> str:
+    if not dense.table.stock:
+        return "drop --form stock: the result will load by eigenslice's class"
+    if basis == "per-block":
+        return "drop --form stock, or pass --basis global"
+    heads = dense.config.num_attention_heads
+    return f"drop --form stock, or choose a width that divides by the {heads} heads such as {width // heads * heads}"
+
+
+def stock_type_of(form: StockForm | None) -> str:
+    """The model_type a result is saved as."""
+    return form.model_type if form else SlicedConfig.model_type

@@ -1,0 +1,1 @@
+"""Devices, processes, memory, progress, work folders: what every run needs."""

@@ -1,0 +1,128 @@
+"""Several processes that share the calibration sequences: what torchrun starts, or this one alone.
+
+Each process runs the model over its own sequences. Sums over tokens become sums over all ranks, and what is decided
+from them is decided by the first rank, so that rounding on unlike devices can't let them part.
+"""
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from eigenslice.errors import EchoedError, EigensliceError, EigensliceWarning, RankError, first_line
+
+CPU = torch.device("cpu")
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers.
+
+    Attributes:
+        rank: Its number.
+        size: Of how many.
+        device: Where it computes; gloo sums on the CPU, NCCL on the GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        return tensor if self.size == 1 else self._call(lambda: dist.all_reduce(tensor), tensor)
+
+    def decide(self, tensor: Tensor) -> Tensor:
+        """The first rank's tensor, in place of all others'."""
+        return tensor if self.size == 1 else self._call(lambda: dist.broadcast(tensor, 0), tensor)
+
+    def wait(self) -> None:
+        """Until all are here."""
+        self.sum(torch.zeros(1, device=self.device))
+
+    def on_first(self, do: Callable[[], Any]) -> Any:
+        """Let the first rank do something and give all its result, or its error.
+
+        Args:
+            do: Returns something that JSON can hold.
+        """
+        if self.size == 1:
+            return do()
+        answer: dict[str, Any] = {}
+        error: BaseException | None = None
+        if self.first:
+            try:
+                answer = {"result": do()}
+            except EigensliceError as caught:
+                error = caught
+                answer = {"found": caught.found, "allowed": caught.allowed, "next_step": caught.next_step}
+            except OSError as caught:
+                error = caught
+                answer = {"found": str(caught), "allowed": "no such failure on the first rank", "next_step": "see it"}
+        text = self._broadcast_text(json.dumps(answer))
+        if error is not None:
+            raise error
+        answer = json.loads(text)
+        if "result" not in answer:
+            raise EchoedError(answer["found"], allowed=answer["allowed"], next_step=answer["next_step"])
+        return answer["result"]
+
+    def _broadcast_text(self, text: str) -> str:
+        data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
+        length = self.decide(torch.tensor([len(data)], device=self.device))
+        if not self.first:
+            data = torch.zeros(int(length), dtype=torch.uint8, device=self.device)
+        return bytes(self.decide(data).tolist()).decode()
+
+    def _call(self, collective: Callable[[], Any], tensor: Tensor) -> Tensor:
+        try:
+            collective()
+        except RuntimeError as error:
+            raise RankError(
+                f"rank {self.rank} of {self.size} lost the others ({first_line(error)})",
+                allowed="all ranks running to the end",
+                next_step="see what the rank that failed first printed, then run the same command with --resume",
+            ) from error
+        return tensor
+
+
+ALONE = Ranks()
+"""One process, on the CPU or on a GPU: sums and decisions are its own."""
+
+
+@contextmanager
+def join_ranks(device: torch.device) -> Iterator[Ranks]:
+    """The ranks that torchrun has started; without it, this process alone.
+
+    Args:
+        device: Where this process computes.
+    """
+    if not all(name in os.environ for name in TORCHRUN) or int(os.environ["WORLD_SIZE"]) == 1:
+        gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+        if gpus > 1 and device.index is None:
+            warnings.warn(
+                f"One of {gpus} GPUs works. torchrun --nproc-per-node {gpus} -m eigenslice slice ... uses all of them, "
+                "--device cuda:0 says nothing.",
+                EigensliceWarning,
+                stacklevel=2,
+            )
+        yield Ranks(device=device)
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,294 @@
+"""The folder that a run works in, beside the output; its result takes the output's name when it is complete.
+
+`OUTPUT.partial` holds `run.json` (what is being made from what), `lock`, and the folders below. Only a folder that is
+empty or was made by eigenslice is taken, and only what eigenslice made in it is ever removed.
+"""
+
+import json
+import os
+import re
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from eigenslice.errors import EigensliceError, IncompleteError, OptionsError, OutputError, RankError
+from eigenslice.runtime.durable import flush, flush_all, replace_json
+from eigenslice.runtime.output import LOCK, RUN, WEIGHT_FILE, being_written, check_output, partial_path
+from eigenslice.runtime.ranks import ALONE, Ranks
+
+MARK = "eigenslice work folder"
+STATE = re.compile(r"current\.json(\.new)?|[\w-]+\.safetensors|at-\d+-rank-\d+|settings\.json(\.new)?|checkpoint-\d+")
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """`OUTPUT.partial`.
+
+    Attributes:
+        path: The folder.
+        names: Names that the result may have in it, beside the weight files'. None where no run has begun: then
+            nothing but a lock is eigenslice's.
+    """
+
+    path: Path
+    names: frozenset[str] | None
+
+    @property
+    def result(self) -> Path:
+        """The file or folder that becomes the output; who writes it makes it."""
+        return self.path / "result"
+
+    @property
+    def state(self) -> Path:
+        """The folder that an interrupted run goes on from."""
+        return self.path / "state"
+
+    @property
+    def began(self) -> bool:
+        """Whether there is anything to go on from."""
+        return self.state.is_dir() and any(self.state.iterdir())
+
+    @property
+    def companions(self) -> Path:
+        """Files that join the result in the end."""
+        return self.path / "companions"
+
+    @property
+    def offload(self) -> Path:
+        """Activations that are not held in memory."""
+        return self.path / "offload"
+
+    def foreign(self) -> list[str]:
+        """Paths in this folder that eigenslice didn't make, relative to it."""
+        paths = [path.relative_to(self.path) for path in self.path.rglob("*")]
+        return sorted(str(path) for path in paths if not self._made(path))
+
+    def remove(self) -> None:
+        """Remove all that eigenslice made here but the lock, and keep the rest."""
+        for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder comes before the folder
+            if path != self.path / LOCK and self._made(path.relative_to(self.path)):
+                with suppress(OSError):  # a folder with something foreign in it
+                    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def _made(self, relative: PurePath) -> bool:
+        first, *rest = relative.parts
+        path = self.path / relative
+        if path.is_symlink():  # writing through it would change a file elsewhere
+            return False
+        if first in (LOCK, RUN, f"{RUN}.new"):
+            return path.is_file()
+        if self.names is None:
+            return False
+        if first in ("result", "companions"):
+            return not rest or rest[0] in self.names or bool(WEIGHT_FILE.fullmatch(rest[0]))
+        if first == "state":
+            return not rest or bool(STATE.fullmatch(rest[0]))
+        return first == "offload"
+
+
+@contextmanager
+def work_folder(
+    output: Path,
+    identity: dict[str, Any],
+    names: Collection[str] = (),
+    resume: bool = False,
+    ranks: Ranks = ALONE,
+) -> Iterator[WorkFolder]:
+    """Give the folder to work in; its `result` takes the name `output` when the body succeeds.
+
+    When the body is interrupted or the disk is full, the folder stays if there is anything to go on from. After any
+    other error of eigenslice's own it vanishes, unless this run goes on with an earlier one.
+
+    Args:
+        output: The file or folder that will be made.
+        identity: All that the result depends on; every value is JSON.
+        names: Names in the result, beside the weight files'.
+        resume: Go on with what is there, if it is there.
+        ranks: All get the folder; the first one makes it.
+
+    Raises:
+        OptionsError: what is there was made from something else.
+        OutputError: it can't be written, is somebody else's, or another process is at it.
+    """
+    work = WorkFolder(partial_path(output), frozenset(names))
+    with ExitStack() as owned:
+        ranks.on_first(lambda: owned.enter_context(_owned(work, output, identity, resume)))
+        yield work
+
+
+def remove_finished(output: Path) -> None:
+    """Remove the work folder that a run left which was killed right after its result was complete."""
+    path = partial_path(output)
+    if not (path / LOCK).is_file():
+        return
+    with suppress(Timeout, EigensliceError, OSError), FileLock(path / LOCK, timeout=0):
+        work = _as_it_was(path)
+        if not work.foreign():
+            _discard(work, [])
+
+
+@contextmanager
+def _owned(work: WorkFolder, output: Path, identity: dict[str, Any], resume: bool) -> Iterator[None]:
+    """As `work_folder`, for the one process that writes."""
+    check_output(output, resume)
+    created = [p for p in (work.path, *work.path.parents) if not p.exists()]
+    lock = FileLock(work.path / LOCK)
+    try:
+        _refuse_foreign(work.path)
+        work.path.mkdir(parents=True, exist_ok=True)
+        check_output(output, resume)  # with its parent there, the file system also judges its name
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise being_written(output) from error
+    except (OSError, OutputError) as error:
+        _remove_empty(created)
+        raise (_failed(output, error) if isinstance(error, OSError) else error) from error
+    earlier = (work.path / RUN).exists() and work.began
+    try:
+        _begin(work, identity, earlier)
+        yield
+        _finish(work, output)
+    except BaseException as error:
+        lasting = isinstance(error, EigensliceError) and not isinstance(error, IncompleteError | RankError)
+        if not earlier and (lasting or not work.began):
+            _discard(work, created)
+        if isinstance(error, OSError):
+            raise _failed(output, error, work) from error
+        raise
+    else:
+        _discard(work, created)
+    finally:
+        lock.release()
+
+
+def _refuse_foreign(path: Path) -> None:
+    """Refuse a work folder that eigenslice didn't make, or that holds something else."""
+    if not path.exists() and not path.is_symlink():
+        return
+    is_folder = path.is_dir() and not path.is_symlink()
+    foreign = _as_it_was(path).foreign() if is_folder else [path.name]
+    if foreign:
+        raise OutputError(
+            f"{path} is needed to work in, and holds what eigenslice didn't make: {', '.join(foreign[:3])}",
+            allowed="no such folder, or one that an interrupted run left",
+            next_step="move it away, or choose another --output",
+        )
+
+
+def _as_it_was(path: Path) -> WorkFolder:
+    """A work folder as the run that made it left it.
+
+    Raises:
+        OutputError: `run.json` can't be read, or is somebody else's.
+    """
+    if not (path / RUN).exists():
+        return WorkFolder(path, None)
+    return WorkFolder(path, frozenset(map(str, _read_run(path / RUN)["names"])))
+
+
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["made by"] == MARK and isinstance(content["names"], list) and isinstance(content["run"], dict):
+            return content
+        reason = "it was written by something else"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = type(error).__name__
+    raise OutputError(
+        f"{path} can't be read ({reason})",
+        allowed="the file as eigenslice wrote it",
+        next_step=f"move {path.parent} away, and start anew",
+    )
+
+
+def _begin(work: WorkFolder, identity: dict[str, Any], earlier: bool) -> None:
+    """Write what the run depends on, or compare it with an earlier run's."""
+    identity = json.loads(json.dumps(identity))
+    if earlier:
+        different = sorted(differences(_read_run(work.path / RUN)["run"], identity))
+        if different:
+            raise OptionsError(
+                f"{work.path} was begun with something else: " + "; ".join(different),
+                allowed="--resume with the options, input and version that the run was begun with",
+                next_step="run it as it was begun, or remove that folder to start anew",
+            )
+    elif (work.path / RUN).exists():
+        _as_it_was(work.path).remove()
+    replace_json(work.path / RUN, {"made by": MARK, "names": sorted(work.names or ()), "run": identity})
+    for folder in (work.offload, work.companions):
+        _clear(folder)
+        folder.mkdir(exist_ok=True)
+    work.state.mkdir(exist_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _finish(work: WorkFolder, output: Path) -> None:
+    """Give the result the output's name, once all of it is on the disk."""
+    foreign = [path for path in work.foreign() if path.startswith("result")]
+    taken = output.exists() or output.is_symlink()
+    if foreign or taken:
+        raise IncompleteError(
+            f"{work.path} holds what this run didn't make: {', '.join(foreign[:3])}"
+            if foreign
+            else f"{output} has come into being meanwhile",
+            allowed="only the files of this run in its folder, and an output name that is free",
+            next_step=f"move it away, then run the same command with --resume ({work.path} keeps the result)",
+        )
+    flush_all(work.result)
+    _take_name(work.result, output)
+    flush(output.absolute().parent)
+
+
+def _take_name(result: Path, output: Path) -> None:
+    """Rename a file or folder; unlike a rename alone, never replace a file that has come just now."""
+    if result.is_file():
+        try:
+            os.link(result, output)
+            return
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            pass
+    result.rename(output)
+
+
+def _discard(work: WorkFolder, created: list[Path]) -> None:
+    """Remove what this run made, and folders that were made for it and are empty."""
+    with suppress(OSError):  # a read-only disk: the error that led here says more
+        work.remove()
+        (work.path / LOCK).unlink(missing_ok=True)
+        _remove_empty(list(dict.fromkeys([work.path, *created])))
+
+
+def _failed(output: Path, error: OSError, work: WorkFolder | None = None) -> OutputError:
+    kept = work is not None and work.began
+    again = f", then run the same command with --resume ({partial_path(output)} keeps what is done)" if kept else ""
+    return (IncompleteError if kept else OutputError)(
+        f"writing {output} failed: {error}",
+        allowed="a folder with enough free space and the right to write",
+        next_step=f"free space or choose another --output{again}",
+    )
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    """Remove folders that are empty, the deepest first."""
+    for folder in folders:
+        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
+    """What differs between two JSON values, one line each."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in before.keys() | now.keys():
+            yield from differences(before.get(key), now.get(key), f"{name} {key}".strip())
+    elif before != now:
+        yield f"{name} was {before}, is {now}"

@@ -1,0 +1,182 @@
+"""Different numbers of MLP neurons in different blocks, for results in the custom class.
+
+Stock configs have one number for all. But blocks aren't alike: where half of one block's neurons are hardly missed, a
+tenth of another's may be. How much is measured, block by block: neurons are cut and the writer is refitted on some
+sequences, and the loss of the whole model is measured on others.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eigenslice.algebra.covariance import gram_matrix, inverse_size
+from eigenslice.algebra.refit import DEFAULT_RIDGE
+from eigenslice.data.batches import HELD_OUT_GROUP, Batch, share_batches
+from eigenslice.measure.divergence import dense_head, divergences
+from eigenslice.measure.importance import Measurement, writer_weight
+from eigenslice.model.dense import DenseModel
+from eigenslice.plan.plan import FEWEST_NEURONS
+from eigenslice.runtime.offload import OffloadedTensors
+from eigenslice.runtime.ranks import ALONE, Ranks
+from eigenslice.runtime.run_state import RunState
+from eigenslice.search.parted import held_out_first, run_parted
+from eigenslice.stream.runner import captured_inputs
+from eigenslice.stream.walk import Site, Stream
+
+STAGE = "allocating"
+
+
+@dataclass(frozen=True)
+class BlockLosses:
+    """What cutting one block's MLP costs.
+
+    Attributes:
+        kl: For each block, KL(dense || dense with only this block cut), in nats per token, (blocks,), float64.
+        measured: Neurons that the block keeps there.
+        error: For each block, the error that is left in what the MLP writes when only so many of the most important
+            neurons are kept, from none to all, (blocks, neurons + 1), float64.
+    """
+
+    kl: Tensor
+    measured: int
+    error: Tensor
+
+    def allocate(self, mean: int, step: int, kept: Sequence[int] | None = None) -> tuple[int, ...]:
+        """How many neurons each block keeps so that together they lose least.
+
+        A block's loss is taken to be proportional to the error in what its MLP writes, and the blocks' losses to add
+        up. For a price per neuron, each block then chooses for itself; the price is what the budget asks for.
+
+        Args:
+            mean: Neurons that a block may keep on average.
+            step: What numbers of neurons are multiples of, where not all are kept.
+            kept: Numbers of the blocks that there will be; None are all.
+        """
+        rows = slice(None) if kept is None else list(kept)
+        kl, error = self.kl[rows], self.error[rows]
+        blocks, neurons = len(kl), error.shape[1] - 1
+        least = max(step, -(-int(FEWEST_NEURONS * neurons) // step) * step)
+        counts = torch.tensor([*range(least, neurons, step), neurons], device=error.device)
+        scale = kl / error[:, self.measured].clamp_min(torch.finfo(torch.float64).tiny)
+        losses = scale[:, None] * error[:, counts]
+        budget = max(mean, least) * blocks
+        low, high = 0.0, float(losses.max()) + 1.0  # no price: all are kept; the highest: the fewest
+        for _ in range(100):
+            price = (low + high) / 2
+            chosen = (losses + price * counts).argmin(1)
+            if int(counts[chosen].sum()) > budget:
+                low = price
+            else:
+                high = price
+        chosen = (losses + high * counts).argmin(1)
+        while True:  # a step of all blocks that the price treats alike may leave some of the budget over
+            room = budget - int(counts[chosen].sum())
+            more = (chosen + 1).clamp_max(len(counts) - 1)
+            gain = (losses.gather(1, chosen[:, None]) - losses.gather(1, more[:, None]))[:, 0]
+            grows = (counts[more] - counts[chosen] <= room) & (more > chosen)
+            if not bool(grows.any()):
+                return tuple(counts[chosen].tolist())
+            chosen[gain.where(grows, gain.new_tensor(-torch.inf)).argmax()] += 1
+
+
+def block_losses(
+    dense: DenseModel,
+    measurement: Measurement,
+    neurons: int,
+    batches: list[Batch],
+    stream: Stream,
+    progress: Callable[[int], None] = lambda block: None,
+    state: RunState | None = None,
+    ranks: Ranks = ALONE,
+) -> BlockLosses:
+    """What cutting each block's MLP alone costs.
+
+    One pass: behind each block's MLP one more stream parts from the dense one, and all run on to the head.
+
+    Args:
+        dense: The model.
+        measurement: Says which neurons are important.
+        neurons: How many the block keeps.
+        batches: From `holdout.trial_batches`; of all ranks.
+        stream: The dense model's.
+        progress: Called with the number of each block.
+        state: Where to keep the result. An interrupted measurement begins again.
+        ranks: Who share the sequences.
+    """
+    finished = state.result(STAGE) if state else None
+    if finished:
+        tensors, _ = finished
+        return BlockLosses(tensors["kl"].to(dense.device), neurons, tensors["error"].to(dense.device))
+    mlp, sites = dense.table.mlp, dense.table.sites(dense.config)
+    errors: list[Tensor] = []
+    streams: list[OffloadedTensors] = []
+    for site in stream.walk(share_batches(held_out_first(batches), ranks)):
+        progress(site.block)
+        if site.layer is None:
+            break
+        for parted in streams:
+            run_parted(site, parted)
+        if mlp in sites[site.index]:
+            error, weight = _cut(dense, site, measurement.importance[site.block], neurons, ranks)
+            errors.append(error)
+            streams.append(stream.offload.tensors())
+            for a in site.activations:
+                if a.group == HELD_OUT_GROUP:
+                    streams[-1].append(a.hidden)
+            with _replaced(dense, site, weight):
+                run_parted(site, streams[-1])
+    head = dense_head(dense)
+    kl = torch.tensor(
+        divergences(head, site, streams, [head] * len(streams), ranks), dtype=torch.float64, device=dense.device
+    )
+    losses = BlockLosses(kl, neurons, torch.stack(errors))
+    if state:
+        state.finish(STAGE, {"kl": losses.kl, "error": losses.error}, {})
+    return losses
+
+
+def _cut(dense: DenseModel, site: Site, importance: Tensor, neurons: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+    """Cut a block's neurons and refit its MLP's writer, by ridge regression on the tokens that aren't held out.
+
+    In the order of importance, with G + r I = L L^T (G the Gram matrix of what the writer W reads), the squared error
+    that is left with k neurons is the sum of |(W L)_j|^2 over j >= k: one factorization gives it for all k.
+
+    Returns:
+        The errors with 0 to all neurons, (neurons + 1,), and the writer's weight for as many as are asked for,
+        (D, neurons), zero where they are cut; both float64.
+    """
+    mlp = dense.table.mlp
+    gram = torch.zeros(dense.neurons, dense.neurons, dtype=torch.float64, device=dense.device)
+    for a in site.activations:
+        if a.group != HELD_OUT_GROUP:
+            hidden = a.hidden
+            with captured_inputs(site.layer, mlp.writers[:1], stop=True) as inputs:
+                site.update(a, hidden)
+            weight = inverse_size(a.rows(hidden), site.eps)
+            gram += gram_matrix(a.rows(inputs[mlp.writers[0]]) * weight)
+    order = importance.argsort(descending=True)
+    gram = ranks.sum(gram)[order][:, order]
+    gram.diagonal().add_(DEFAULT_RIDGE * gram.diagonal().mean().clamp_min(1e-30))
+    factor = torch.linalg.cholesky(gram)
+    writer = writer_weight(dense, mlp, site)[:, order]
+    error = (writer @ factor).square().sum(0).flip(0).cumsum(0).flip(0)
+    missing = gram[:neurons, neurons:] @ writer[:, neurons:].T
+    fitted = writer[:, :neurons] + torch.cholesky_solve(missing, factor[:neurons, :neurons]).T
+    cut = torch.zeros_like(writer).index_copy(1, order[:neurons], fitted)
+    return torch.cat([error, error.new_zeros(1)]), ranks.decide(cut)
+
+
+@contextmanager
+def _replaced(dense: DenseModel, site: Site, weight: Tensor) -> Iterator[None]:
+    """Let the MLP's writer in a site's block have another weight, (D, neurons)."""
+    name = dense.table.mlp.weight(dense.table.mlp.writers[0])
+    parameter = site.layer.get_parameter(name)
+    before = parameter.data
+    parameter.data = dense.table.turned({name: weight.to(before.dtype)})[name].contiguous()
+    try:
+        yield
+    finally:
+        parameter.data = before

@@ -1,0 +1,124 @@
+"""The plan that loses least: how neurons are shared out, which blocks are left out, and what trials say."""
+
+from dataclasses import replace
+from typing import Any
+
+from eigenslice.algebra.basis import Spectrum
+from eigenslice.data.batches import Batch
+from eigenslice.data.holdout import trial_batches
+from eigenslice.measure.importance import Measurement
+from eigenslice.options.slicing import SliceOptions
+from eigenslice.plan.plan import Plan
+from eigenslice.search.allocation import STAGE as ALLOCATING
+from eigenslice.search.allocation import block_losses
+from eigenslice.search.depth import STAGE as DEPTH
+from eigenslice.search.depth import missed_least
+from eigenslice.search.parted import TOKENS
+from eigenslice.search.trials import try_plans
+from eigenslice.stream.run import Run
+
+TOGETHER = 4
+"""Plans that are tried beside one pass of the dense model, at most."""
+WIDTHS = 2
+"""Plans of the best kind that are tried next, and again while the last one is the best; they cut more of the width."""
+CANDIDATES = 4
+"""Blocks that are measured beside twice as many as may be left out."""
+
+
+def choose_plan(
+    run: Run, families: list[list[Plan]], found: tuple[Measurement, Spectrum], options: SliceOptions
+) -> tuple[Plan, list[dict[str, Any]]]:
+    """The plan that loses least on held-out tokens, and what was lost with each one that was tried.
+
+    The numbers of heads and of blocks are chosen by each family's first plan; then that one's others are tried, for as
+    long as that pays.
+
+    Args:
+        run: The run.
+        families: The plans that may be tried, see `make_plans`.
+        found: What the first pass found.
+        options: Whether layers will be fitted, and whether plans are for a size, so that numbers of neurons may differ
+            from block to block where the class allows it, and it is open which blocks are left out.
+    """
+    measurement, spectrum = found
+    batches = trial_batches(run.tokens.batches)
+    if options.keep is not None:
+        families = _leave_out(run, families, batches)
+        families = _allocate(run, families, measurement, batches, options.multiple)
+    report = run.report("planning", sum(batch.tokens for batch in batches))
+    trials: list[tuple[Plan, float]] = []
+
+    def attempt(plans: list[Plan]) -> float:
+        """Try up to TOGETHER plans; the loss of the last one."""
+        stage = f"planning-{len(trials)}"
+        losses = try_plans(
+            run.dense,
+            plans,
+            spectrum,
+            measurement,
+            batches,
+            run.stream(),
+            report,
+            run.state,
+            run.ranks,
+            stage,
+            options.fits,
+        )
+        trials.extend(zip(plans, losses, strict=True))
+        return losses[-1]
+
+    first = [family[0] for family in families]
+    for start in range(0, len(first), TOGETHER) if len(first) > 1 else ():
+        attempt(first[start : start + TOGETHER])
+    best = min(range(len(trials)), key=lambda n: trials[n][1]) if trials else 0
+    others = families[best][1:] if trials else families[best]
+    if not trials and len(others) == 1:
+        return others[0], []
+    for start in range(0, len(others), WIDTHS):
+        last = attempt(others[start : start + WIDTHS])
+        if min(loss for _, loss in trials) < last:
+            break  # those that cut more of the width lose more
+    chosen, _ = min(trials, key=lambda trial: trial[1])
+    return chosen, [plan.describe() | {"kl": loss} for plan, loss in trials]
+
+
+def _leave_out(run: Run, families: list[list[Plan]], batches: list[Batch]) -> list[list[Plan]]:
+    """The plans without those blocks that are missed least, as many as each one leaves out."""
+    dense, most = run.dense, max(len(plan.dropped) for family in families for plan in family)
+    if not most:
+        return families
+    count = 2 * most + CANDIDATES
+    report = run.report(DEPTH, sum(batch.tokens for batch in batches))
+    losses = missed_least(dense, count, batches, run.stream(), report, run.state, run.ranks)
+    order = list(losses)
+    return [
+        [replace(plan, dropped=tuple(sorted(order[: len(plan.dropped)]))) for plan in family] for family in families
+    ]
+
+
+def _allocate(
+    run: Run, families: list[list[Plan]], measurement: Measurement, batches: list[Batch], step: int
+) -> list[list[Plan]]:
+    """The plans, those in the custom class with the numbers of neurons by which the blocks lose least together.
+
+    The first of each family is there with equal numbers, too. Experts have the same number in all blocks.
+    """
+    dense = run.dense
+
+    def uneven(plan: Plan) -> bool:
+        return plan.stock is None and plan.neurons[0] < dense.neurons and not dense.experts
+
+    fewer = [plan.neurons[0] for family in families for plan in family if uneven(plan)]
+    if not fewer:
+        return families
+    measured, report = min(fewer), run.report(ALLOCATING, TOKENS * dense.blocks // 2)
+    losses = block_losses(dense, measurement, measured, batches, run.stream(), report, run.state, run.ranks)
+    result = []
+    for family in families:
+        first = [plan for plan in family[:1] if uneven(plan)]
+        plans = [
+            replace(plan, neurons=losses.allocate(plan.neurons[0], step, plan.blocks)) if uneven(plan) else plan
+            for plan in family
+        ]
+        result.append([*plans[:1], *first, *plans[1:]])
+    return result

@@ -1,0 +1,26 @@
+"""Streams that part: the same sequences with and without a change to one block."""
+
+from eigenslice.data.batches import HELD_OUT_GROUP, Batch
+from eigenslice.runtime.offload import OffloadedTensors
+from eigenslice.stream.walk import Site
+
+TOKENS = 2_048
+"""Tokens that losses are measured on."""
+
+
+def held_out_first(batches: list[Batch]) -> list[Batch]:
+    """The held-out sequences, shortened to about `TOKENS` together (not those with padding), and then the others."""
+    held_out = [batch for batch in batches if batch.group == HELD_OUT_GROUP]
+    share = min(1.0, TOKENS / sum(batch.tokens for batch in held_out))
+    shortened = []
+    for batch in held_out:
+        whole = batch.input_ids.shape[1]
+        length = whole if batch.attention_mask is not None else max(1, int(share * whole))
+        shortened.append(Batch(batch.input_ids[:, :length], batch.attention_mask, batch.group))
+    return [*shortened, *(batch for batch in batches if batch.group != HELD_OUT_GROUP)]
+
+
+def run_parted(site: Site, streams: OffloadedTensors) -> None:
+    """Let held-out streams, which are the first ones, pass a site's sublayers."""
+    for number, a in enumerate(site.activations[: len(streams)]):
+        streams[number] = site.pass_on(a, streams[number])

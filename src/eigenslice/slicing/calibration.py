@@ -1,0 +1,109 @@
+"""Text of the model's own beside the calibration texts."""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+from eigenslice.checkpoint.loading import load_model
+from eigenslice.data.own_text import STAGE, draw
+from eigenslice.data.tokens import Tokens
+from eigenslice.errors import EigensliceWarning, OptionsError
+from eigenslice.model.dense import DenseModel
+from eigenslice.options.slicing import OWN_SHARE, SliceOptions
+from eigenslice.runtime.device import trim_memory
+from eigenslice.runtime.offload import FREE_SHARE, free_bytes
+from eigenslice.runtime.progress import Progress
+from eigenslice.runtime.ranks import Ranks
+from eigenslice.runtime.run_state import RunState
+from eigenslice.slicing.memory import room_for_model, whole_bytes
+
+OWN_LENGTH = 128
+"""Tokens of a text beside calibration texts: many short ones show more kinds, and cost less, than a few long ones."""
+OWN_BATCH = 64
+"""Of them at once."""
+
+
+def add_own_text(
+    tokens: Tokens,
+    dense: DenseModel,
+    options: SliceOptions,
+    dtype: torch.dtype,
+    state: RunState,
+    ranks: Ranks,
+    progress: Progress,
+) -> Tokens:
+    """Add sequences of text that the dense model writes itself; measured in benchmarks/EXPERIMENTS.md.
+
+    For that, the model is loaded as a whole, once.
+
+    Args:
+        tokens: Calibration tokens of texts.
+        dense: The model.
+        options: How many sequences, as a share of those of the texts.
+        dtype: Of the forward pass.
+        state: Where to keep the text, so that an interrupted run goes on with the same.
+        ranks: The first one writes for all.
+        progress: Called as the text grows.
+
+    Raises:
+        OptionsError: text was asked for, and there is no room for the model.
+    """
+    share = OWN_SHARE if options.own_text is None else options.own_text
+    count = math.ceil(share * tokens.description["sequences"])
+    if not count:
+        return tokens
+    saved = state.result(STAGE)
+    if saved is None:
+        written = ranks.on_first(lambda: _write_own(tokens, dense, options, dtype, count, progress).tolist())
+        ids = torch.tensor(written, dtype=torch.long)
+        state.finish(STAGE, {"ids": ids}, {})
+    else:
+        ids = saved[0]["ids"]
+    if not len(ids):
+        return tokens
+    return tokens.with_rows(ids, 1 + max(batch.group for batch in tokens.batches), "own_sequences")
+
+
+def _write_own(
+    tokens: Tokens, dense: DenseModel, options: SliceOptions, dtype: torch.dtype, count: int, progress: Progress
+) -> Tensor:
+    """So many sequences of about the texts' length, each of several short ones, (count, T); none without room."""
+    if not _has_room(tokens, dense, options.own_text, dtype):
+        return torch.empty(0, 0, dtype=torch.long)
+    # Slicing runs transformers' own classes, so that this does, too: no code of the checkpoint
+    model, tokenizer = load_model(options.model, str(dense.device), dtype).model, dense.source.tokenizer
+    start, seqlen = len(tokenizer("")["input_ids"]), int(tokens.description["seqlen"])
+    length = max(2, min(OWN_LENGTH, seqlen) - start)
+    together = max(1, seqlen // (start + length))
+    ids = draw(model, tokenizer, count * together, length, OWN_BATCH, 1.0, options.calibration.seed, progress)
+    del model
+    trim_memory()
+    return ids.reshape(count, -1)
+
+
+def _has_room(tokens: Tokens, dense: DenseModel, share: float | None, dtype: torch.dtype) -> bool:
+    """Whether to load the model as a whole: asked to, or where that takes no more than the activations will.
+
+    Models larger than that are sliced because they don't fit.
+    """
+    needed, free = whole_bytes(dense, dtype), free_bytes(dense.device)
+    size = f"as a whole, the model takes {needed / 1e9:.1f} GB"
+    if share is None:
+        room = min(room_for_model(dense, tokens.count, dtype), FREE_SHARE * free)
+        if needed > room:
+            warnings.warn(
+                f"no text of the model's own to calibrate on: {size}, more than slicing it. "
+                f"--own-text {OWN_SHARE} lets it write, --own-text 0 does without and says nothing.",
+                EigensliceWarning,
+                stacklevel=2,
+            )
+        return needed <= room
+    if needed > free:
+        raise OptionsError(
+            f"--own-text {share}: {size}, and {free / 1e9:.1f} GB are free",
+            allowed="a model that fits into memory",
+            next_step="pass --own-text 0; text that it wrote elsewhere (eigenslice sample) can be one --calibration",
+        )
+    return True

@@ -1,0 +1,231 @@
+"""The algorithm, on one page."""
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from eigenslice.algebra.basis import Spectrum, principal_components
+from eigenslice.checkpoint.companions import stage_companions, write_modeling_file
+from eigenslice.checkpoint.source import Source, open_source
+from eigenslice.checkpoint.writer import GIB, ShardWriter, check_space, write_json
+from eigenslice.cut.naming import StoredForm
+from eigenslice.data import Tokens, beginnings, calibration_tokens, random_sequences
+from eigenslice.measure.importance import Measurement, measure
+from eigenslice.model.dense import DenseModel, NamedTensors
+from eigenslice.modeling import MODELING_FILE
+from eigenslice.options.slicing import RANDOM_SHARE, SliceOptions
+from eigenslice.plan.candidates import make_plans
+from eigenslice.plan.forms import custom_config, stock_config
+from eigenslice.plan.layout import stored_parameters
+from eigenslice.plan.plan import Plan
+from eigenslice.report.card import CARD, read_card_metadata, write_card
+from eigenslice.report.manifest import NAME, finished_manifest, manifest, resumable, run_identity
+from eigenslice.runtime.device import resolve_device, unmap_freed_tensors
+from eigenslice.runtime.offload import Offload, choose_place
+from eigenslice.runtime.output import check_output, refuse_overlap
+from eigenslice.runtime.progress import Progress, no_progress
+from eigenslice.runtime.ranks import Ranks, join_ranks
+from eigenslice.runtime.run_state import RunState
+from eigenslice.runtime.work_folder import remove_finished, work_folder
+from eigenslice.search.choose import choose_plan
+from eigenslice.slicing.calibration import add_own_text
+from eigenslice.slicing.memory import activation_bytes
+from eigenslice.slicing.passes import Slicing
+from eigenslice.stream.run import Run
+
+
+@dataclass(frozen=True)
+class SliceResult:
+    """What `slice_model` did: the folder it wrote and that folder's manifest."""
+
+    output: Path
+    manifest: dict[str, Any]
+
+
+def slice_model(options: SliceOptions, progress: Progress = no_progress) -> SliceResult:
+    """Slice a checkpoint into a new folder.
+
+    Under torchrun, all processes call this; they share the sequences, and the first one writes. From then on, this
+    process gives large tensors back to the system as soon as they are freed (`unmap_freed_tensors`).
+
+    Args:
+        options: What to slice, how far and how.
+        progress: Called as the work goes on.
+
+    Raises:
+        EigensliceError: bad input or options; nothing has been written then.
+        IncompleteError: the disk is full, or the like; what is done is kept.
+    """
+    device = resolve_device(options.device)
+    unmap_freed_tensors()
+    with join_ranks(device) as ranks:
+        return _slice(options, device, ranks, progress if ranks.first else no_progress)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Everything that is known before the first pass.
+
+    Attributes:
+        options: What to slice, how far and how.
+        dense: The dense model.
+        families: The plans to choose from, see `make_plans`.
+        given: Tokens of the calibration texts.
+        identity: All that the result depends on.
+        companions: A folder of files that join the result.
+        card: Metadata of the dense model's card.
+        compute: The dtype of the forward pass.
+        ranks: The processes that share the sequences.
+        progress: Called as the work goes on.
+    """
+
+    options: SliceOptions
+    dense: DenseModel
+    families: list[list[Plan]]
+    given: Tokens
+    identity: dict[str, Any]
+    companions: Path
+    card: dict[str, Any]
+    compute: torch.dtype
+    ranks: Ranks
+    progress: Progress
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of all families."""
+        return [plan for family in self.families for plan in family]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that the result is stored in."""
+        return getattr(torch, self.options.dtype) if self.options.dtype else self.dense.dtype
+
+    @property
+    def names(self) -> list[str]:
+        """Names that the result may have in it, beside the weight files'."""
+        return ["config.json", NAME, CARD, MODELING_FILE.name, *(path.name for path in self.companions.iterdir())]
+
+
+def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: Progress) -> SliceResult:
+    finished = options.resume and (options.output / NAME).exists()
+    if not finished:
+        ranks.on_first(lambda: check_output(options.output, options.resume, [Path(options.model)]))
+    source = open_source(options.model, options.trust_remote_code)
+    refuse_overlap(options.output, [source.path])
+    dense = DenseModel(source, device)
+    families = make_plans(dense, options)
+    wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work
+    given = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
+    wait_for_hashes()
+    compute = _compute_dtype(options, dense)
+    ranks.on_first(lambda: source.check_finite(compute))
+    identity = run_identity(options, dense, given)
+    if finished:  # it was interrupted after the last step
+        content = finished_manifest(options.output, identity)
+        ranks.on_first(lambda: remove_finished(options.output))
+        return SliceResult(options.output, content)
+    with TemporaryDirectory(prefix="eigenslice-") as folder:
+        companions = Path(folder)
+        card = ranks.on_first(lambda: _stage(source, companions))
+        return _run(_Job(options, dense, families, given, identity, companions, card, compute, ranks, progress))
+
+
+def _compute_dtype(options: SliceOptions, dense: DenseModel) -> torch.dtype:
+    if options.compute_dtype:
+        return getattr(torch, options.compute_dtype)
+    return torch.float32 if dense.device.type == "cpu" else dense.dtype
+
+
+def _stage(source: Source, folder: Path) -> dict[str, Any]:
+    """Write into a folder what joins the result; give the metadata of the dense model's card.
+
+    What can't be read or written is an error now, not when the work is done.
+    """
+    stage_companions(source, folder)
+    return {} if source.gguf else read_card_metadata(source.folder / CARD)
+
+
+def _run(job: _Job) -> SliceResult:
+    """The passes, in the work folder."""
+    options, dense, ranks, dtype = job.options, job.dense, job.ranks, job.dtype
+    needed = max(stored_parameters(dense, plan) for plan in job.plans) * dtype.itemsize
+    ranks.on_first(lambda: check_space(options.output, needed))
+    with work_folder(options.output, resumable(job.identity), job.names, options.resume, ranks) as work:
+        ranks.on_first(lambda: _copy(job.companions, work.companions))
+        state = RunState(work.state, ranks)
+        tokens = _more_tokens(job, state)
+        needed = activation_bytes(dense, tokens.count, job.compute, options.fits) // ranks.size
+        place = choose_place(options.offload, needed, dense.device)
+        offload = Offload(place, dense.device, work.offload / str(ranks.rank))
+        run = Run(dense, tokens, job.compute, offload, ranks, state, job.progress)
+        found = _measure(run, job.plans) if options.basis == "global" else None
+        plan, trials = choose_plan(run, job.families, found, options) if found else (job.plans[0], [])
+        stored = StoredForm(dense, plan)
+        writer = ShardWriter(work.result, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
+        ranks.on_first(writer.begin)
+
+        def write(tensors: NamedTensors) -> None:
+            for name, tensor in stored(tensors) if ranks.first else ():
+                writer.add(name, tensor)
+
+        refitted = options.fits and plan.cuts(dense)
+        slicer = Slicing(run, plan, writer, write)
+        bases = slicer.global_basis(found, refitted) if found else slicer.per_block()
+
+        def complete() -> dict[str, Any]:
+            hashes = writer.finish()
+            _write_config(dense, plan, dtype, work.result)
+            if plan.stock is None:
+                write_modeling_file(work.result)
+            _copy(work.companions, work.result)
+            content = manifest(options, dense, plan, tokens, dtype)
+            content |= bases | {"refitted": refitted, "trials": trials, "sha256": hashes, "run": job.identity}
+            write_json(work.result / NAME, content)
+            write_card(work.result, content, options.output.name, job.card)
+            return content
+
+        content = ranks.on_first(complete)
+    return SliceResult(options.output, content)
+
+
+def _copy(folder: Path, target: Path) -> None:
+    """Copy everything in a folder into another one."""
+    shutil.copytree(folder, target, dirs_exist_ok=True)
+
+
+def _more_tokens(job: _Job, state: RunState) -> Tokens:
+    """Calibration texts, and text of the model's own or random tokens, and beginnings, if anything will be fitted."""
+    given, options, dense = job.given, job.options, job.dense
+    if not options.fits or "seed" not in given.description:  # token ids are used as they are
+        return given
+    tokens = add_own_text(given, dense, options, job.compute, state, job.ranks, job.progress)
+    share = options.random_tokens
+    if share is None:
+        share = RANDOM_SHARE if tokens is given else 0.0  # beside text of its own, they gain nothing
+    tokenizer, vocabulary, seed = dense.source.tokenizer, dense.config.vocab_size, options.calibration.seed
+    tokens = beginnings(tokens, tokenizer, vocabulary, seed)
+    return random_sequences(tokens, tokenizer, vocabulary, share, seed)
+
+
+def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Path) -> None:
+    if plan.stock:
+        write_json(folder / "config.json", stock_config(dense, plan, dtype))
+    else:
+        config = json.loads(custom_config(dense, plan, dtype).to_json_string(use_diff=False))
+        write_json(folder / "config.json", config)
+
+
+def _measure(run: Run, plans: list[Plan]) -> tuple[Measurement, Spectrum]:
+    """What all sites of the dense model share: the principal components of the normalized stream."""
+    report, dense = run.report("measuring"), run.dense
+    neurons = any(plan.neurons != dense.all_neurons for plan in plans)
+    heads = any(plan.heads is not None for plan in plans)
+    found = measure(dense, run.stream(), run.batches, report, neurons, heads, run.state, run.ranks)
+    spectrum = principal_components(found.moment, dense.layer_norm)
+    vectors = run.ranks.decide(spectrum.vectors.contiguous())
+    return found, replace(spectrum, vectors=vectors)

@@ -1,0 +1,1 @@
+"""The residual stream of the dense model, block by block."""

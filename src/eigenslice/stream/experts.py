@@ -1,0 +1,112 @@
+"""The experts of a mixture: which tokens each one gets, and what its writer reads.
+
+An expert is an MLP of its own: its neurons are chosen, and its writer is fitted, on the tokens that are routed to it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenslice.arch import Sublayer, Table
+from eigenslice.runtime.offload import Offload
+from eigenslice.stream.walk import Activations
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which experts of a layer the tokens of a batch are given to; only those that count, as in `Activations.rows`.
+
+    Attributes:
+        index: Numbers of the experts, (tokens, k).
+        weights: What the outputs of these are multiplied by, (tokens, k).
+    """
+
+    index: Tensor
+    weights: Tensor
+
+    @classmethod
+    def of(cls, a: Activations, arguments: tuple[Tensor, ...]) -> tuple[Tensor, "Routing"]:
+        """What experts read, (tokens, width), and the routing, from what transformers calls them with."""
+        hidden, index, weights = (x.reshape(-1, x.shape[-1]) for x in arguments)
+        if a.mask is not None:
+            hidden, index, weights = (x[a.mask.flatten()] for x in (hidden, index, weights))
+        return hidden, cls(index, weights)
+
+    def to(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Numbers of the tokens that an expert is given, (n,), and what its output is multiplied by, (n, 1)."""
+        tokens, place = torch.where(self.index == expert)
+        return tokens, self.weights[tokens, place, None].float()
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A layer's experts with the weights that it has at the moment.
+
+    Attributes:
+        module: transformers' module.
+        reader: Gate and up projection, (experts, out, width).
+        bias: Theirs, (experts, out), or None.
+    """
+
+    module: Any
+    reader: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, table: Table, sublayer: Sublayer, layer: Any) -> "Experts":
+        """Those of a decoder layer."""
+        reader = sublayer.stacked[0]
+        name, module = sublayer.weight(reader), layer.get_submodule(sublayer.experts)
+        bias = getattr(module, sublayer.bias(reader).rpartition(".")[2], None)
+        return cls(module, table.turned({name: layer.get_parameter(name)})[name], bias)
+
+    def inner(self, expert: int, hidden: Tensor) -> Tensor:
+        """What an expert's writer reads, (n, neurons), for tokens (n, width); in float32 or more."""
+        gate_up = torch.nn.functional.linear(
+            hidden, self.reader[expert], None if self.bias is None else self.bias[expert]
+        )
+        inner = self.module._apply_gate(gate_up)
+        return inner.to(torch.promote_types(inner.dtype, torch.float32))
+
+
+class WriterInputs:
+    """What the writers of a layer's experts, and of those that all tokens pass, read; batch by batch."""
+
+    def __init__(self, experts: Experts, offload: Offload) -> None:
+        """Nothing is there yet; offload: where it lives."""
+        self._experts = experts
+        self._hidden, self._shared = offload.tensors(), offload.tensors()
+        self._routings: list[Routing] = []
+
+    def append(self, a: Activations, arguments: tuple[Tensor, ...], shared: Tensor | None) -> None:
+        """Add a batch.
+
+        Args:
+            a: Its activations.
+            arguments: What transformers calls the experts with.
+            shared: What the shared experts' writer reads, (B, T, n), if there are any.
+        """
+        hidden, routing = Routing.of(a, arguments)
+        self._hidden.append(hidden)
+        self._routings.append(routing)
+        if shared is not None:
+            self._shared.append(shared)
+
+    def read(self, number: int, a: Activations, expert: int | None) -> tuple[Tensor, Tensor]:
+        """Of a batch, what an expert's writer (None: the shared one) reads, times the router's weight, (n, neurons).
+
+        Returns:
+            That, and the dense stream at these tokens, (n, D).
+        """
+        if expert is None:
+            return a.rows(self._shared[number]), a.rows(a.hidden)
+        tokens, weights = self._routings[number].to(expert)
+        return self._experts.inner(expert, self._hidden[number][tokens]) * weights, a.rows(a.hidden)[tokens]
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        self._hidden.clear()
+        self._shared.clear()
+        self._routings = []

@@ -1,0 +1,98 @@
+"""Running one decoder layer: transformers' own modules, with the weights of a block."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers.initialization import no_init_weights
+
+from eigenslice.arch import Sublayer
+from eigenslice.modeling import SlicedConfig, SlicedForCausalLM
+
+
+class _AllCapturedError(Exception):
+    """Ends a forward pass of which nothing more is needed."""
+
+
+@contextmanager
+def captured_inputs(layer: nn.Module, modules: Sequence[str], stop: bool = False) -> Iterator[dict[str, Any]]:
+    """Give a dictionary that what is called inside the context fills with the inputs of these modules.
+
+    Of what takes several arguments (experts: tokens, which experts get them, and by which weights), it has all.
+
+    Args:
+        layer: A decoder layer.
+        modules: Their names.
+        stop: Whether to leave the context as soon as all of them are known; what they would give isn't computed.
+    """
+    inputs: dict[str, Any] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            inputs[name] = args[0] if len(args) == 1 else args
+            if stop and len(inputs) == len(modules):
+                raise _AllCapturedError
+
+        return hook
+
+    handles = [layer.get_submodule(name).register_forward_pre_hook(keep(name)) for name in modules]
+    try:
+        yield inputs
+    except _AllCapturedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer and keeps what it is called with, by name."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.kwargs: dict[str, Any] = {}
+        self.hidden: Tensor | None = None
+        self._arguments, self._gives_tuple = layer.arguments, layer.gives_tuple
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.hidden, self.kwargs = hidden_states, kwargs | dict(zip(self._arguments, args, strict=False))
+        return (hidden_states, None) if self._gives_tuple else hidden_states
+
+
+def has_experts(layer: nn.Module, sublayer: Sublayer) -> bool:
+    """Whether a decoder layer has a sublayer's experts: in some models, only some layers are mixtures."""
+    return any(name == sublayer.experts for name, _ in layer.named_modules())
+
+
+class BlockRunner:
+    """A model in the custom class's form without weights, into which they are put for as long as they are needed."""
+
+    def __init__(self, config: SlicedConfig, layers: str, device: torch.device, dtype: torch.dtype) -> None:
+        """layers: name of the model's list of decoder layers; device, dtype: where and in what precision they run."""
+        self.device, self.dtype = device, dtype
+        with init_empty_weights(include_buffers=False), no_init_weights():
+            self._whole: Any = SlicedForCausalLM(config).eval()
+        self._whole.model.set_experts_implementation("eager")  # others want sizes that are multiples of something
+        for module in self._whole.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(device)
+        self.model: Any = self._whole.model
+        self.layers: Any = self.model.get_submodule(layers)
+
+    def assign(self, module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """Give a module weights, by name."""
+        for name, tensor in tensors:
+            parent, _, leaf = name.rpartition(".")
+            parameter = nn.Parameter(tensor.to(device=self.device, dtype=self.dtype), requires_grad=False)
+            setattr(module.get_submodule(parent), leaf, parameter)
+
+    def release(self, module: nn.Module) -> None:
+        """Take a module's weights away."""
+        for parent in module.modules():
+            for leaf, parameter in parent._parameters.items():
+                if parameter is not None:
+                    parent._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)

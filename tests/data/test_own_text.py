@@ -1,0 +1,211 @@
+"""Texts that a model writes: against a loop of forward passes, and against its own probabilities."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eigenslice import slicing
+from eigenslice.data import own_text as sampling
+from eigenslice.data.batches import BESIDE_GROUP, Batch
+from eigenslice.data.own_text import draw, sample_text
+from eigenslice.errors import EigensliceWarning, OptionsError, OutputError
+from eigenslice.measure.importance import measure
+from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.sampling import SampleOptions
+from eigenslice.options.slicing import SliceOptions
+from eigenslice.slicing import slice_model
+from tests import tiny, words
+from tests.checkpoint.files import copy_of
+from tests.conftest import Folders, Slicer
+from tests.messages import check_message
+from tests.results import load
+
+
+@pytest.fixture
+def model(dense_folder: Folders, tmp_path: Path) -> Path:
+    """A tiny Llama with a tokenizer."""
+    folder = copy_of(dense_folder("llama"), tmp_path / "dense")
+    words.tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tokens_of(texts: list[str]) -> list[list[int]]:
+    return [words.tokenizer()(text)["input_ids"] for text in texts]
+
+
+def test_a_cold_model_writes_its_most_likely_tokens(model: Path, tmp_path: Path) -> None:
+    options = SampleOptions(model=str(model), output=tmp_path / "t.json", samples=5, seqlen=12, batch=2)
+    texts = sample_text(options.model_copy(update={"temperature": 1e-4}))
+    assert json.loads((tmp_path / "t.json").read_text()) == texts
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["t.json"]
+    dense = load(model)
+    beginnings = set()
+    for ids in tokens_of(texts):
+        beginnings.add(ids[0])
+        expected = [ids[0]]
+        for _ in range(11):
+            with torch.no_grad():
+                logits = dense(torch.tensor([expected])).logits[0, -1]
+            expected.append(int(logits.argmax()))
+        assert ids == [token for token in expected if token > 3]  # special tokens aren't written
+    assert len(beginnings) > 2
+
+
+def test_tokens_are_drawn_as_the_model_predicts_them(model: Path, tmp_path: Path) -> None:
+    """All tokens behind one beginning: their frequencies are the model's probabilities, tails included."""
+    options = SampleOptions(model=str(model), output=tmp_path / "t.json", samples=4000, seqlen=2, batch=4000)
+    pairs = [ids for ids in tokens_of(sample_text(options)) if len(ids) == 2]
+    dense, seen, expected = load(model), torch.zeros(words.VOCABULARY), torch.zeros(words.VOCABULARY)
+    with torch.no_grad():
+        probabilities = dense(torch.tensor([[first] for first, _ in pairs])).logits[:, -1].softmax(-1)
+    probabilities[:, :4] = 0
+    for (_, second), row in zip(pairs, probabilities / probabilities.sum(-1, keepdim=True), strict=True):
+        seen[second] += 1
+        expected += row
+    assert ((seen - expected).abs() <= 5 * expected.sqrt() + 5).all()
+    assert (seen > 0).sum() > 0.8 * (words.VOCABULARY - 4)
+
+
+def test_the_seed_decides(model: Path, tmp_path: Path) -> None:
+    def run(name: str, seed: int) -> list[str]:
+        return sample_text(SampleOptions(model=str(model), output=tmp_path / name, samples=3, seqlen=9, seed=seed))
+
+    first = run("a.json", 0)
+    assert run("b.json", 0) == first
+    assert run("c.json", 1) != first
+
+
+def test_the_file_is_calibration_text(model: Path, run_slice: Slicer, tmp_path: Path) -> None:
+    file = tmp_path / "t.json"
+    sample_text(SampleOptions(model=str(model), output=file, samples=30, seqlen=24))
+    data = CalibrationOptions(data=str(file), samples=20, seqlen=16)
+    result = run_slice("llama", model=str(model), width=24, calibration=data)
+    assert result.manifest["calibration"]["sequences"] == 20
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    """400 words."""
+    file = tmp_path / "words.txt"
+    file.write_text(words.text(tiny.random_ids(1, 400)[0].tolist()))
+    return file
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """The sequences that the dense model is measured on."""
+    batches: list[Batch] = []
+
+    def spy(dense: Any, stream: Any, given: list[Batch], *rest: Any) -> Any:
+        batches.extend(given)
+        return measure(dense, stream, given, *rest)
+
+    monkeypatch.setattr(slicing, "measure", spy)
+    return batches
+
+
+def test_slicing_calibrates_on_own_text_too(model: Path, text: Path, run_slice: Slicer, seen: list[Batch]) -> None:
+    data = CalibrationOptions(data=str(text), samples=12, seqlen=30, seed=3)
+    result = run_slice("llama", model=str(model), width=24, calibration=data)
+    assert result.manifest["calibration"]["sequences"] == 12
+    assert result.manifest["calibration"]["own_sequences"] == 6
+    assert "random_sequences" not in result.manifest["calibration"]
+    own = max(batch.group for batch in seen)
+    quarters = {0, 1, 2, 3}  # of the only text
+    assert {batch.group for batch in seen if batch.group != own} == quarters | {BESIDE_GROUP}
+    drawn = torch.cat([batch.input_ids for batch in seen if batch.group == own])
+    assert torch.equal(drawn, draw(load(model), words.tokenizer(), 6, 30, 64, seed=3))
+
+
+def test_a_long_sequence_holds_several_own_texts(
+    model: Path, text: Path, run_slice: Slicer, seen: list[Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "OWN_LENGTH", 8)
+    data = CalibrationOptions(data=str(text), samples=10, seqlen=40)
+    run_slice("llama", model=str(model), width=24, calibration=data, own_text=0.2, random_tokens=0.3)
+    groups = sorted({batch.group for batch in seen})
+    assert groups == [BESIDE_GROUP, 0, 1, 2, 3, 4]
+    assert [tuple(batch.input_ids.shape) for batch in seen if batch.group == 4] == [(2, 40)]
+    drawn = draw(load(model), words.tokenizer(), 10, 8, 64)
+    assert torch.equal(torch.cat([batch.input_ids for batch in seen if batch.group == 4]), drawn.view(2, 40))
+
+
+@pytest.mark.parametrize("short", ["slicing takes less", "little is free"])
+def test_without_room_for_the_model_random_tokens_take_its_place(
+    short: str, model: Path, text: Path, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if short == "slicing takes less":
+        monkeypatch.setattr(sampling, "room_for_model", lambda dense, tokens, dtype: 1000)
+    else:
+        monkeypatch.setattr(sampling, "free_bytes", lambda device: 100_000)
+    data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
+    with pytest.warns(EigensliceWarning, match="no text of the model's own"):
+        result = run_slice("llama", model=str(model), width=24, calibration=data)
+    assert "own_sequences" not in result.manifest["calibration"]
+    assert result.manifest["calibration"]["random_sequences"] == 3
+    if short == "slicing takes less":
+        asked = run_slice("llama", model=str(model), width=24, calibration=data, own_text=0.25)
+        assert asked.manifest["calibration"]["own_sequences"] == 3
+    else:
+        with pytest.raises(OptionsError) as caught:
+            run_slice("llama", model=str(model), width=24, calibration=data, own_text=0.25)
+        check_message(caught.value, "--own-text 0.25")
+
+
+@pytest.mark.parametrize("options", [{"own_text": 0.0}, {"refit": False}], ids=["not wanted", "nothing is fitted"])
+def test_no_own_text(model: Path, text: Path, run_slice: Slicer, options: dict[str, Any]) -> None:
+    data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
+    result = run_slice("llama", model=str(model), width=24, calibration=data, **options)
+    assert "own_sequences" not in result.manifest["calibration"]
+
+
+def test_an_interrupted_run_goes_on_with_the_same_own_text(
+    model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
+    options = SliceOptions(model=str(model), output=tmp_path / "whole", width=24, calibration=data)
+    slice_model(options)
+
+    def stop(stage: str, done: int, total: int, tokens: int = 0) -> None:
+        if stage == "measuring":
+            raise KeyboardInterrupt
+
+    stopped = options.model_copy(update={"output": tmp_path / "stopped"})
+    with pytest.raises(KeyboardInterrupt):
+        slice_model(stopped, stop)
+    monkeypatch.delattr(sampling, "draw")  # it isn't written again
+    slice_model(stopped.model_copy(update={"resume": True}))
+    expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_output_that_exists_is_kept(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "t.json"
+    file.write_text("mine")
+    with pytest.raises(OutputError) as caught:
+        sample_text(SampleOptions(model=str(model), output=file, samples=2, seqlen=4))
+    check_message(caught.value, "t.json")
+    assert file.read_text() == "mine"
+
+
+def test_longer_than_the_model_takes(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionsError) as caught:
+        sample_text(SampleOptions(model=str(model), output=tmp_path / "t.json", seqlen=100_000))
+    check_message(caught.value, "--seqlen 100000")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"samples": 0}, {"seqlen": 1}, {"batch": 0}, {"temperature": 0.0}, {"output": Path("t.txt")}],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_wrong_options(wrong: dict[str, Any]) -> None:
+    values = {"model": "x", "output": Path("t.json")} | wrong
+    with pytest.raises(OptionsError) as caught:
+        SampleOptions(**values)
+    check_message(caught.value, f"--{next(iter(wrong))}")

@@ -1,0 +1,46 @@
+"""Estimates grow as the work does."""
+
+import pytest
+import torch
+
+from eigenslice.checkpoint.source import open_source
+from eigenslice.inspection import estimate as module
+from eigenslice.inspection.estimate import estimate
+from eigenslice.model.dense import DenseModel
+from eigenslice.slicing.memory import activation_bytes
+from tests.conftest import Folders
+
+
+def test_more_tokens_take_longer_and_refitting_more_still(dense_folder: Folders) -> None:
+    for case in ("llama", "opt", "gpt_neox"):
+        dense = DenseModel(open_source(str(dense_folder(case))))
+        few, many = (estimate(dense, tokens, 16) for tokens in (1_000, 1_000_000))
+        assert 0 < few.seconds < many.seconds / 10
+        assert few.seconds < few.refitted_seconds
+        assert few.bytes < few.refitted_bytes
+        grown = activation_bytes(dense, 999_000, torch.float32) // 2
+        assert many.bytes - few.bytes == pytest.approx(grown, rel=0.05)  # and what this process grows meanwhile
+
+
+def test_activations_are_two_streams_and_what_writers_read(dense_folder: Folders) -> None:
+    """Width 32 and 64 neurons: 128 numbers of 4 bytes a token."""
+    dense = DenseModel(open_source(str(dense_folder("llama"))))
+    assert activation_bytes(dense, 10, torch.float32) == 10 * 4 * (2 * dense.width + dense.neurons)
+    assert activation_bytes(dense, 10, torch.bfloat16) == 10 * 2 * (2 * dense.width + dense.neurons)
+
+
+@pytest.mark.parametrize(("case", "kinds"), [("llama", 2), ("phi3", 2), ("opt", 1), ("gpt2", 1), ("mixtral", 0)])
+def test_fitting_readers_keeps_slopes_and_what_they_read(case: str, kinds: int, dense_folder: Folders) -> None:
+    dense = DenseModel(open_source(str(dense_folder(case))))
+    for tokens, some in ((40, 40), (100_000, 25_000)):  # the curvature is that of some of many tokens
+        sizes = [activation_bytes(dense, tokens, torch.float32, refitted=refitted) for refitted in (True, False)]
+        assert sizes[0] - sizes[1] == (some * 4 * (dense.width + kinds * dense.neurons) if kinds else 0)
+
+
+def test_results_in_the_custom_class_take_a_pass_more(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_seconds", lambda work, device: 1.0)
+    stock, custom = (
+        estimate(DenseModel(open_source(str(dense_folder(case)))), 1_000, 16).refitted_seconds
+        for case in ("llama", "gpt2")
+    )
+    assert custom > 1.1 * stock

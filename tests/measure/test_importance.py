@@ -1,0 +1,97 @@
+"""The first pass against sums over what hooks on transformers' own model see."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eigenslice.arch import lookup
+from eigenslice.checkpoint.source import open_source
+from eigenslice.cut.blocks import ALL
+from eigenslice.data.batches import Batch
+from eigenslice.measure.importance import HEAD_WEIGHT, Measurement, measure
+from eigenslice.model.dense import DenseModel
+from eigenslice.plan.plan import Plan
+from eigenslice.stream.walk import Stream
+from tests import tiny
+from tests.conftest import Folders
+from tests.results import load
+
+
+def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    """Weighted second moment of the normalized stream, and energy of each neuron: in float64, from hooks."""
+    table = lookup(model.config)
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    names = [f"{table.layers}.{index}." for index in range(model.config.num_hidden_layers)]
+    norms = [f"{name}{site[0].norm}" for name in names for site in table.sites(model.config)] + [table.final_norm]
+    writers = [name + table.mlp.writers[0] for name in names]
+    seen: dict[str, Tensor] = {}
+    for name in (*norms, *writers):
+
+        def keep(module: Any, args: tuple[Tensor, ...], name: str = name) -> None:
+            seen[name] = args[0].reshape(*ids.shape, -1)[real].double()
+
+        model.get_submodule(name).register_forward_pre_hook(keep)
+    with torch.no_grad():
+        model(ids, attention_mask=mask)
+    eps, layer_norm = table.epsilon(model.config), table.norm == "layer"
+    streams = [seen[name] - seen[name].mean(1, keepdim=True) * layer_norm for name in norms]
+    moment = torch.zeros(tiny.WIDTH, tiny.WIDTH, dtype=torch.float64)
+    for x, weight in zip(streams, [1.0] * (len(norms) - 1) + [HEAD_WEIGHT], strict=True):
+        normal = x / (x.square().mean(1, keepdim=True) + eps).sqrt()
+        moment += weight * normal.T @ normal
+    energies = []
+    before = streams[:-1] if table.is_parallel(model.config) else streams[1::2]
+    for name, x in zip(writers, before, strict=True):
+        weight = model.get_submodule(name).weight.detach().double()
+        column = weight - weight.mean(0) * layer_norm
+        added = seen[name][:, None, :] * column  # (tokens, D, neurons): what each neuron adds
+        energies.append((added.square().sum(1) / (x.square().mean(1, keepdim=True) + eps)).sum(0))
+    return moment, energies
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("case", tiny.CORE)
+def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folder: Folders) -> None:
+    dense = DenseModel(open_source(str(dense_folder(case))))
+    ids, mask = tiny.random_ids(6, 18), None
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, :5], mask[4, 12:] = 0, 0
+    masks = [None, None] if mask is None else mask.split(4)
+    batches = [Batch(part, m) for part, m in zip(ids.split(4), masks, strict=True)]
+    blocks: list[int] = []
+    found = measure(dense, Stream(dense, torch.float32), batches, blocks.append)
+    moment, energies = formulas(load(dense_folder(case)), ids, mask)
+    torch.testing.assert_close(found.moment, moment, rtol=1e-4, atol=1e-3)
+    assert len(found.importance) == 3
+    for actual, expected in zip(found.importance, energies, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
+    assert sorted(set(blocks)) == [0, 1, 2, 3]
+
+
+def plan(neurons: tuple[int, ...], heads: int | None = None) -> Plan:
+    return Plan("global", (2,), True, None, neurons, heads)
+
+
+def test_those_with_the_largest_energy_are_kept_in_their_order() -> None:
+    energy = [torch.tensor(values, dtype=torch.float64) for values in ([5.0, 1, 4, 3, 2], [1.0, 2, 3, 4, 5])]
+    found = Measurement(torch.eye(2), energy, [])
+    kept = [some.neurons for some in found.kept(plan((3, 2)))]
+    assert [some.tolist() for some in kept if some is not None] == [[0, 2, 3], [3, 4]]
+    kept = [some.neurons for some in found.kept(plan((5, 1)))]
+    assert kept[0] is None  # all of them
+    assert kept[1] is not None
+    assert kept[1].tolist() == [4]
+
+
+def test_without_energies_all_are_kept() -> None:
+    assert Measurement(torch.eye(2), [], []).kept(plan((0, 0, 0))) == [ALL, ALL, ALL]
+
+
+def test_heads_are_kept_in_their_order() -> None:
+    ranked = [torch.tensor(order) for order in ([2, 0, 3, 1], [3, 1, 0, 2])]
+    kept = Measurement(torch.eye(2), [], ranked).kept(plan((0, 0), heads=2))
+    assert [some.heads.tolist() for some in kept if some.heads is not None] == [[0, 2], [1, 3]]
+    assert [some.of_heads for some in kept] == [4, 4]

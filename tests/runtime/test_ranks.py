@@ -1,0 +1,126 @@
+"""Several processes give the model that one gives."""
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from eigenslice.data.batches import Batch, share_batches
+from eigenslice.errors import EigensliceWarning
+from eigenslice.runtime.ranks import Ranks, join_ranks
+from tests import processes, tiny, words
+from tests.checkpoint.files import copy_of
+from tests.conftest import Folders
+from tests.results import load, relative
+
+KINDS = {
+    "planned": ("llama-tied", ["--keep", "0.3"]),
+    "fitted": ("gpt_neox", ["--width", "24", "--neurons", "48"]),
+    "per-block": ("opt", ["--width", "24", "--basis", "per-block"]),
+}
+
+
+def test_gpus_that_have_nothing_to_do_are_mentioned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.warns(EigensliceWarning, match="One of 2 GPUs works"), join_ranks(torch.device("cuda")) as ranks:
+        assert ranks.size == 1
+    for device in ("cuda:1", "cpu"):  # chosen, or none is used
+        with join_ranks(torch.device(device)) as ranks:
+            assert ranks.size == 1
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """Seven sequences, which neither two nor four ranks can share evenly."""
+    file = tmp_path / "ids.safetensors"
+    save_file({"calibration": tiny.structured_ids(7, 32, seed=1)}, file)
+    return file
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ranks_give_what_one_process_gives(kind: str, dense_folder: Folders, uneven: Path, tmp_path: Path) -> None:
+    case, size = KINDS[kind]
+    check_ranks(["slice", dense_folder(case), "--calibration", uneven, *size], tmp_path)
+
+
+def test_own_text_is_the_first_rank_s(dense_folder: Folders, tmp_path: Path) -> None:
+    model = copy_of(dense_folder("llama"), tmp_path / "dense")
+    words.tokenizer().save_pretrained(model)
+    text = tmp_path / "words.txt"
+    text.write_text(words.text(tiny.random_ids(1, 400)[0].tolist()))
+    data = ["--calibration", text, "--samples", "9", "--seqlen", "30"]
+    check_ranks(["slice", model, *data, "--width", "24", "--neurons", "48"], tmp_path, (2,))
+
+
+def check_ranks(arguments: list[object], tmp_path: Path, sizes: tuple[int, ...] = (2, 4)) -> None:
+    """So many ranks give the logits that one process gives. They find each other by what torchrun would tell them."""
+    ids, logits = tiny.random_ids(3, 20), {}
+    for size in (1, *sizes):
+        output, log = tmp_path / str(size), tmp_path / f"{size}.log"
+        for rank in processes.ranks(size, *arguments, "-o", output, log=log):
+            rank.join(300)
+            assert rank.exitcode == 0, log.read_text()
+        assert not (tmp_path / f"{size}.partial").exists()
+        with torch.no_grad():
+            logits[size] = load(output)(ids).logits
+    assert all(relative(logits[size], logits[1]) < 1e-5 for size in sizes)
+
+
+def test_bad_input_is_one_error_on_all_ranks(dense_folder: Folders, uneven: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    arguments = ["slice", dense_folder("llama"), "--calibration", uneven, "--width", 24, "-o", tmp_path / "out"]
+    for rank in processes.ranks(2, *arguments, log=tmp_path / "log"):
+        rank.join(120)
+        assert rank.exitcode == 2
+    found = (tmp_path / "log").read_text()
+    assert "exists already" in found
+    assert "Traceback" not in found
+
+
+def test_a_rank_that_dies_ends_the_run(dense_folder: Folders, tmp_path: Path) -> None:
+    """The others get an error, not a wait without end; what is done is kept and goes on, here under torchrun."""
+    file, log = tmp_path / "ids.safetensors", tmp_path / "log"
+    save_file({"calibration": tiny.structured_ids(400, 64, seed=1)}, file)
+    arguments = ["slice", dense_folder("llama"), "--calibration", file, "--keep", "0.75", "-o", tmp_path / "out"]
+    survivor, victim = processes.ranks(2, *arguments, log=log)
+    state = tmp_path / "out.partial" / "state" / "current.json"
+    deadline = time.monotonic() + 120
+    while not state.exists() and survivor.is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert state.exists(), log.read_text()
+    victim.kill()
+    survivor.join(120)
+    assert survivor.exitcode == 2, log.read_text()
+    assert "lost the others" in log.read_text()
+    assert not (tmp_path / "out").exists()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "eigenslice", *map(str, arguments), "--resume"]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert again.returncode == 0, again.stderr
+    assert load_file(tmp_path / "out" / "model.safetensors")
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+def test_every_sequence_is_one_ranks(size: int) -> None:
+    batches = [
+        Batch(torch.arange(12).view(4, 3), None, 0),
+        Batch(torch.arange(12, 15).view(1, 3), torch.ones(1, 3), 1),
+        Batch(torch.arange(15, 21).view(2, 3), torch.ones(2, 3), 1),
+    ]
+    shares = [share_batches(batches, Ranks(rank, size)) for rank in range(size)]
+    sequences = [
+        (tuple(row.tolist()), batch.group, batch.attention_mask is None)
+        for share in shares
+        for batch in share
+        for row in batch.input_ids
+    ]
+    expected = [
+        (tuple(row.tolist()), batch.group, batch.attention_mask is None) for batch in batches for row in batch.input_ids
+    ]
+    assert sorted(sequences) == sorted(expected)
+    counts = [sum(len(batch.input_ids) for batch in share) for share in shares]
+    assert max(counts) - min(counts) <= 1

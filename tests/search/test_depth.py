@@ -1,0 +1,130 @@
+"""Leaving out blocks: what is left is the dense model without those that it can best do without."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from eigenslice.algebra.refit import DEFAULT_RIDGE
+from eigenslice.checkpoint.source import open_source
+from eigenslice.data.batches import HELD_OUT_GROUP, Batch
+from eigenslice.errors import OptionsError
+from eigenslice.model.dense import DenseModel
+from eigenslice.search.depth import missed_least
+from eigenslice.stream.runner import captured_inputs
+from eigenslice.stream.walk import Stream
+from tests import tiny
+from tests.conftest import Folders, Recipe, Slicer
+from tests.messages import check_message
+from tests.results import load, relative
+
+EPS = 1e-5  # of the tiny models; beside their streams it hardly counts
+TYPES = {case.model_type: name for name, case in reversed(tiny.CASES.items())}
+"""The first case of each type."""
+WRITERS = {"llama": ["mlp.down_proj"], "opt": ["fc2"], "phi": ["self_attn.dense", "mlp.fc2"]}
+"""Of the last site of a block."""
+
+
+def without(model: Any, block: int, layers: str) -> Any:
+    """Transformers' model without a decoder layer."""
+    kept = model.get_submodule(layers)
+    del kept[block]
+    model.config.num_hidden_layers = len(kept)
+    return model
+
+
+@pytest.mark.parametrize("model_type", TYPES)
+def test_without_refit_it_is_the_dense_model_without_a_block(
+    model_type: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
+) -> None:
+    case, ids = TYPES[model_type], tiny.random_ids(2, 20, seed=5)
+    dense = DenseModel(open_source(str(dense_folder(case))))
+    if not dense.blocks_alike:
+        with pytest.raises(OptionsError, match="blocks are all alike") as error:
+            run_slice(case, recipe=recipe(dropped_blocks=[1]))
+        check_message(error.value)
+        return
+    result = run_slice(case, recipe=recipe(dropped_blocks=[1]), refit=False)
+    sliced, model = load(result.output), load(dense_folder(case))
+    assert sliced.config.num_hidden_layers == model.config.num_hidden_layers - 1
+    with torch.no_grad():
+        whole, expected = model(ids).logits, without(model, 1, dense.table.layers)(ids, use_cache=False).logits
+        assert relative(sliced(ids).logits, expected) < 1e-4
+        assert relative(whole, expected) > 1e-3
+        first = sliced(ids[:, :12], use_cache=True)
+        rest = sliced(ids[:, 12:], past_key_values=first.past_key_values)
+        assert relative(torch.cat([first.logits, rest.logits], dim=1), expected) < 1e-4
+
+
+def test_most_types_have_blocks_that_are_alike(dense_folder: Folders) -> None:
+    unlike = {t for t, case in TYPES.items() if not DenseModel(open_source(str(dense_folder(case)))).blocks_alike}
+    assert len(unlike) < len(TYPES) // 2
+    assert {"gpt_neo", "gemma2"} <= unlike
+    assert not {"llama", "mistral", "qwen2", "qwen3", "gpt2", "phi3", "mixtral"} & unlike
+
+
+def test_blocks_that_depend_on_their_number_stay(dense_folder: Folders) -> None:
+    dense = DenseModel(open_source(str(dense_folder("gpt2"))))
+    assert dense.blocks_alike
+    dense.config.scale_attn_by_inverse_layer_idx = True
+    assert not dense.blocks_alike
+
+
+@pytest.mark.parametrize("case", WRITERS)
+def test_a_block_s_loss_is_that_of_the_model_with_the_writer_before_it_refitted(
+    case: str, dense_folder: Folders
+) -> None:
+    folder = dense_folder(case)
+    dense, model = DenseModel(open_source(str(folder))), load(folder, dtype=torch.float64)
+    fit, held_out = tiny.random_ids(12, 24, seed=1), tiny.random_ids(4, 24, seed=2)
+    batches = [Batch(fit), Batch(held_out, group=HELD_OUT_GROUP)]
+    found = missed_least(dense, 9, batches, Stream(dense, torch.float32))
+    assert list(found.values()) == sorted(found.values())
+    names = [f"{dense.table.layers}.{n}" for n in range(dense.blocks)]
+    norm, last = dense.table.attention.norm, dense.table.final_norm
+    assert norm
+    with torch.no_grad():
+        dense_logits = model(held_out).logits.log_softmax(-1)
+        for block in range(1, dense.blocks):
+            follows = f"{names[block + 1]}.{norm}" if block + 1 < dense.blocks else last
+            writers = [f"{names[block - 1]}.{writer}" for writer in WRITERS[case]]
+            skipped, behind = f"{names[block]}.{norm}", follows
+            with captured_inputs(model, [*writers, skipped, behind]) as seen:
+                model(fit)
+            inputs = torch.cat([seen[name].flatten(0, -2) for name in writers], dim=1)
+            streams = [seen[name].flatten(0, -2) for name in (skipped, behind)]
+            streams = [x - x.mean(-1, keepdim=True) if dense.layer_norm else x for x in streams]
+            share = (streams[1].square().mean(-1, keepdim=True) + EPS).rsqrt()
+            a, y = share * inputs, share * (streams[1] - streams[0])
+            level = DEFAULT_RIDGE * a.square().sum() / a.shape[1]
+            change = torch.linalg.solve(a.T @ a + level * torch.eye(a.shape[1]), a.T @ y).T
+            bridged = load(folder, dtype=torch.float64)
+            for name, piece in zip(writers, change.split([seen[n].shape[-1] for n in writers], dim=1), strict=True):
+                bridged.get_submodule(name).weight += piece
+            logits = without(bridged, block, dense.table.layers)(held_out, use_cache=False).logits.log_softmax(-1)
+            loss = float((dense_logits.exp() * (dense_logits - logits)).sum(-1).mean())
+            assert loss > 1e-5
+            assert found[block] == pytest.approx(loss, rel=2e-3)
+
+
+def test_those_that_part_farthest_from_the_dense_stream_are_not_measured(dense_folder: Folders) -> None:
+    dense = DenseModel(open_source(str(dense_folder("llama"))))
+    batches = [Batch(tiny.random_ids(12, 24, seed=1)), Batch(tiny.random_ids(4, 24, seed=2), group=HELD_OUT_GROUP)]
+    every, one = (missed_least(dense, count, batches, Stream(dense, torch.float32)) for count in (9, 1))
+    assert set(every) == {1, 2}
+    assert one.items() < every.items()
+
+
+@pytest.mark.parametrize("dropped", [[0], [3], [1, 1], [1.5], [1, 2, 3]])
+def test_no_such_blocks(dropped: list[Any], run_slice: Slicer, recipe: Recipe) -> None:
+    with pytest.raises(OptionsError, match=r"blocks|neurons") as error:
+        run_slice("llama", recipe=recipe(dropped_blocks=dropped))
+    check_message(error.value)
+
+
+def test_keep_tries_to_leave_out_blocks_unless_told_not_to(run_slice: Slicer) -> None:
+    tried, whole = (run_slice("llama", keep=0.3, depth=depth).manifest["trials"] for depth in (True, False))
+    dropped = [trial.get("dropped_blocks") for trial in tried]
+    assert [1] in dropped or [2] in dropped
+    assert {trial.get("dropped_blocks") and 1 for trial in whole} == {None}
+    assert all(isinstance(trial["kl"], float) for trial in tried)

@@ -1,0 +1,56 @@
+"""At full width the transformed model is the dense model: every architecture, basis, form and tie."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.conftest import Slicer
+from tests.results import load
+
+COMBINATIONS = [
+    pytest.param(case, basis, form, untie, id=f"{case}-{basis}-{form}{'-untied' if untie else ''}")
+    for case in tiny.CASES
+    for basis, form in [("global", "auto"), ("global", "custom"), ("per-block", "auto")]
+    for untie in ([False, True] if tiny.CASES[case].tied and basis == "global" else [False])
+]
+
+
+def close(actual: torch.Tensor, dense: torch.Tensor) -> None:
+    """Within 1e-4 of the largest magnitude."""
+    assert (actual - dense).abs().max() <= 1e-4 * dense.abs().max()
+
+
+@pytest.mark.parametrize(("case", "basis", "form", "untie"), COMBINATIONS)
+def test_full_width_is_exact(
+    case: str, basis: str, form: str, untie: bool, run_slice: Slicer, dense_folder: Callable[[str], Path]
+) -> None:
+    result = run_slice(case, width=tiny.WIDTH, basis=basis, form=form, untie=untie)
+    assert result.manifest["tied"] == (tiny.CASES[case].tied and basis == "global" and not untie)
+    dense, sliced = load(dense_folder(case)), load(result.output)
+    ids = tiny.random_ids(2, 20, seed=5)
+    with torch.no_grad():
+        expected = dense(ids).logits
+        close(sliced(ids).logits, expected)
+
+        # left padding: the second sequence has 6 tokens less
+        mask = torch.ones_like(ids)
+        mask[1, :6] = 0
+        padded = ids.masked_fill(mask == 0, 0)
+        for attention in ("sdpa", "eager") if dense._supports_sdpa else ("eager",):
+            sliced.set_attn_implementation(attention)
+            dense.set_attn_implementation(attention)
+            positions = (mask.cumsum(-1) - 1).clamp_min(0)
+            real = mask.bool()
+            actual = sliced(padded, attention_mask=mask, position_ids=positions).logits[real]
+            close(actual, dense(padded, attention_mask=mask, position_ids=positions).logits[real])
+
+        # token by token through the cache
+        cache, steps = None, []
+        for i in range(ids.shape[1]):
+            output = sliced(ids[:, i : i + 1], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            steps.append(output.logits)
+        close(torch.cat(steps, dim=1), expected)
