@@ -17,6 +17,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	$(BIN)/lint-imports
 
 # Stock results must also load in transformers 4.57, in an environment of its own
 compat: $(READY) .venv-transformers4/.ready
