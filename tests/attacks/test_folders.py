@@ -9,7 +9,7 @@ from eigenslice.options.calibration import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import slice_model
 from tests import tiny, words
-from tests.checkpoint import hostile
+from tests.attacks import hostile
 from tests.checkpoint.files import copy_of
 from tests.checkpoint.gguf_file import write_gguf
 from tests.cli.conftest import Failure, command, fails, model, text

@@ -18,7 +18,7 @@ from eigenslice.errors import CheckpointError, EigensliceError
 from eigenslice.evaluation.costs import weight_bytes_on_disk
 from eigenslice.model.dense import DenseModel
 from tests import tiny, words
-from tests.checkpoint import hostile
+from tests.attacks import hostile
 from tests.checkpoint.files import copy_of, edit_json, weight_of
 from tests.checkpoint.gguf_file import NORMAL, write_gguf
 from tests.messages import check_message

@@ -16,7 +16,7 @@ from eigenslice.errors import CheckpointError
 from tests import tiny
 from tests.checkpoint.files import copy_of, rewrite
 from tests.checkpoint.gguf_file import write_gguf
-from tests.checkpoint.hostile import shard
+from tests.attacks.hostile import shard
 from tests.messages import check_message
 
 
