@@ -1,6 +1,7 @@
 """Cutting key/value heads: what is left is the dense model without the heads that it can best do without."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +16,11 @@ from eigenslice.errors import OptionsError
 from eigenslice.measure.importance import measure
 from eigenslice.model.dense import DenseModel
 from eigenslice.stream.runner import captured_inputs
-from eigenslice.stream.walk import Stream
 from tests import tiny
 from tests.conftest import Folders, Recipe, Slicer
 from tests.messages import check_message
 from tests.results import load
+from tests.runs import run_of
 
 CASES = [name for name, case in tiny.CASES.items() if TABLES[case.model_type].attention.heads]
 FORMS = [(name, form) for name in CASES for form in ("stock", "custom") if form == "custom" or tiny.CASES[name].stock]
@@ -63,10 +64,12 @@ def test_without_refit_it_is_the_dense_model_without_some_heads(
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3-tied"])
-def test_the_heads_that_go_are_those_that_the_others_make_up_for(case: str, dense_folder: Folders) -> None:
+def test_the_heads_that_go_are_those_that_the_others_make_up_for(
+    case: str, dense_folder: Folders, tmp_path: Path
+) -> None:
     folder, ids = dense_folder(case), tiny.random_ids(12, 24, seed=1)
     dense, model = DenseModel(open_source(str(folder))), load(folder, dtype=torch.float64)
-    found = measure(dense, Stream(dense, torch.float32), [Batch(ids[:7]), Batch(ids[7:])])
+    found = measure(run_of(dense, [Batch(ids[:7]), Batch(ids[7:])], tmp_path))
     for index, writer in enumerate(writers(model, dense)):
         layer = model.model.layers[index]
         with captured_inputs(layer, ["input_layernorm", dense.table.attention.writers[0]]) as seen, torch.no_grad():

@@ -8,8 +8,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eigenslice import slicing
-from eigenslice.data import own_text as sampling
 from eigenslice.data.batches import BESIDE_GROUP, Batch
 from eigenslice.data.own_text import draw, sample_text
 from eigenslice.errors import EigensliceWarning, OptionsError, OutputError
@@ -17,7 +15,8 @@ from eigenslice.measure.importance import measure
 from eigenslice.options.calibration import CalibrationOptions
 from eigenslice.options.sampling import SampleOptions
 from eigenslice.options.slicing import SliceOptions
-from eigenslice.slicing import slice_model
+from eigenslice.slicing import calibration, slice_model
+from eigenslice.stream.run import Run
 from tests import tiny, words
 from tests.checkpoint.files import copy_of
 from tests.conftest import Folders, Slicer
@@ -100,11 +99,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
     """The sequences that the dense model is measured on."""
     batches: list[Batch] = []
 
-    def spy(dense: Any, stream: Any, given: list[Batch], *rest: Any) -> Any:
-        batches.extend(given)
-        return measure(dense, stream, given, *rest)
+    def spy(run: Run, **options: bool) -> Any:
+        batches.extend(run.tokens.batches)
+        return measure(run, **options)
 
-    monkeypatch.setattr(slicing, "measure", spy)
+    monkeypatch.setattr("eigenslice.slicing.slice.measure", spy)
     return batches
 
 
@@ -124,7 +123,7 @@ def test_slicing_calibrates_on_own_text_too(model: Path, text: Path, run_slice: 
 def test_a_long_sequence_holds_several_own_texts(
     model: Path, text: Path, run_slice: Slicer, seen: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sampling, "OWN_LENGTH", 8)
+    monkeypatch.setattr(calibration, "OWN_LENGTH", 8)
     data = CalibrationOptions(data=str(text), samples=10, seqlen=40)
     run_slice("llama", model=str(model), width=24, calibration=data, own_text=0.2, random_tokens=0.3)
     groups = sorted({batch.group for batch in seen})
@@ -139,9 +138,9 @@ def test_without_room_for_the_model_random_tokens_take_its_place(
     short: str, model: Path, text: Path, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if short == "slicing takes less":
-        monkeypatch.setattr(sampling, "room_for_model", lambda dense, tokens, dtype: 1000)
+        monkeypatch.setattr(calibration, "room_for_model", lambda dense, tokens, dtype: 1000)
     else:
-        monkeypatch.setattr(sampling, "free_bytes", lambda device: 100_000)
+        monkeypatch.setattr(calibration, "free_bytes", lambda device: 100_000)
     data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
     with pytest.warns(EigensliceWarning, match="no text of the model's own"):
         result = run_slice("llama", model=str(model), width=24, calibration=data)
@@ -177,7 +176,7 @@ def test_an_interrupted_run_goes_on_with_the_same_own_text(
     stopped = options.model_copy(update={"output": tmp_path / "stopped"})
     with pytest.raises(KeyboardInterrupt):
         slice_model(stopped, stop)
-    monkeypatch.delattr(sampling, "draw")  # it isn't written again
+    monkeypatch.delattr(calibration, "draw")  # it isn't written again
     slice_model(stopped.model_copy(update={"resume": True}))
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert found.keys() == expected.keys()

@@ -12,6 +12,7 @@ from eigenslice.fit import neuron_readers as neuronfit
 from eigenslice.fit.neuron_readers import Errors, Readers, fit_readers
 from eigenslice.model.dense import DenseModel
 from eigenslice.runtime.offload import Offload
+from eigenslice.runtime.ranks import ALONE
 from eigenslice.stream.runner import captured_inputs
 from eigenslice.stream.walk import Site, Stream
 from tests import tiny
@@ -92,7 +93,7 @@ def test_with_enough_steps_it_is_least_squares(case: str, at_mlp: Any, monkeypat
     weight = torch.rand(len(read), 1, dtype=torch.float64, generator=generator) + 0.5
     writer = site.folded[readers.sublayer.weight(readers.writer)]
     batch = Errors(a, normalized, a.kwargs[site.block], missing, weight)
-    found, squares = fit_readers(readers, [batch], writer, Offload("device", dense.device))
+    found, squares = fit_readers(readers, [batch], writer, Offload("device", dense.device), 1, ALONE)
     assert squares == pytest.approx(float(missing.square().sum()))
     assert list(found) == list(readers.names)
     expected = least_squares(slopes, read, missing, writer.double(), weight)

@@ -23,6 +23,7 @@ from eigenslice.measure.importance import HEAD_WEIGHT
 from eigenslice.model.dense import DenseModel, Tensors
 from eigenslice.options.calibration import CalibrationOptions
 from eigenslice.plan.plan import Plan, widths
+from eigenslice.runtime.ranks import ALONE
 from eigenslice.slicing import SliceResult
 from eigenslice.stream.walk import Stream
 from tests import tiny
@@ -193,7 +194,7 @@ def run_twin(
 
     plan = Plan("global", widths(dense, "global", basis.width), False, None, (dense.neurons,) * dense.blocks)
     groups = {batch.group for batch in batches} - set(trial)
-    twin = SlicedTwin(dense, plan, basis, [ALL] * dense.blocks, torch.float32, write, groups=groups)
+    twin = SlicedTwin(dense, plan, basis, [ALL] * dense.blocks, torch.float32, write, groups=groups, ranks=ALONE)
     streams: list[Tensor] = []
     for site in Stream(dense, torch.float32).walk(batches, hold=True):
         twin.arrive(site)

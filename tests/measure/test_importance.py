@@ -1,11 +1,13 @@
 """The first pass against sums over what hooks on transformers' own model see."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from eigenslice.algebra.basis import Spectrum
 from eigenslice.arch import lookup
 from eigenslice.checkpoint.source import open_source
 from eigenslice.cut.blocks import ALL
@@ -13,10 +15,12 @@ from eigenslice.data.batches import Batch
 from eigenslice.measure.importance import HEAD_WEIGHT, Measurement, measure
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import Plan
-from eigenslice.stream.walk import Stream
 from tests import tiny
 from tests.conftest import Folders
 from tests.results import load
+from tests.runs import run_of
+
+FLAT = Spectrum(torch.ones(2), torch.eye(2))
 
 
 def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list[Tensor]]:
@@ -53,7 +57,7 @@ def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("case", tiny.CORE)
-def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folder: Folders) -> None:
+def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     ids, mask = tiny.random_ids(6, 18), None
     if padded:
@@ -62,9 +66,10 @@ def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folde
     masks = [None, None] if mask is None else mask.split(4)
     batches = [Batch(part, m) for part, m in zip(ids.split(4), masks, strict=True)]
     blocks: list[int] = []
-    found = measure(dense, Stream(dense, torch.float32), batches, blocks.append)
+    found = measure(run_of(dense, batches, tmp_path, lambda stage, done, total, tokens=0: blocks.append(done)))
     moment, energies = formulas(load(dense_folder(case)), ids, mask)
-    torch.testing.assert_close(found.moment, moment, rtol=1e-4, atol=1e-3)
+    values, vectors = found.spectrum.values, found.spectrum.vectors
+    torch.testing.assert_close(vectors @ values.diag() @ vectors.T, moment, rtol=1e-4, atol=1e-3)
     assert len(found.importance) == 3
     for actual, expected in zip(found.importance, energies, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
@@ -77,7 +82,7 @@ def plan(neurons: tuple[int, ...], heads: int | None = None) -> Plan:
 
 def test_those_with_the_largest_energy_are_kept_in_their_order() -> None:
     energy = [torch.tensor(values, dtype=torch.float64) for values in ([5.0, 1, 4, 3, 2], [1.0, 2, 3, 4, 5])]
-    found = Measurement(torch.eye(2), energy, [])
+    found = Measurement(FLAT, energy, [])
     kept = [some.neurons for some in found.kept(plan((3, 2)))]
     assert [some.tolist() for some in kept if some is not None] == [[0, 2, 3], [3, 4]]
     kept = [some.neurons for some in found.kept(plan((5, 1)))]
@@ -87,11 +92,11 @@ def test_those_with_the_largest_energy_are_kept_in_their_order() -> None:
 
 
 def test_without_energies_all_are_kept() -> None:
-    assert Measurement(torch.eye(2), [], []).kept(plan((0, 0, 0))) == [ALL, ALL, ALL]
+    assert Measurement(FLAT, [], []).kept(plan((0, 0, 0))) == [ALL, ALL, ALL]
 
 
 def test_heads_are_kept_in_their_order() -> None:
     ranked = [torch.tensor(order) for order in ([2, 0, 3, 1], [3, 1, 0, 2])]
-    kept = Measurement(torch.eye(2), [], ranked).kept(plan((0, 0), heads=2))
+    kept = Measurement(FLAT, [], ranked).kept(plan((0, 0), heads=2))
     assert [some.heads.tolist() for some in kept if some.heads is not None] == [[0, 2], [1, 3]]
     assert [some.of_heads for some in kept] == [4, 4]

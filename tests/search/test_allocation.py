@@ -1,6 +1,7 @@
 """Neurons per block: losses are those of transformers' model, and no other allocation loses less."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,22 +13,22 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.measure.importance import measure
 from eigenslice.model.dense import DenseModel
-from eigenslice.search import allocation
+from eigenslice.search import parted
 from eigenslice.search.allocation import BlockLosses, block_losses
-from eigenslice.stream.walk import Stream
 from tests import tiny
 from tests.conftest import Folders, Slicer
 from tests.results import load
+from tests.runs import run_of
 
 KEPT = 24
 EPS = 1e-5  # of the tiny models; beside their streams it hardly counts
 WRITERS = {"llama": "mlp.down_proj", "qwen3-tied": "mlp.down_proj", "phi": "mlp.fc2", "opt": "fc2"}
 
 
-def losses_of(dense: DenseModel, fit: Tensor, held_out: Tensor, kept: int = KEPT) -> BlockLosses:
+def losses_of(dense: DenseModel, fit: Tensor, held_out: Tensor, folder: Path, kept: int = KEPT) -> BlockLosses:
+    run = run_of(dense, [Batch(fit)], folder)
     batches = [Batch(fit), Batch(held_out, group=HELD_OUT_GROUP)]
-    measurement = measure(dense, Stream(dense, torch.float32), batches[:1])
-    return block_losses(dense, measurement, kept, batches, Stream(dense, torch.float32))
+    return block_losses(run, measure(run), kept, batches)
 
 
 def writers(model: Any, name: str) -> list[nn.Linear]:
@@ -58,14 +59,14 @@ def stream_sizes(module: nn.Linear, model: Any, case: str, ids: Tensor) -> Tenso
 
 @pytest.mark.parametrize("case", WRITERS)
 def test_a_block_s_loss_is_that_of_the_model_with_its_writer_refitted(
-    case: str, dense_folder: Folders, monkeypatch: pytest.MonkeyPatch
+    case: str, dense_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = dense_folder(case)
     dense, model = DenseModel(open_source(str(folder))), load(folder, dtype=torch.float64)
     fit, held_out = tiny.random_ids(12, 24, seed=1), tiny.random_ids(4, 24, seed=2)
-    monkeypatch.setattr(allocation, "TOKENS", 48)
-    measurement = measure(dense, Stream(dense, torch.float32), [Batch(fit)])
-    losses = losses_of(dense, fit, held_out)
+    monkeypatch.setattr(parted, "TOKENS", 48)
+    measurement = measure(run_of(dense, [Batch(fit)], tmp_path))
+    losses = losses_of(dense, fit, held_out, tmp_path)
     seen = held_out[:, :12]
     with torch.no_grad():
         expected = model(seen).logits.log_softmax(-1)
@@ -92,9 +93,10 @@ def test_a_block_s_loss_is_that_of_the_model_with_its_writer_refitted(
         assert float(losses.kl[index]) == pytest.approx(loss, rel=2e-3)
 
 
-def test_keeping_all_neurons_loses_nothing(dense_folder: Folders) -> None:
+def test_keeping_all_neurons_loses_nothing(dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder("llama"))))
-    losses = losses_of(dense, tiny.random_ids(12, 24, seed=1), tiny.random_ids(4, 24, seed=2), dense.neurons)
+    fit, held_out = tiny.random_ids(12, 24, seed=1), tiny.random_ids(4, 24, seed=2)
+    losses = losses_of(dense, fit, held_out, tmp_path, dense.neurons)
     assert losses.kl.abs().max() < 1e-5
     assert not losses.error[:, -1].any()
 

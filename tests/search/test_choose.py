@@ -10,19 +10,13 @@ import torch
 from eigenslice.data.batches import Batch
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.plan import Plan
-from eigenslice.runtime.ranks import ALONE
 from eigenslice.search import choose as choosing
 from eigenslice.search.choose import choose_plan
 
 RUN: Any = SimpleNamespace(
     tokens=SimpleNamespace(batches=[Batch(torch.zeros(4, 8, dtype=torch.int64))]),
-    report=lambda stage, tokens: lambda block: None,
-    dense=None,
-    stream=lambda: None,
-    state=None,
-    ranks=ALONE,
 )
-FOUND: Any = (None, None)
+MEASUREMENT: Any = None
 WIDE = SliceOptions(model="m", output=Path("out"), width=8)
 
 
@@ -39,7 +33,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int | None, int]]]
     """Kinds and widths of the plans that were tried together. The loss is the distance from kind 2 and width 5."""
     calls = []
 
-    def try_plans(dense: Any, plans: list[Plan], *others: Any) -> list[float]:
+    def try_plans(run: Any, plans: list[Plan], *others: Any, **options: Any) -> list[float]:
         numbers = [(plan.heads, plan.site_widths[0]) for plan in plans]
         calls.append(numbers)
         return [10.0 * abs((kind or 0) - 2) + abs(width - 5) for kind, width in numbers]
@@ -50,7 +44,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int | None, int]]]
 
 def test_kinds_are_tried_at_their_first_width_and_the_best_one_at_others(tried: list) -> None:
     families = [family(kind, 9, 8, 7, 6, 5, 4, 3) for kind in (1, 2, 3, 4, 5)]
-    best, trials = choose_plan(RUN, families, FOUND, WIDE)
+    best, trials = choose_plan(RUN, families, MEASUREMENT, WIDE)
     assert best == plan(2, 5)
     assert tried == [
         [(1, 9), (2, 9), (3, 9), (4, 9)],
@@ -63,11 +57,11 @@ def test_kinds_are_tried_at_their_first_width_and_the_best_one_at_others(tried: 
 
 
 def test_it_ends_where_more_of_the_width_loses_more(tried: list) -> None:
-    best, _ = choose_plan(RUN, [family(2, 6, 5, 4, 3, 2, 1)], FOUND, WIDE)
+    best, _ = choose_plan(RUN, [family(2, 6, 5, 4, 3, 2, 1)], MEASUREMENT, WIDE)
     assert best == plan(2, 5)
     assert tried == [[(2, 6), (2, 5)], [(2, 4), (2, 3)]]
 
 
 def test_a_single_plan_is_not_tried(tried: list) -> None:
-    assert choose_plan(RUN, [family(1, 9)], FOUND, WIDE) == (plan(1, 9), [])
+    assert choose_plan(RUN, [family(1, 9)], MEASUREMENT, WIDE) == (plan(1, 9), [])
     assert not tried

@@ -1,5 +1,6 @@
 """Leaving out blocks: what is left is the dense model without those that it can best do without."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from eigenslice.errors import OptionsError
 from eigenslice.model.dense import DenseModel
 from eigenslice.search.depth import missed_least
 from eigenslice.stream.runner import captured_inputs
-from eigenslice.stream.walk import Stream
 from tests import tiny
 from tests.conftest import Folders, Recipe, Slicer
 from tests.messages import check_message
 from tests.results import load, relative
+from tests.runs import run_of
 
 EPS = 1e-5  # of the tiny models; beside their streams it hardly counts
 TYPES = {case.model_type: name for name, case in reversed(tiny.CASES.items())}
@@ -72,13 +73,13 @@ def test_blocks_that_depend_on_their_number_stay(dense_folder: Folders) -> None:
 
 @pytest.mark.parametrize("case", WRITERS)
 def test_a_block_s_loss_is_that_of_the_model_with_the_writer_before_it_refitted(
-    case: str, dense_folder: Folders
+    case: str, dense_folder: Folders, tmp_path: Path
 ) -> None:
     folder = dense_folder(case)
     dense, model = DenseModel(open_source(str(folder))), load(folder, dtype=torch.float64)
     fit, held_out = tiny.random_ids(12, 24, seed=1), tiny.random_ids(4, 24, seed=2)
     batches = [Batch(fit), Batch(held_out, group=HELD_OUT_GROUP)]
-    found = missed_least(dense, 9, batches, Stream(dense, torch.float32))
+    found = missed_least(run_of(dense, [], tmp_path), 9, batches)
     assert list(found.values()) == sorted(found.values())
     names = [f"{dense.table.layers}.{n}" for n in range(dense.blocks)]
     norm, last = dense.table.attention.norm, dense.table.final_norm
@@ -107,10 +108,10 @@ def test_a_block_s_loss_is_that_of_the_model_with_the_writer_before_it_refitted(
             assert found[block] == pytest.approx(loss, rel=2e-3)
 
 
-def test_those_that_part_farthest_from_the_dense_stream_are_not_measured(dense_folder: Folders) -> None:
+def test_those_that_part_farthest_from_the_dense_stream_are_not_measured(dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder("llama"))))
     batches = [Batch(tiny.random_ids(12, 24, seed=1)), Batch(tiny.random_ids(4, 24, seed=2), group=HELD_OUT_GROUP)]
-    every, one = (missed_least(dense, count, batches, Stream(dense, torch.float32)) for count in (9, 1))
+    every, one = (missed_least(run_of(dense, [], tmp_path), count, batches) for count in (9, 1))
     assert set(every) == {1, 2}
     assert one.items() < every.items()
 

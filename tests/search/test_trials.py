@@ -10,7 +10,6 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eigenslice.algebra.basis import principal_components
 from eigenslice.algebra.refit import RidgeChoice
 from eigenslice.checkpoint.source import open_source
 from eigenslice.data import holdout
@@ -23,10 +22,11 @@ from eigenslice.options.calibration import CalibrationOptions
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Plan
 from eigenslice.search.trials import try_plans
-from eigenslice.stream.walk import Stream
+from eigenslice.stream.run import Run
 from tests import tiny
 from tests.conftest import Folders, Slicer
 from tests.results import load
+from tests.runs import run_of
 
 
 def divergence(dense: Any, sliced: Any, ids: Tensor, mask: Tensor | None) -> float:
@@ -41,13 +41,9 @@ def plans_of(dense: DenseModel, sizes: list[tuple[int, int]]) -> list[Plan]:
     return [choose_form(dense, "global", width, dense.tied, "auto", neurons) for width, neurons in sizes]
 
 
-def tried(
-    dense: DenseModel, plans: list[Plan], fit: list[Batch], batches: list[Batch], refit: bool = True
-) -> list[float]:
-    """Losses, with basis and neurons from the tokens that are fitted on."""
-    found = measure(dense, Stream(dense, torch.float32), fit)
-    spectrum = principal_components(found.moment, dense.layer_norm)
-    return try_plans(dense, plans, spectrum, found, batches, Stream(dense, torch.float32), fit=refit)
+def tried(run: Run, plans: list[Plan], batches: list[Batch], *, refit: bool = True) -> list[float]:
+    """Losses, with basis and neurons from the run's tokens, which are fitted on."""
+    return try_plans(run, plans, measure(run), batches, fits=refit)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +76,7 @@ def test_the_loss_is_that_of_the_model_that_would_be_saved(
     fit = [Batch(ids[i : i + 3], mask[i : i + 3] if padded else None, i % 4) for i in range(0, 12, 3)]
     trial = [Batch(held_out[i : i + 1], held_mask[i : i + 1] if padded else None, HELD_OUT_GROUP) for i in range(5)]
     plans = plans_of(dense, [(24, 56), (tiny.WIDTH, 32), (20, 40)])
-    losses = tried(dense, plans, fit, [*fit[:2], *trial[:3], *fit[2:], *trial[3:]], refit)
+    losses = tried(run_of(dense, fit, tmp_path), plans, [*fit[:2], *trial[:3], *fit[2:], *trial[3:]], refit=refit)
     file = tmp_path / "fit.safetensors"
     save_file({"calibration": ids, "attention_mask": mask}, file)
     for number, (plan, loss) in enumerate(zip(plans, losses, strict=True)):
@@ -93,21 +89,21 @@ def test_the_loss_is_that_of_the_model_that_would_be_saved(
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen2-tied", "opt", "phi", "gpt_neox", "gpt_neox-sequential"])
-def test_nothing_is_lost_where_nothing_is_cut(case: str, dense_folder: Folders) -> None:
+def test_nothing_is_lost_where_nothing_is_cut(case: str, dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     plans = plans_of(dense, [(24, 56), (tiny.WIDTH, 56), (tiny.WIDTH, 48)])
     batches = trial_batches([Batch(tiny.random_ids(3, 24, seed), group=seed) for seed in range(4)])
-    losses = tried(dense, plans, [b for b in batches if b.group != HELD_OUT_GROUP], batches)
+    losses = tried(run_of(dense, [b for b in batches if b.group != HELD_OUT_GROUP], tmp_path), plans, batches)
     assert abs(losses[1]) < 1e-6
     assert min(losses[0], losses[2]) > 1e-4
 
 
-def test_each_plan_is_tried_as_if_alone(dense_folder: Folders) -> None:
+def test_each_plan_is_tried_as_if_alone(dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder("qwen3"))))
     plans = plans_of(dense, [(24, 56), (20, 32), (16, 48)])
     batches = trial_batches([Batch(tiny.random_ids(3, 24, seed), group=seed) for seed in range(4)])
-    together = tried(dense, plans, batches, batches)
-    alone = [tried(dense, [plan], batches, batches)[0] for plan in plans]
+    together = tried(run_of(dense, batches, tmp_path), plans, batches)
+    alone = [tried(run_of(dense, batches, tmp_path), [plan], batches)[0] for plan in plans]
     assert together == pytest.approx(alone, rel=1e-6)
 
 

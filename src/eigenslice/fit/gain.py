@@ -9,7 +9,7 @@ from torch import Tensor
 from eigenslice.fit.twin import SlicedTwin
 from eigenslice.measure.divergence import Head, _held_out, dense_head
 from eigenslice.model.dense import DenseModel
-from eigenslice.runtime.ranks import ALONE, Ranks
+from eigenslice.runtime.ranks import Ranks
 from eigenslice.stream.walk import Site
 
 PULL = 1e-3
@@ -43,7 +43,7 @@ class GainFit:
         }
 
 
-def fit_gain(dense: DenseModel, site: Site, twin: SlicedTwin, head: Head, ranks: Ranks = ALONE) -> GainFit | None:
+def fit_gain(dense: DenseModel, site: Site, twin: SlicedTwin, head: Head, ranks: Ranks) -> GainFit | None:
     """The gain that brings a sliced model's logits nearest to the dense one's on held-out tokens.
 
     What slicing loses acts as noise in the stream, and a head that reads it as if there were none is too sure of

@@ -17,7 +17,7 @@ from eigenslice.algebra.conjugate import conjugate_gradients
 from eigenslice.algebra.covariance import gram_matrix
 from eigenslice.arch import Sublayer
 from eigenslice.runtime.offload import Offload
-from eigenslice.runtime.ranks import ALONE, Ranks
+from eigenslice.runtime.ranks import Ranks
 from eigenslice.stream.runner import captured_inputs
 from eigenslice.stream.walk import Activations
 
@@ -116,8 +116,8 @@ def fit_readers(
     batches: Iterable[Errors],
     writer: Tensor,
     offload: Offload,
-    stride: int = 1,
-    ranks: Ranks = ALONE,
+    stride: int,
+    ranks: Ranks,
 ) -> tuple[dict[str, Tensor], float]:
     """The change of an MLP's readers that lets it write most of what is missing, to first order.
 

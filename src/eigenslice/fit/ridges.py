@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
 from eigenslice.data.batches import BESIDE_GROUP
-from eigenslice.runtime.ranks import ALONE, Ranks
+from eigenslice.runtime.ranks import Ranks
 from eigenslice.stream.walk import Activations
 
 
@@ -19,7 +19,7 @@ class RidgeFits:
         groups: Those of the sequences that are fitted on.
     """
 
-    def __init__(self, groups: Collection[int], ridge: float | None = None, ranks: Ranks = ALONE) -> None:
+    def __init__(self, groups: Collection[int], ridge: float | None, ranks: Ranks) -> None:
         """groups: of all ranks; ridge: of all fits, None chooses it if two or more groups are texts."""
         self.groups = frozenset(groups)
         self._held_out = sorted(self.groups - {BESIDE_GROUP})

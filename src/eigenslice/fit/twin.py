@@ -25,7 +25,7 @@ from eigenslice.model.folding import FoldedBlock, is_inside
 from eigenslice.plan.forms import custom_config
 from eigenslice.plan.plan import Plan
 from eigenslice.runtime.offload import Offload, OffloadedTensors
-from eigenslice.runtime.ranks import ALONE, Ranks
+from eigenslice.runtime.ranks import Ranks
 from eigenslice.runtime.run_state import Position
 from eigenslice.stream.experts import Experts, WriterInputs
 from eigenslice.stream.runner import BlockRunner, captured_inputs, has_experts
@@ -58,7 +58,7 @@ class SlicedTwin:
         ridge: float | None = None,
         reader_stride: int = 0,
         offload: Offload | None = None,
-        ranks: Ranks = ALONE,
+        ranks: Ranks,
     ) -> None:
         """Nothing is computed yet.
 

@@ -16,7 +16,7 @@ from eigenslice.data.batches import HELD_OUT_GROUP
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import Plan
 from eigenslice.runtime.offload import OffloadedTensors
-from eigenslice.runtime.ranks import ALONE, Ranks
+from eigenslice.runtime.ranks import Ranks
 from eigenslice.stream.walk import Site
 
 LOGITS = 2**24
@@ -91,7 +91,7 @@ def _held_out(site: Site, streams: Sequence[OffloadedTensors], at_once: int) -> 
 
 
 def divergences(
-    whole: Head, site: Site, streams: Sequence[OffloadedTensors], heads: Sequence[Head], ranks: Ranks = ALONE
+    whole: Head, site: Site, streams: Sequence[OffloadedTensors], heads: Sequence[Head], ranks: Ranks
 ) -> list[float]:
     """KL(dense || other) at the site before the head, in nats per held-out token of all ranks.
 

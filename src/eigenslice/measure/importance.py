@@ -1,27 +1,26 @@
 """One pass of the dense model over the calibration tokens: what bases, neurons and heads are chosen by."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from eigenslice.algebra.basis import Spectrum, principal_components
 from eigenslice.algebra.covariance import gram_matrix
 from eigenslice.algebra.elimination import rank_groups
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.arch import Sublayer
 from eigenslice.cut.blocks import Kept
-from eigenslice.data.batches import Batch
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import Plan
-from eigenslice.runtime.ranks import ALONE, Ranks
-from eigenslice.runtime.run_state import RunState
 from eigenslice.stream.experts import Experts, Routing
+from eigenslice.stream.run import Run
 from eigenslice.stream.runner import has_experts
-from eigenslice.stream.walk import STREAMS, Activations, Site, Stream
+from eigenslice.stream.walk import STREAMS, Activations, Site
 
-STAGE = "measuring"
+MEASURING_STAGE = "measuring"
 
 HEAD_WEIGHT = 5.0
 """How much the site before the head counts in a global basis. What is cut there is cut from the logits; measured
@@ -30,10 +29,10 @@ on SmolLM2-135M at 3/4 of the width, 5 lowers the perplexity by 4 % against 1 be
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a pass over the dense model found.
+    """Statistics of the dense model from one pass.
 
     Attributes:
-        moment: Second moment of the normalized stream, summed over sites, (D, D), float64.
+        spectrum: Principal components of the normalized stream, its second moment summed over sites.
         importance: For each block, the energy that each MLP neuron adds to the stream, as a share of the stream's,
             summed over tokens, (neurons,), or (experts, neurons). Empty where neurons aren't to be cut.
         heads: For each block, its key/value heads, those first that are missed most, (heads,). Empty where heads aren't
@@ -41,7 +40,7 @@ class Measurement:
         shared: For each block, as `importance`, of shared experts' neurons, (neurons,). Empty where there are none.
     """
 
-    moment: Tensor
+    spectrum: Spectrum
     importance: list[Tensor]
     heads: list[Tensor]
     shared: list[Tensor] = field(default_factory=list)
@@ -63,17 +62,8 @@ class Measurement:
         return result
 
 
-def measure(
-    dense: DenseModel,
-    stream: Stream,
-    batches: list[Batch],
-    progress: Callable[[int], None] = lambda block: None,
-    neurons: bool = True,
-    heads: bool = True,
-    state: RunState | None = None,
-    ranks: Ranks = ALONE,
-) -> Measurement:
-    """Run the dense model once.
+def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measurement:
+    """Run the dense model once over all calibration sequences.
 
     A neuron's importance is sum over tokens of a_i^2 / mean(x^2), times |W_i|^2: the energy that it adds to the
     stream x, which the next norm divides by the stream's. An expert's neuron has it from the tokens that the expert is
@@ -81,19 +71,16 @@ def measure(
     each time the one that the others, their writer refitted, can best make up for.
 
     Args:
-        dense: The model.
-        stream: Its stream.
-        batches: This rank's calibration sequences.
-        progress: Called with the number of each block.
+        run: The run. The measurement is saved in its state, and goes on from there.
         neurons: Whether neurons may be cut; their energies are measured then.
         heads: Whether heads may be cut.
-        state: Where to save what is found, and to go on from; None saves nothing.
-        ranks: Whose sums are added up.
     """
-    finished = state.result(STAGE) if state else None
+    dense, state, ranks = run.dense, run.state, run.ranks
+    finished = state.result(MEASURING_STAGE)
     if finished:
-        found = {name: tensor.to(dense.device) for name, tensor in finished[0].items()}
-        return Measurement(found["moment"], *(list(found[name]) for name in ("importance", "heads", "shared")))
+        saved = {name: tensor.to(dense.device) for name, tensor in finished[0].items()}
+        lists = (list(saved[name]) for name in ("importance", "heads", "shared"))
+        return Measurement(_spectrum(run, saved["moment"]), *lists)
     attention, mlp = dense.table.attention, dense.table.mlp
     count, groups = dense.neurons if neurons else 0, dense.heads if heads else 0
     observed = [s for s, n in ((attention, groups), (mlp, count)) if n]
@@ -125,17 +112,18 @@ def measure(
             if mlp.shared_writer:
                 shared[block] += energy(mlp.shared_writer) * shared_columns
 
-    position = state.position(STAGE) if state else None
+    position = state.position(MEASURING_STAGE)
     if position:
         names = ("moment", "energies", "columns", "shared", "heads")
         moment, energies, columns, shared, order = (position.tensors[n].to(dense.device) for n in names)
-    for site in stream.walk(batches, observe, observed, position):
-        progress(site.block)
-        if groups and site.index == 0 and site.block and not site.resumed:
-            order[site.block - 1] = ranks.decide(rank_groups(ranks.sum(gram), reading, groups, DEFAULT_RIDGE))
-        if state and site.index == 0 and site.block and not site.resumed:
+    report = run.report(MEASURING_STAGE)
+    for site in run.walk(run.tokens.batches, observe, observed, position=position):
+        report(site.block)
+        if site.passed_block:
+            if groups:
+                order[site.block - 1] = ranks.decide(rank_groups(ranks.sum(gram), reading, groups, DEFAULT_RIDGE))
             sums = {"moment": moment, "energies": energies, "columns": columns, "shared": shared, "heads": order}
-            state.save(STAGE, site.block, {STREAMS: site.streams}, sums, dict)
+            state.save(MEASURING_STAGE, site.block, {STREAMS: site.streams}, sums, dict)
         if count and site.layer is not None and site.index == 0 and (not mlp.stacked or has_experts(site.layer, mlp)):
             columns[site.block] = writer_weight(dense, mlp, site).square().sum(-2)
             experts = Experts.of(dense.table, mlp, site.layer) if mlp.stacked else None
@@ -151,9 +139,15 @@ def measure(
     importance = energies * columns
     ranks.sum(moment)
     ranks.sum(shared)
-    if state:
-        state.finish(STAGE, {"moment": moment, "importance": importance, "heads": order, "shared": shared}, {})
-    return Measurement(moment, list(importance), list(order), list(shared))
+    found = {"moment": moment, "importance": importance, "heads": order, "shared": shared}
+    state.finish(MEASURING_STAGE, found, {})
+    return Measurement(_spectrum(run, moment), list(importance), list(order), list(shared))
+
+
+def _spectrum(run: Run, moment: Tensor) -> Spectrum:
+    """Return the principal components of a second moment, the same on all ranks."""
+    spectrum = principal_components(moment, run.dense.layer_norm)
+    return replace(spectrum, vectors=run.ranks.decide(spectrum.vectors.contiguous()))
 
 
 def _experts_energies(experts: Experts, hidden: Tensor, routing: Routing, size: Tensor) -> Tensor:

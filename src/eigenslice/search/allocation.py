@@ -5,7 +5,7 @@ tenth of another's may be. How much is measured, block by block: neurons are cut
 sequences, and the loss of the whole model is measured on others.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,19 +14,18 @@ from torch import Tensor
 
 from eigenslice.algebra.covariance import gram_matrix, inverse_size
 from eigenslice.algebra.refit import DEFAULT_RIDGE
-from eigenslice.data.batches import HELD_OUT_GROUP, Batch, share_batches
+from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.measure.divergence import dense_head, divergences
 from eigenslice.measure.importance import Measurement, writer_weight
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import FEWEST_NEURONS
 from eigenslice.runtime.offload import OffloadedTensors
-from eigenslice.runtime.ranks import ALONE, Ranks
-from eigenslice.runtime.run_state import RunState
-from eigenslice.search.parted import held_out_first, run_parted
+from eigenslice.search.parted import TOKENS, held_out_first, run_parted
+from eigenslice.stream.run import Run
 from eigenslice.stream.runner import captured_inputs
-from eigenslice.stream.walk import Site, Stream
+from eigenslice.stream.walk import Site
 
-STAGE = "allocating"
+ALLOCATION_STAGE = "allocating"
 
 
 @dataclass(frozen=True)
@@ -82,63 +81,50 @@ class BlockLosses:
             chosen[gain.where(grows, gain.new_tensor(-torch.inf)).argmax()] += 1
 
 
-def block_losses(
-    dense: DenseModel,
-    measurement: Measurement,
-    neurons: int,
-    batches: list[Batch],
-    stream: Stream,
-    progress: Callable[[int], None] = lambda block: None,
-    state: RunState | None = None,
-    ranks: Ranks = ALONE,
-) -> BlockLosses:
-    """What cutting each block's MLP alone costs.
+def block_losses(run: Run, measurement: Measurement, neurons: int, batches: list[Batch]) -> BlockLosses:
+    """Measure the loss of cutting each block's MLP alone.
 
     One pass: behind each block's MLP one more stream parts from the dense one, and all run on to the head.
 
     Args:
-        dense: The model.
-        measurement: Says which neurons are important.
-        neurons: How many the block keeps.
-        batches: From `holdout.trial_batches`; of all ranks.
-        stream: The dense model's.
-        progress: Called with the number of each block.
-        state: Where to keep the result. An interrupted measurement begins again.
-        ranks: Who share the sequences.
+        run: The run. An interrupted measurement begins again.
+        measurement: The importance of neurons.
+        neurons: Number of neurons that the block keeps.
+        batches: Sequences from `holdout.trial_batches`, of all ranks.
     """
-    finished = state.result(STAGE) if state else None
+    dense = run.dense
+    finished = run.state.result(ALLOCATION_STAGE)
     if finished:
         tensors, _ = finished
         return BlockLosses(tensors["kl"].to(dense.device), neurons, tensors["error"].to(dense.device))
     mlp, sites = dense.table.mlp, dense.table.sites(dense.config)
     errors: list[Tensor] = []
     streams: list[OffloadedTensors] = []
-    for site in stream.walk(share_batches(held_out_first(batches), ranks)):
-        progress(site.block)
+    report = run.report(ALLOCATION_STAGE, TOKENS * dense.blocks // 2)
+    for site in run.walk(held_out_first(batches)):
+        report(site.block)
         if site.layer is None:
             break
         for parted in streams:
             run_parted(site, parted)
         if mlp in sites[site.index]:
-            error, weight = _cut(dense, site, measurement.importance[site.block], neurons, ranks)
+            error, weight = _cut(run, site, measurement.importance[site.block], neurons)
             errors.append(error)
-            streams.append(stream.offload.tensors())
+            streams.append(run.offload.tensors())
             for a in site.activations:
                 if a.group == HELD_OUT_GROUP:
                     streams[-1].append(a.hidden)
             with _replaced(dense, site, weight):
                 run_parted(site, streams[-1])
     head = dense_head(dense)
-    kl = torch.tensor(
-        divergences(head, site, streams, [head] * len(streams), ranks), dtype=torch.float64, device=dense.device
-    )
+    each = divergences(head, site, streams, [head] * len(streams), run.ranks)
+    kl = torch.tensor(each, dtype=torch.float64, device=dense.device)
     losses = BlockLosses(kl, neurons, torch.stack(errors))
-    if state:
-        state.finish(STAGE, {"kl": losses.kl, "error": losses.error}, {})
+    run.state.finish(ALLOCATION_STAGE, {"kl": losses.kl, "error": losses.error}, {})
     return losses
 
 
-def _cut(dense: DenseModel, site: Site, importance: Tensor, neurons: int, ranks: Ranks) -> tuple[Tensor, Tensor]:
+def _cut(run: Run, site: Site, importance: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
     """Cut a block's neurons and refit its MLP's writer, by ridge regression on the tokens that aren't held out.
 
     In the order of importance, with G + r I = L L^T (G the Gram matrix of what the writer W reads), the squared error
@@ -148,7 +134,7 @@ def _cut(dense: DenseModel, site: Site, importance: Tensor, neurons: int, ranks:
         The errors with 0 to all neurons, (neurons + 1,), and the writer's weight for as many as are asked for,
         (D, neurons), zero where they are cut; both float64.
     """
-    mlp = dense.table.mlp
+    dense, ranks, mlp = run.dense, run.ranks, run.dense.table.mlp
     gram = torch.zeros(dense.neurons, dense.neurons, dtype=torch.float64, device=dense.device)
     for a in site.activations:
         if a.group != HELD_OUT_GROUP:

@@ -3,17 +3,13 @@
 from dataclasses import replace
 from typing import Any
 
-from eigenslice.algebra.basis import Spectrum
 from eigenslice.data.batches import Batch
 from eigenslice.data.holdout import trial_batches
 from eigenslice.measure.importance import Measurement
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.plan import Plan
-from eigenslice.search.allocation import STAGE as ALLOCATING
 from eigenslice.search.allocation import block_losses
-from eigenslice.search.depth import STAGE as DEPTH
 from eigenslice.search.depth import missed_least
-from eigenslice.search.parted import TOKENS
 from eigenslice.search.trials import try_plans
 from eigenslice.stream.run import Run
 
@@ -26,9 +22,9 @@ CANDIDATES = 4
 
 
 def choose_plan(
-    run: Run, families: list[list[Plan]], found: tuple[Measurement, Spectrum], options: SliceOptions
+    run: Run, families: list[list[Plan]], measurement: Measurement, options: SliceOptions
 ) -> tuple[Plan, list[dict[str, Any]]]:
-    """The plan that loses least on held-out tokens, and what was lost with each one that was tried.
+    """Find the plan that loses least on held-out tokens, and what was lost with each one that was tried.
 
     The numbers of heads and of blocks are chosen by each family's first plan; then that one's others are tried, for as
     long as that pays.
@@ -36,34 +32,19 @@ def choose_plan(
     Args:
         run: The run.
         families: The plans that may be tried, see `make_plans`.
-        found: What the first pass found.
+        measurement: Statistics of the dense model.
         options: Whether layers will be fitted, and whether plans are for a size, so that numbers of neurons may differ
             from block to block where the class allows it, and it is open which blocks are left out.
     """
-    measurement, spectrum = found
     batches = trial_batches(run.tokens.batches)
     if options.keep is not None:
         families = _leave_out(run, families, batches)
         families = _allocate(run, families, measurement, batches, options.multiple)
-    report = run.report("planning", sum(batch.tokens for batch in batches))
     trials: list[tuple[Plan, float]] = []
 
     def attempt(plans: list[Plan]) -> float:
         """Try up to TOGETHER plans; the loss of the last one."""
-        stage = f"planning-{len(trials)}"
-        losses = try_plans(
-            run.dense,
-            plans,
-            spectrum,
-            measurement,
-            batches,
-            run.stream(),
-            report,
-            run.state,
-            run.ranks,
-            stage,
-            options.fits,
-        )
+        losses = try_plans(run, plans, measurement, batches, number=len(trials), fits=options.fits)
         trials.extend(zip(plans, losses, strict=True))
         return losses[-1]
 
@@ -84,13 +65,10 @@ def choose_plan(
 
 def _leave_out(run: Run, families: list[list[Plan]], batches: list[Batch]) -> list[list[Plan]]:
     """The plans without those blocks that are missed least, as many as each one leaves out."""
-    dense, most = run.dense, max(len(plan.dropped) for family in families for plan in family)
+    most = max(len(plan.dropped) for family in families for plan in family)
     if not most:
         return families
-    count = 2 * most + CANDIDATES
-    report = run.report(DEPTH, sum(batch.tokens for batch in batches))
-    losses = missed_least(dense, count, batches, run.stream(), report, run.state, run.ranks)
-    order = list(losses)
+    order = list(missed_least(run, 2 * most + CANDIDATES, batches))
     return [
         [replace(plan, dropped=tuple(sorted(order[: len(plan.dropped)]))) for plan in family] for family in families
     ]
@@ -111,8 +89,7 @@ def _allocate(
     fewer = [plan.neurons[0] for family in families for plan in family if uneven(plan)]
     if not fewer:
         return families
-    measured, report = min(fewer), run.report(ALLOCATING, TOKENS * dense.blocks // 2)
-    losses = block_losses(dense, measurement, measured, batches, run.stream(), report, run.state, run.ranks)
+    losses = block_losses(run, measurement, min(fewer), batches)
     result = []
     for family in families:
         first = [plan for plan in family[:1] if uneven(plan)]

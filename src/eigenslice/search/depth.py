@@ -6,7 +6,7 @@ when one block alone is gone, refitted on some sequences and measured on others.
 how much a block changes the stream, and refits nothing.)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,16 +16,14 @@ from torch import Tensor
 from eigenslice.algebra.covariance import inverse_size
 from eigenslice.algebra.refit import DEFAULT_RIDGE, NormalEquations
 from eigenslice.arch import Sublayer
-from eigenslice.data.batches import HELD_OUT_GROUP, Batch, share_batches
+from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.measure.divergence import dense_head, divergences
-from eigenslice.model.dense import DenseModel
 from eigenslice.runtime.offload import OffloadedTensors
-from eigenslice.runtime.ranks import ALONE, Ranks
-from eigenslice.runtime.run_state import RunState
 from eigenslice.search.parted import held_out_first, run_parted
-from eigenslice.stream.walk import Activations, Site, Stream
+from eigenslice.stream.run import Run
+from eigenslice.stream.walk import Activations, Site
 
-STAGE = "depth"
+DEPTH_STAGE = "depth"
 
 
 @dataclass(frozen=True)
@@ -43,34 +41,23 @@ class _Gap:
     skipped: OffloadedTensors
 
 
-def missed_least(
-    dense: DenseModel,
-    count: int,
-    batches: list[Batch],
-    stream: Stream,
-    progress: Callable[[int], None] = lambda block: None,
-    state: RunState | None = None,
-    ranks: Ranks = ALONE,
-) -> dict[int, float]:
-    """The blocks that are missed least, and KL(dense || dense without that block) of each, in nats per token.
+def missed_least(run: Run, count: int, batches: list[Batch]) -> dict[int, float]:
+    """Find the blocks that are missed least, and KL(dense || dense without that block) of each, in nats per token.
 
     One pass: behind each block one more stream parts from the dense one, without what the block would have added. To
     keep it short, only `count` of them run on to the head: those that are nearest to the dense stream where they part
     from it. The first block is never left out.
 
     Args:
-        dense: The model; its blocks are alike.
-        count: How many blocks to measure.
-        batches: From `holdout.trial_batches`; of all ranks.
-        stream: The dense model's.
-        progress: Called with the number of each block.
-        state: Where to keep the result. An interrupted measurement begins again.
-        ranks: Who share the sequences.
+        run: The run. The blocks of its model are alike. An interrupted measurement begins again.
+        count: Number of blocks to measure.
+        batches: Sequences from `holdout.trial_batches`, of all ranks.
 
     Returns:
         Losses by block, the lowest first.
     """
-    finished = state.result(STAGE) if state else None
+    dense = run.dense
+    finished = run.state.result(DEPTH_STAGE)
     if finished:
         return {int(block): loss for block, loss in finished[1]["kl"]}
     last = dense.table.sites(dense.config)[-1]
@@ -82,18 +69,19 @@ def missed_least(
     def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Mapping[str, Any]) -> None:
         read.setdefault(a.number, []).append(inputs[sublayer.writers[0]])
 
-    for site in stream.walk(share_batches(held_out_first(batches), ranks), observe, observed):
-        progress(site.block)
+    report = run.report(DEPTH_STAGE, sum(batch.tokens for batch in batches))
+    for site in run.walk(held_out_first(batches), observe, observed):
+        report(site.block)
         if site.index == 0:
             if gap:
-                parted[gap.block] = _bridge(dense, gap, site, stream.offload.tensors(), ranks)
+                parted[gap.block] = _bridge(run, gap, site)
                 for far in sorted(parted, key=lambda block: parted[block][0])[count:]:
                     parted.pop(far)[1].clear()
                 gap.inputs.clear()
                 gap.skipped.clear()
             gap = None
             if site.block:
-                gap = _Gap(site.block, stream.offload.tensors(), stream.offload.tensors())
+                gap = _Gap(site.block, run.offload.tensors(), run.offload.tensors())
                 for a in site.activations:
                     gap.skipped.append(a.hidden)
                     if observed:
@@ -103,28 +91,25 @@ def missed_least(
         for _, streams in parted.values():
             run_parted(site, streams)
     head = dense_head(dense)
-    losses = divergences(head, site, [streams for _, streams in parted.values()], [head] * len(parted), ranks)
-    found = sorted(zip(parted, losses, strict=True), key=lambda pair: pair[1])
-    if state:
-        state.finish(STAGE, {}, {"kl": found})
-    return dict(found)
+    losses = divergences(head, site, [streams for _, streams in parted.values()], [head] * len(parted), run.ranks)
+    ranked = sorted(zip(parted, losses, strict=True), key=lambda pair: pair[1])
+    run.state.finish(DEPTH_STAGE, {}, {"kl": ranked})
+    return dict(ranked)
 
 
-def _bridge(
-    dense: DenseModel, gap: _Gap, site: Site, streams: OffloadedTensors, ranks: Ranks
-) -> tuple[float, OffloadedTensors]:
+def _bridge(run: Run, gap: _Gap, site: Site) -> tuple[float, OffloadedTensors]:
     """Refit the writer before a gap to the stream behind it, by ridge regression on tokens that aren't held out.
 
     Args:
-        dense: The model.
+        run: The run.
         gap: The block that is left out.
-        site: The first one behind it.
-        streams: Takes the held-out streams.
-        ranks: Who share the sequences.
+        site: The first site behind the block.
 
     Returns:
-        How far the held-out streams are from the dense ones behind the block, as a share of their energy; and they.
+        The distance of the held-out streams from the dense ones behind the block, as a share of the latter's energy;
+        and the held-out streams.
     """
+    dense, ranks, streams = run.dense, run.ranks, run.offload.tensors()
     change = None
     if len(gap.inputs):
         inputs = gap.inputs[0].shape[-1]

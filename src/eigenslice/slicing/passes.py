@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from eigenslice.algebra.basis import Spectrum, principal_components
+from eigenslice.algebra.basis import principal_components
 from eigenslice.checkpoint.writer import ShardWriter
 from eigenslice.cut.blocks import Kept, SiteBasis, identity_basis, slice_block
 from eigenslice.cut.ends import (
@@ -18,7 +18,7 @@ from eigenslice.cut.ends import (
     slice_head,
     stock_block,
 )
-from eigenslice.data.batches import HELD_OUT_GROUP, share_batches
+from eigenslice.data.batches import HELD_OUT_GROUP
 from eigenslice.data.holdout import hold_out
 from eigenslice.fit.gain import GainFit, fit_gain
 from eigenslice.fit.neuron_readers import curvature_stride
@@ -33,7 +33,7 @@ from eigenslice.runtime.run_state import Position
 from eigenslice.stream.run import Run
 from eigenslice.stream.walk import STREAMS
 
-STAGE = "slicing"
+SLICING_STAGE = "slicing"
 SLICED_STREAMS = "sliced"
 
 
@@ -68,13 +68,13 @@ class Slicing:
     writer: ShardWriter
     write: Callable[[NamedTensors], None]
 
-    def global_basis(self, found: tuple[Measurement, Spectrum], refitted: bool) -> dict[str, Any]:
+    def global_basis(self, measurement: Measurement, *, refitted: bool) -> dict[str, Any]:
         """One basis for all sites; blocks are rotated and sliced, or fitted beside one more pass of the dense model.
 
         Returns:
             What the manifest says of it.
         """
-        run, plan, (measurement, spectrum) = self.run, self.plan, found
+        run, plan, spectrum = self.run, self.plan, measurement.spectrum
         dense, dtype = run.dense, self.writer.dtype
         basis, kept = global_basis(dense, plan, spectrum), measurement.kept(plan)
         sites = dense.table.sites(dense.config)
@@ -96,19 +96,21 @@ class Slicing:
                     reading = (basis.site.reading if reading is None else reading) * fit.gain.gain
         else:
             for index, block in enumerate(plan.blocks):
-                run.progress(STAGE, block, dense.blocks)
+                run.progress(SLICING_STAGE, block, dense.blocks)
                 bases = [basis.site] * (len(sites) + 1)
                 write_block(index, slice_block(sites, dense.block(block), bases, False, kept[index]))
                 trim_memory()
         self.write(slice_head(dense, plan, basis.site, tied_gain, dtype, reading))
-        run.progress(STAGE, dense.blocks, dense.blocks)
+        run.progress(SLICING_STAGE, dense.blocks, dense.blocks)
         return {"spectra": [site_summary("all sites", spectrum, basis.site.width)]} | found_by_fit
 
     def _fit(self, basis: GlobalBasis, kept: list[Kept], write: Callable[[int, Tensors], None]) -> Fit:
         """Fit all blocks beside the dense stream, and then the head's gain."""
         run, state = self.run, self.run.state
-        stream, batches = run.stream(), hold_out(run.tokens.batches, self.plan.site_widths[-1])
+        batches = hold_out(run.tokens.batches, self.plan.site_widths[-1])
         groups = {batch.group for batch in batches} - {HELD_OUT_GROUP}
+        position, errors = self._position(), []
+        sites = run.walk(batches, position=position, hold=True)
         twin = SlicedTwin(
             run.dense,
             self.plan,
@@ -121,12 +123,11 @@ class Slicing:
             offload=run.offload,
             ranks=run.ranks,
         )
-        position, errors = self._position(), []
         if position:
             twin.restore(position, SLICED_STREAMS, position.content["fits"])
             errors = list(position.content["errors"])
-        report = run.report(STAGE)
-        for site in stream.walk(share_batches(batches, run.ranks), position=position, hold=True):
+        report = run.report(SLICING_STAGE)
+        for site in sites:
             report(site.block)
             if not site.resumed:
                 twin.arrive(site)
@@ -134,7 +135,7 @@ class Slicing:
                     errors.append({"block": site.block - 1} | twin.error(site))
                     streams = {STREAMS: site.streams, SLICED_STREAMS: twin.streams}
                     state.save(
-                        STAGE,
+                        SLICING_STAGE,
                         site.block,
                         streams,
                         {},
@@ -151,12 +152,12 @@ class Slicing:
     def _position(self) -> Position | None:
         """Where this pass was, if what it wrote until then is still there as it was written, in the same dtype."""
         state, writer = self.run.state, self.writer
-        position = state.position(STAGE)
+        position = state.position(SLICING_STAGE)
         if position is None or position.content["dtype"] != str(writer.dtype):
             return None
         written = position.content["written"]
         if not self.run.ranks.on_first(lambda: writer.holds(written)):
-            state.forget(STAGE, writer.folder)
+            state.forget(SLICING_STAGE, writer.folder)
             return None
         writer.checksums.update(written)
         return position
@@ -179,13 +180,15 @@ class Slicing:
         if position:
             summaries = list(position.content["summaries"])
             bases = [SiteBasis(position.tensors[str(n)].to(dense.device)) for n in range(len(sites))]
-        report = run.report(STAGE)
-        for site in run.stream().walk(run.batches, position=position):
+        report = run.report(SLICING_STAGE)
+        for site in run.walk(run.tokens.batches, position=position):
             report(site.block)
-            if site.index == 0 and site.block and not site.resumed:
+            if site.passed_block:
                 tensors = {str(n): basis.matrix for n, basis in enumerate(bases)}
                 streams = {STREAMS: site.streams}
-                state.save(STAGE, site.block, streams, tensors, lambda: {"summaries": summaries} | self._written())
+                state.save(
+                    SLICING_STAGE, site.block, streams, tensors, lambda: {"summaries": summaries} | self._written()
+                )
             number = site.block * len(sites) + site.index
             width = plan.site_widths[number]
             if site.layer is None and width == dense.width:
@@ -204,5 +207,5 @@ class Slicing:
                 bases = []
             bases.append(basis)
         self.write(slice_head(dense, plan, bases[-1], None, self.writer.dtype))
-        run.progress(STAGE, dense.blocks, dense.blocks)
+        run.progress(SLICING_STAGE, dense.blocks, dense.blocks)
         return {"spectra": summaries}

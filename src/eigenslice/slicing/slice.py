@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from eigenslice.algebra.basis import Spectrum, principal_components
 from eigenslice.checkpoint.companions import stage_companions, write_modeling_file
 from eigenslice.checkpoint.source import Source, open_source
 from eigenslice.checkpoint.writer import GIB, ShardWriter, check_space, write_json
@@ -27,11 +26,11 @@ from eigenslice.report.card import CARD, read_card_metadata, write_card
 from eigenslice.report.manifest import NAME, finished_manifest, manifest, resumable, run_identity
 from eigenslice.runtime.device import resolve_device, unmap_freed_tensors
 from eigenslice.runtime.offload import Offload, choose_place
-from eigenslice.runtime.output import check_output, refuse_overlap
+from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.progress import Progress, no_progress
 from eigenslice.runtime.ranks import Ranks, join_ranks
 from eigenslice.runtime.run_state import RunState
-from eigenslice.runtime.work_folder import remove_finished, work_folder
+from eigenslice.runtime.work_folder import check_work_folder, remove_finished, work_folder
 from eigenslice.search.choose import choose_plan
 from eigenslice.slicing.calibration import add_own_text
 from eigenslice.slicing.memory import activation_bytes
@@ -114,7 +113,7 @@ class _Job:
 def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: Progress) -> SliceResult:
     finished = options.resume and (options.output / NAME).exists()
     if not finished:
-        ranks.on_first(lambda: check_output(options.output, options.resume, [Path(options.model)]))
+        ranks.on_first(lambda: check_work_folder(options.output, options.resume, [Path(options.model)]))
     source = open_source(options.model, options.trust_remote_code)
     refuse_overlap(options.output, [source.path])
     dense = DenseModel(source, device)
@@ -163,8 +162,10 @@ def _run(job: _Job) -> SliceResult:
         place = choose_place(options.offload, needed, dense.device)
         offload = Offload(place, dense.device, work.offload / str(ranks.rank))
         run = Run(dense, tokens, job.compute, offload, ranks, state, job.progress)
-        found = _measure(run, job.plans) if options.basis == "global" else None
-        plan, trials = choose_plan(run, job.families, found, options) if found else (job.plans[0], [])
+        measurement = _measure(run, job.plans) if options.basis == "global" else None
+        plan, trials = job.plans[0], []
+        if measurement:
+            plan, trials = choose_plan(run, job.families, measurement, options)
         stored = StoredForm(dense, plan)
         writer = ShardWriter(work.result, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
         ranks.on_first(writer.begin)
@@ -175,7 +176,7 @@ def _run(job: _Job) -> SliceResult:
 
         refitted = options.fits and plan.cuts(dense)
         slicer = Slicing(run, plan, writer, write)
-        bases = slicer.global_basis(found, refitted) if found else slicer.per_block()
+        bases = slicer.global_basis(measurement, refitted=refitted) if measurement else slicer.per_block()
 
         def complete() -> dict[str, Any]:
             hashes = writer.finish()
@@ -220,12 +221,7 @@ def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Pat
         write_json(folder / "config.json", config)
 
 
-def _measure(run: Run, plans: list[Plan]) -> tuple[Measurement, Spectrum]:
-    """What all sites of the dense model share: the principal components of the normalized stream."""
-    report, dense = run.report("measuring"), run.dense
-    neurons = any(plan.neurons != dense.all_neurons for plan in plans)
-    heads = any(plan.heads is not None for plan in plans)
-    found = measure(dense, run.stream(), run.batches, report, neurons, heads, run.state, run.ranks)
-    spectrum = principal_components(found.moment, dense.layer_norm)
-    vectors = run.ranks.decide(spectrum.vectors.contiguous())
-    return found, replace(spectrum, vectors=vectors)
+def _measure(run: Run, plans: list[Plan]) -> Measurement:
+    """Measure what these plans need to know of the dense model."""
+    neurons = any(plan.neurons != run.dense.all_neurons for plan in plans)
+    return measure(run, neurons=neurons, heads=any(plan.heads is not None for plan in plans))

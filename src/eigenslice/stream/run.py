@@ -1,23 +1,34 @@
 """The parts that all passes of one run share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from eigenslice.arch import Sublayer
 from eigenslice.data import Tokens
 from eigenslice.data.batches import Batch, share_batches
 from eigenslice.model.dense import DenseModel
 from eigenslice.runtime.offload import Offload
 from eigenslice.runtime.progress import Progress
 from eigenslice.runtime.ranks import Ranks
-from eigenslice.runtime.run_state import RunState
-from eigenslice.stream.walk import Stream
+from eigenslice.runtime.run_state import Position, RunState
+from eigenslice.stream.walk import Observer, Site, Stream
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the passes of one run share."""
+    """What the passes of one run share.
+
+    Attributes:
+        dense: The dense model.
+        tokens: The calibration sequences of all ranks.
+        dtype: The dtype of the forward pass.
+        offload: Where activations live between blocks.
+        ranks: The processes that share the sequences.
+        state: The saved state, with the results of finished stages.
+        progress: Called as the work goes on.
+    """
 
     dense: DenseModel
     tokens: Tokens
@@ -27,17 +38,36 @@ class Run:
     state: RunState
     progress: Progress
 
-    def stream(self) -> Stream:
-        """The dense stream, for one more pass; the activations of the one before are gone then."""
-        self.offload.reset()
-        return Stream(self.dense, self.dtype, self.offload)
+    def walk(
+        self,
+        batches: list[Batch],
+        observe: Observer | None = None,
+        observed: Collection[Sublayer] = (),
+        *,
+        position: Position | None = None,
+        hold: bool = False,
+    ) -> Iterator[Site]:
+        """Begin one more pass of the dense model, as `Stream.walk`. The activations of the pass before are removed.
 
-    @property
-    def batches(self) -> list[Batch]:
-        """This rank's calibration sequences."""
-        return share_batches(self.tokens.batches, self.ranks)
+        All passes go through here, so that sequences are shared over ranks in one place.
+
+        Args:
+            batches: The sequences of all ranks. This rank runs its share.
+            observe: As in `Stream.walk`.
+            observed: As in `Stream.walk`.
+            position: As in `Stream.walk`.
+            hold: As in `Stream.walk`.
+        """
+        self.offload.reset()
+        stream = Stream(self.dense, self.dtype, self.offload)
+        return stream.walk(share_batches(batches, self.ranks), observe, observed, position=position, hold=hold)
 
     def report(self, stage: str, tokens: int | None = None) -> Callable[[int], None]:
-        """Progress of a stage in which tokens go through all blocks; None are all tokens."""
+        """Return a function that reports the number of the current block of a stage.
+
+        Args:
+            stage: Name of the stage.
+            tokens: Tokens that pass all blocks; None is all calibration tokens.
+        """
         count = self.tokens.count if tokens is None else tokens
         return lambda block: self.progress(stage, block, self.dense.blocks, count)

@@ -76,7 +76,12 @@ class Site:
     eps: float
     resumed: bool = False
 
-    def moment(self, normalized: bool) -> Tensor:
+    @property
+    def passed_block(self) -> bool:
+        """Whether the stream has just passed a block. False where a walk goes on after an interruption."""
+        return self.index == 0 and self.block > 0 and not self.resumed
+
+    def moment(self, *, normalized: bool) -> Tensor:
         """Second moment of the stream here (D, D), as it is or as the norm leaves it; of the texts, without padding."""
         moment = SecondMoment(self.width, self.streams.device)
         for a in (a for a in self.activations if a.group != BESIDE_GROUP):
@@ -150,6 +155,7 @@ class Stream:
         batches: list[Batch],
         observe: Observer | None = None,
         observed: Collection[Sublayer] = (),
+        *,
         position: Position | None = None,
         hold: bool = False,
     ) -> Iterator[Site]:
@@ -162,8 +168,8 @@ class Stream:
             batches: The sequences.
             observe: Called for each batch with what an observed sublayer's writer reads, or its experts.
             observed: Those with one writer, or with experts (in the layers that have them).
-            hold: Whether a block's weights stay in memory, in float64's precision, while the stream passes it.
             position: Where to go on, with the streams saved as `STREAMS`; None begins with the embeddings.
+            hold: Whether a block's weights stay in memory, in float64's precision, while the stream passes it.
 
         Raises:
             ActivationError: NaN or infinite numbers; says in which block.
