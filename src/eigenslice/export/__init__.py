@@ -21,8 +21,8 @@ from eigenslice.checkpoint.source import locate
 from eigenslice.errors import CheckpointError, EigensliceError, ExportError, OptionsError, first_line
 from eigenslice.export.check import Agreement, Runtime
 from eigenslice.options.export import ExportOptions
-from eigenslice.runtime.output import check_output, refuse_overlap
-from eigenslice.runtime.work_folder import WorkFolder, work_folder
+from eigenslice.runtime.output import refuse_overlap
+from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, work_folder
 
 if TYPE_CHECKING:
     from eigenslice.export.graph import Graph
@@ -77,7 +77,7 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, done
 
 def _open(options: ExportOptions) -> tuple[Path, Any]:
     """The folder and the config of the model to export."""
-    check_output(options.output, inputs=[Path(options.model)])
+    check_work_folder(options.output, inputs=[Path(options.model)])
     folder, gguf = locate(options.model)
     if gguf:
         raise CheckpointError(

@@ -40,9 +40,9 @@ from eigenslice.options.finetune import FinetuneOptions
 from eigenslice.report.card import write_card
 from eigenslice.report.manifest import NAME, finished_manifest, versions
 from eigenslice.runtime.device import resolve_device
-from eigenslice.runtime.output import check_output, refuse_overlap
+from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.ranks import Ranks, join_ranks
-from eigenslice.runtime.work_folder import WorkFolder, remove_finished, work_folder
+from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, remove_finished, work_folder
 
 KEPT = 3
 """Checkpoints on the disk at the same time: the last one, the one before, and the one that is being written."""
@@ -158,7 +158,7 @@ def _check_output(options: FinetuneOptions) -> bool:
     check_logs(options, inputs)
     if options.resume and os.path.exists(options.output / NAME):  # noqa: PTH110 - to which no name is an error
         return True
-    check_output(options.output, options.resume, inputs)
+    check_work_folder(options.output, options.resume, inputs)
     return False
 
 

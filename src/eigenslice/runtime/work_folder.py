@@ -7,7 +7,7 @@ empty or was made by eigenslice is taken, and only what eigenslice made in it is
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -90,6 +90,16 @@ class WorkFolder:
         return first == "offload"
 
 
+def check_work_folder(output: Path, resume: bool = False, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output, as `check_output` does, or a work folder that isn't eigenslice's, before any work.
+
+    Raises:
+        OutputError.
+    """
+    check_output(output, resume, inputs)
+    _refuse_foreign(partial_path(output))
+
+
 @contextmanager
 def work_folder(
     output: Path,
@@ -134,11 +144,10 @@ def remove_finished(output: Path) -> None:
 @contextmanager
 def _owned(work: WorkFolder, output: Path, identity: dict[str, Any], resume: bool) -> Iterator[None]:
     """As `work_folder`, for the one process that writes."""
-    check_output(output, resume)
+    check_work_folder(output, resume)
     created = [p for p in (work.path, *work.path.parents) if not p.exists()]
     lock = FileLock(work.path / LOCK)
     try:
-        _refuse_foreign(work.path)
         work.path.mkdir(parents=True, exist_ok=True)
         check_output(output, resume)  # with its parent there, the file system also judges its name
         lock.acquire(timeout=0)
