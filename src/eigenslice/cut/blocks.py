@@ -152,6 +152,7 @@ def slice_block(
     sites: tuple[tuple[Sublayer, ...], ...],
     folded: Mapping[str, Tensor],
     bases: list[SiteBasis],
+    *,
     shortcuts: bool,
     kept: Kept = ALL,
 ) -> Iterator[tuple[str, Tensor]]:

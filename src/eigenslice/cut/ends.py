@@ -28,10 +28,10 @@ def global_basis(dense: DenseModel, plan: Plan, spectrum: Spectrum) -> GlobalBas
         basis = kept_basis(spectrum, width, constant=dense.layer_norm)
         matrix, gain = tied_basis(basis, dense.final_gain())
         return GlobalBasis(SiteBasis(matrix), gain)
-    return GlobalBasis(site_basis(dense, spectrum, width, plan.stock is not None), None)
+    return GlobalBasis(site_basis(dense, spectrum, width, stock=plan.stock is not None), None)
 
 
-def site_basis(dense: DenseModel, spectrum: Spectrum, width: int, stock: bool = False) -> SiteBasis:
+def site_basis(dense: DenseModel, spectrum: Spectrum, width: int, *, stock: bool = False) -> SiteBasis:
     """The kept basis of a site whose norm is a stock class's, or the custom one's."""
     if (stock and dense.layer_norm) or dense.carries_shifts:
         return SiteBasis(layer_norm_basis(spectrum, width))

@@ -1,4 +1,4 @@
-"""Text of the model's own beside the calibration texts."""
+"""Sequences beside the calibration texts: text of the model's own, random tokens and beginnings."""
 
 import math
 import warnings
@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from eigenslice.checkpoint.loading import load_model
-from eigenslice.data.own_text import STAGE, draw
+from eigenslice.data import beginnings, random_sequences
+from eigenslice.data.own_text import STAGE as SAMPLING_STAGE
+from eigenslice.data.own_text import draw
 from eigenslice.data.tokens import Tokens
 from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.model.dense import DenseModel
-from eigenslice.options.slicing import OWN_SHARE, SliceOptions
+from eigenslice.options.slicing import OWN_SHARE, RANDOM_SHARE, SliceOptions
 from eigenslice.runtime.device import trim_memory
 from eigenslice.runtime.offload import FREE_SHARE, free_bytes
 from eigenslice.runtime.progress import Progress
@@ -23,6 +25,40 @@ OWN_LENGTH = 128
 """Tokens of a text beside calibration texts: many short ones show more kinds, and cost less, than a few long ones."""
 OWN_BATCH = 64
 """Of them at once."""
+
+
+def add_sequences(
+    tokens: Tokens,
+    dense: DenseModel,
+    options: SliceOptions,
+    dtype: torch.dtype,
+    state: RunState,
+    ranks: Ranks,
+    progress: Progress,
+) -> Tokens:
+    """Add text of the model's own or random tokens, and beginnings, to calibration texts, if anything will be fitted.
+
+    Args:
+        tokens: Calibration tokens. Token ids of the user's are used as they are.
+        dense: The dense model.
+        options: The shares of each kind.
+        dtype: The dtype of the forward pass.
+        state: The saved state, which keeps the model's own text.
+        ranks: The processes that share the sequences.
+        progress: Called as the model writes.
+
+    Raises:
+        OptionsError: text of the model's own was asked for, and there is no room for the model.
+    """
+    if not options.fits or "seed" not in tokens.description:  # token ids are used as they are
+        return tokens
+    more = add_own_text(tokens, dense, options, dtype, state, ranks, progress)
+    share = options.random_tokens
+    if share is None:
+        share = RANDOM_SHARE if more is tokens else 0.0  # beside text of its own, they gain nothing
+    tokenizer, vocabulary, seed = dense.source.tokenizer, dense.config.vocab_size, options.calibration.seed
+    more = beginnings(more, tokenizer, vocabulary, seed)
+    return random_sequences(more, tokenizer, vocabulary, share, seed)
 
 
 def add_own_text(
@@ -54,11 +90,11 @@ def add_own_text(
     count = math.ceil(share * tokens.description["sequences"])
     if not count:
         return tokens
-    saved = state.result(STAGE)
+    saved = state.result(SAMPLING_STAGE)
     if saved is None:
         written = ranks.on_first(lambda: _write_own(tokens, dense, options, dtype, count, progress).tolist())
         ids = torch.tensor(written, dtype=torch.long)
-        state.finish(STAGE, {"ids": ids}, {})
+        state.finish(SAMPLING_STAGE, {"ids": ids}, {})
     else:
         ids = saved[0]["ids"]
     if not len(ids):

@@ -11,7 +11,7 @@ WRITING = 3.5
 """Time of a token that the model writes, over that of one it reads: measured on SmolLM2-135M, on 2 CPU cores."""
 
 
-def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype, refitted: bool = False) -> int:
+def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype, *, refitted: bool = False) -> int:
     """Bytes of the activations that live at once: two streams, and what the widest writers read.
 
     Where layers are refitted, what MLP neurons read and the slopes of what they make of it, too, at some of the tokens.

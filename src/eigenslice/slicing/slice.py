@@ -11,13 +11,12 @@ import torch
 
 from eigenslice.checkpoint.companions import stage_companions, write_modeling_file
 from eigenslice.checkpoint.source import Source, open_source
-from eigenslice.checkpoint.writer import GIB, ShardWriter, check_space, write_json
-from eigenslice.cut.naming import StoredForm
-from eigenslice.data import Tokens, beginnings, calibration_tokens, random_sequences
+from eigenslice.checkpoint.writer import check_space, write_json
+from eigenslice.data import Tokens, calibration_tokens
 from eigenslice.measure.importance import Measurement, measure
-from eigenslice.model.dense import DenseModel, NamedTensors
+from eigenslice.model.dense import DenseModel
 from eigenslice.modeling import MODELING_FILE
-from eigenslice.options.slicing import RANDOM_SHARE, SliceOptions
+from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.candidates import make_plans
 from eigenslice.plan.forms import custom_config, stock_config
 from eigenslice.plan.layout import stored_parameters
@@ -30,17 +29,19 @@ from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.progress import Progress, no_progress
 from eigenslice.runtime.ranks import Ranks, join_ranks
 from eigenslice.runtime.run_state import RunState
-from eigenslice.runtime.work_folder import check_work_folder, remove_finished, work_folder
+from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, remove_finished, work_folder
 from eigenslice.search.choose import choose_plan
-from eigenslice.slicing.calibration import add_own_text
+from eigenslice.slicing.calibration import add_sequences
+from eigenslice.slicing.global_basis import slice_globally
 from eigenslice.slicing.memory import activation_bytes
-from eigenslice.slicing.passes import Slicing
+from eigenslice.slicing.per_block import slice_per_block
+from eigenslice.slicing.result_files import ResultFiles
 from eigenslice.stream.run import Run
 
 
 @dataclass(frozen=True)
 class SliceResult:
-    """What `slice_model` did: the folder it wrote and that folder's manifest."""
+    """The folder that `slice_model` wrote, and its manifest."""
 
     output: Path
     manifest: dict[str, Any]
@@ -78,7 +79,6 @@ class _Job:
         identity: All that the result depends on.
         companions: A folder of files that join the result.
         card: Metadata of the dense model's card.
-        compute: The dtype of the forward pass.
         ranks: The processes that share the sequences.
         progress: Called as the work goes on.
     """
@@ -90,7 +90,6 @@ class _Job:
     identity: dict[str, Any]
     companions: Path
     card: dict[str, Any]
-    compute: torch.dtype
     ranks: Ranks
     progress: Progress
 
@@ -103,6 +102,11 @@ class _Job:
     def dtype(self) -> torch.dtype:
         """The dtype that the result is stored in."""
         return getattr(torch, self.options.dtype) if self.options.dtype else self.dense.dtype
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype of the forward pass."""
+        return _compute_dtype(self.options, self.dense)
 
     @property
     def names(self) -> list[str]:
@@ -131,13 +135,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     with TemporaryDirectory(prefix="eigenslice-") as folder:
         companions = Path(folder)
         card = ranks.on_first(lambda: _stage(source, companions))
-        return _run(_Job(options, dense, families, given, identity, companions, card, compute, ranks, progress))
-
-
-def _compute_dtype(options: SliceOptions, dense: DenseModel) -> torch.dtype:
-    if options.compute_dtype:
-        return getattr(torch, options.compute_dtype)
-    return torch.float32 if dense.device.type == "cpu" else dense.dtype
+        return _run(_Job(options, dense, families, given, identity, companions, card, ranks, progress))
 
 
 def _stage(source: Source, folder: Path) -> dict[str, Any]:
@@ -150,48 +148,46 @@ def _stage(source: Source, folder: Path) -> dict[str, Any]:
 
 
 def _run(job: _Job) -> SliceResult:
-    """The passes, in the work folder."""
-    options, dense, ranks, dtype = job.options, job.dense, job.ranks, job.dtype
-    needed = max(stored_parameters(dense, plan) for plan in job.plans) * dtype.itemsize
+    """Run the passes in the work folder."""
+    options, dense, ranks = job.options, job.dense, job.ranks
+    needed = max(stored_parameters(dense, plan) for plan in job.plans) * job.dtype.itemsize
     ranks.on_first(lambda: check_space(options.output, needed))
     with work_folder(options.output, resumable(job.identity), job.names, options.resume, ranks) as work:
         ranks.on_first(lambda: _copy(job.companions, work.companions))
-        state = RunState(work.state, ranks)
-        tokens = _more_tokens(job, state)
-        needed = activation_bytes(dense, tokens.count, job.compute, options.fits) // ranks.size
-        place = choose_place(options.offload, needed, dense.device)
-        offload = Offload(place, dense.device, work.offload / str(ranks.rank))
-        run = Run(dense, tokens, job.compute, offload, ranks, state, job.progress)
+        run = _begin(job, work)
         measurement = _measure(run, job.plans) if options.basis == "global" else None
-        plan, trials = job.plans[0], []
-        if measurement:
-            plan, trials = choose_plan(run, job.families, measurement, options)
-        stored = StoredForm(dense, plan)
-        writer = ShardWriter(work.result, stored.shapes, dtype, int(options.shard_gib * GIB), stored.in_float32)
-        ranks.on_first(writer.begin)
-
-        def write(tensors: NamedTensors) -> None:
-            for name, tensor in stored(tensors) if ranks.first else ():
-                writer.add(name, tensor)
-
-        refitted = options.fits and plan.cuts(dense)
-        slicer = Slicing(run, plan, writer, write)
-        bases = slicer.global_basis(measurement, refitted=refitted) if measurement else slicer.per_block()
-
-        def complete() -> dict[str, Any]:
-            hashes = writer.finish()
-            _write_config(dense, plan, dtype, work.result)
-            if plan.stock is None:
-                write_modeling_file(work.result)
-            _copy(work.companions, work.result)
-            content = manifest(options, dense, plan, tokens, dtype)
-            content |= bases | {"refitted": refitted, "trials": trials, "sha256": hashes, "run": job.identity}
-            write_json(work.result / NAME, content)
-            write_card(work.result, content, options.output.name, job.card)
-            return content
-
-        content = ranks.on_first(complete)
+        plan, trials = choose_plan(run, job.families, measurement, options) if measurement else (job.plans[0], [])
+        files = ResultFiles.begin(run, plan, work.result, job.dtype, options.shard_gib)
+        fits = options.fits and plan.cuts(dense)
+        bases = slice_globally(files, measurement, fits=fits) if measurement else slice_per_block(files)
+        entries = bases | {"refitted": fits, "trials": trials}
+        content = ranks.on_first(lambda: _complete(job, work, files, entries))
     return SliceResult(options.output, content)
+
+
+def _begin(job: _Job, work: WorkFolder) -> Run:
+    """Return the run of a work folder: its saved state, its tokens, and the place of its activations."""
+    options, dense, ranks = job.options, job.dense, job.ranks
+    state = RunState(work.state, ranks)
+    tokens = add_sequences(job.given, dense, options, job.compute, state, ranks, job.progress)
+    needed = activation_bytes(dense, tokens.count, job.compute, refitted=options.fits) // ranks.size
+    place = choose_place(options.offload, needed, dense.device)
+    offload = Offload(place, dense.device, work.offload / str(ranks.rank))
+    return Run(dense, tokens, job.compute, offload, ranks, state, job.progress)
+
+
+def _complete(job: _Job, work: WorkFolder, files: ResultFiles, entries: dict[str, Any]) -> dict[str, Any]:
+    """Write all files of the result but its weights, and return its manifest."""
+    options, dense, plan, hashes = job.options, job.dense, files.plan, files.writer.finish()
+    _write_config(dense, plan, job.dtype, work.result)
+    if plan.stock is None:
+        write_modeling_file(work.result)
+    _copy(work.companions, work.result)
+    content = manifest(options, dense, plan, files.run.tokens, job.dtype)
+    content |= entries | {"sha256": hashes, "run": job.identity}
+    write_json(work.result / NAME, content)
+    write_card(work.result, content, options.output.name, job.card)
+    return content
 
 
 def _copy(folder: Path, target: Path) -> None:
@@ -199,18 +195,11 @@ def _copy(folder: Path, target: Path) -> None:
     shutil.copytree(folder, target, dirs_exist_ok=True)
 
 
-def _more_tokens(job: _Job, state: RunState) -> Tokens:
-    """Calibration texts, and text of the model's own or random tokens, and beginnings, if anything will be fitted."""
-    given, options, dense = job.given, job.options, job.dense
-    if not options.fits or "seed" not in given.description:  # token ids are used as they are
-        return given
-    tokens = add_own_text(given, dense, options, job.compute, state, job.ranks, job.progress)
-    share = options.random_tokens
-    if share is None:
-        share = RANDOM_SHARE if tokens is given else 0.0  # beside text of its own, they gain nothing
-    tokenizer, vocabulary, seed = dense.source.tokenizer, dense.config.vocab_size, options.calibration.seed
-    tokens = beginnings(tokens, tokenizer, vocabulary, seed)
-    return random_sequences(tokens, tokenizer, vocabulary, share, seed)
+def _compute_dtype(options: SliceOptions, dense: DenseModel) -> torch.dtype:
+    """Return the dtype of the forward pass."""
+    if options.compute_dtype:
+        return getattr(torch, options.compute_dtype)
+    return torch.float32 if dense.device.type == "cpu" else dense.dtype
 
 
 def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Path) -> None:

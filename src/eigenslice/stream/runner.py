@@ -18,14 +18,14 @@ class _AllCapturedError(Exception):
 
 
 @contextmanager
-def captured_inputs(layer: nn.Module, modules: Sequence[str], stop: bool = False) -> Iterator[dict[str, Any]]:
+def captured_inputs(layer: nn.Module, modules: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Any]]:
     """Give a dictionary that what is called inside the context fills with the inputs of these modules.
 
     Of what takes several arguments (experts: tokens, which experts get them, and by which weights), it has all.
 
     Args:
         layer: A decoder layer.
-        modules: Their names.
+        modules: Names of modules of the layer.
         stop: Whether to leave the context as soon as all of them are known; what they would give isn't computed.
     """
     inputs: dict[str, Any] = {}

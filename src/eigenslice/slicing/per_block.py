@@ -1,0 +1,59 @@
+"""The last pass for a basis per block."""
+
+from typing import Any
+
+from eigenslice.algebra.basis import principal_components
+from eigenslice.cut.blocks import SiteBasis, identity_basis, slice_block
+from eigenslice.cut.ends import block_names, site_basis, slice_embeddings, slice_head
+from eigenslice.report.manifest import site_summary
+from eigenslice.slicing.result_files import SLICING_STAGE, ResultFiles
+from eigenslice.stream.walk import STREAMS
+
+
+def slice_per_block(files: ResultFiles) -> dict[str, Any]:
+    """Find a basis for each site on the network sliced so far (SliceGPT, section 3.3 and algorithm 1), and slice.
+
+    One pass. The stream stays in the dense coordinates, projected onto what each site keeps: the dense
+    sublayers then compute what the sliced ones will. A block is written when the next one's basis is known.
+
+    Returns:
+        Entries of the manifest.
+    """
+    run, plan, dense = files.run, files.plan, files.run.dense
+    sites = dense.table.sites(dense.config)
+    summaries: list[dict[str, Any]] = []
+    bases: list[SiteBasis] = []
+    position = files.position()
+    if position:
+        summaries = list(position.content["summaries"])
+        bases = [SiteBasis(position.tensors[str(n)].to(dense.device)) for n in range(len(sites))]
+
+    def content() -> dict[str, Any]:
+        return {"summaries": summaries} | files.content()
+
+    report = run.report(SLICING_STAGE)
+    for site in run.walk(run.tokens.batches, position=position):
+        report(site.block)
+        if site.passed_block:
+            tensors = {str(n): basis.matrix for n, basis in enumerate(bases)}
+            run.state.save(SLICING_STAGE, site.block, {STREAMS: site.streams}, tensors, content)
+        number = site.block * len(sites) + site.index
+        width = plan.site_widths[number]
+        if site.layer is None and width == dense.width:
+            basis = identity_basis(dense.width, dense.device)
+        else:
+            spectrum = principal_components(run.ranks.sum(site.moment(normalized=False)), dense.layer_norm)
+            basis = SiteBasis(run.ranks.decide(site_basis(dense, spectrum, width).matrix.contiguous()))
+            site.project(basis.matrix)
+            summaries.append(site_summary(f"block {site.block} site {site.index}", spectrum, width))
+        if number == 0:
+            files.write(slice_embeddings(dense, plan, basis, files.dtype))
+        if site.index == 0 and site.block:
+            before = site.block - 1
+            block = slice_block(sites, dense.block(before), [*bases, basis], shortcuts=True)
+            files.write(block_names(dense, before, block, width))
+            bases = []
+        bases.append(basis)
+    files.write(slice_head(dense, plan, bases[-1], None, files.dtype))
+    run.progress(SLICING_STAGE, dense.blocks, dense.blocks)
+    return {"spectra": summaries}
