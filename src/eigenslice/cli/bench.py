@@ -1,47 +1,22 @@
 """`eigenslice bench`."""
 
 import json
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from rich.table import Table
 
+from eigenslice.cli.commands import Given
 from eigenslice.cli.console import output, progress_bar
-from eigenslice.cli.options import AsJson, Device, Quiet, RunDtype, TrustCheckpoints
+from eigenslice.cli.options import AsJson, Compared, Quiet
+from eigenslice.options.bench import BenchOptions
 
 
-def bench(
-    models: Annotated[list[str], typer.Argument(help="Folders, hub ids or .gguf files; compared with the first.")],
-    prompt: Annotated[int, typer.Option(help="Tokens per sequence that are read at once.")] = 512,
-    new: Annotated[int, typer.Option(help="Tokens per sequence that are generated.")] = 64,
-    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
-    runs: Annotated[int, typer.Option(help="Timed runs of each model, interleaved.")] = 5,
-    compile_: Annotated[bool, typer.Option("--compile", help="Use torch.compile (with a static cache).")] = False,
-    static_cache: Annotated[bool, typer.Option("--static-cache", help="Use a cache of fixed length.")] = False,
-    memory: Annotated[bool, typer.Option(help="Measure peak memory; on CPU this loads each model again.")] = True,
-    device: Device = None,
-    dtype: RunDtype = None,
-    trust_remote_code: TrustCheckpoints = False,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
+def bench(models: Compared, given: Given[BenchOptions], as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Speed, memory and size of models side by side: medians, and the lowest and highest run."""
     from eigenslice.evaluation.speed import bench as run
-    from eigenslice.options.bench import BenchOptions
     from eigenslice.report.measured import short_names
 
-    options = BenchOptions(
-        prompt=prompt,
-        new=new,
-        batch=batch,
-        runs=runs,
-        compile=compile_,
-        static_cache=static_cache,
-        memory=memory,
-        device=device,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-    )
+    options = given.options()
     with progress_bar(quiet) as progress:
         result = run(models, options, progress)
     if as_json:
@@ -55,7 +30,8 @@ def bench(
     environment = result["environment"]
     dtypes = ", ".join(dict.fromkeys(environment["dtypes"]))
     output.print(
-        f"{batch} x {prompt} tokens read, {new} generated; median of {runs} interleaved runs (lowest to highest); "
+        f"{options.batch} x {options.prompt} tokens read, {options.new} generated; "
+        f"median of {options.runs} interleaved runs (lowest to highest); "
         f"{environment['device']}, {environment['threads']} threads, {dtypes}. "
         "Ideal: the speed-up that the saved operations (prefill) or bytes (decode) allow; in brackets the share of "
         "that gain that is reached.",

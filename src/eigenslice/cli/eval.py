@@ -1,79 +1,40 @@
 """`eigenslice eval`."""
 
 import json
-from pathlib import Path
-from typing import Annotated, Any
 
-import typer
 from rich.table import Table
 
+from eigenslice.cli.commands import Given
 from eigenslice.cli.console import output, progress_bar
-from eigenslice.cli.options import AsJson, Device, Quiet, RunDtype, TrustCheckpoint
+from eigenslice.cli.options import AsJson, Compared, Quiet
+from eigenslice.errors import OptionsError
+from eigenslice.options.perplexity import PerplexityOptions
+from eigenslice.options.tasks import TaskOptions
 
 
 def eval_(
-    models: Annotated[list[str], typer.Argument(help="Folders, hub ids or .gguf files, dense or sliced.")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text to predict: builtin, wikitext2, c4, alpaca, ptb, fineweb-edu, tinystories, code (their held-out "
-            "parts), mixed (one after another), a file (as slice's --calibration), or a hub data set "
-            "NAME[:CONFIG[:SPLIT]] [wikitext2]. Several: a perplexity for each."
-        ),
-    ] = None,
-    field: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text field of records or tensor of a file, as slice's --field; once, or once for each text."
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Instead of perplexity: tasks of lm-eval, joined by commas, such as piqa,arc_easy."),
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder of task files (YAML) of your own, for --tasks.")
-    ] = None,
-    fewshot: Annotated[int | None, typer.Option(help="Examples before each question [the task's own number].")] = None,
-    limit: Annotated[int | None, typer.Option(help="Questions of each task, from its start [all].")] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at once, for --tasks.")] = 8,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask tasks in the models' chat templates.")] = False,
-    samples: Annotated[int, typer.Option(help="Windows of each text, from its start.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    device: Device = None,
-    dtype: RunDtype = None,
-    trust_remote_code: TrustCheckpoint = False,
+    models: Compared,
+    given: Given[PerplexityOptions],
+    tasks: Given[TaskOptions],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Perplexity over all predicted tokens of a text, or scores of tasks; models are compared with the first."""
-    if tasks is not None:
-        _tasks(
-            models,
-            tasks,
-            data,
-            as_json,
-            quiet,
-            include_path=include_path,
-            fewshot=fewshot,
-            limit=limit,
-            batch=batch,
-            chat=chat,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-        )
+    if "tasks" in tasks.values:
+        if "data" in given.values.get("text", {}):
+            raise OptionsError("--tasks with --data", allowed="one of them", next_step="run eigenslice eval twice")
+        _tasks(models, tasks, as_json, quiet)
         return
     from eigenslice.data.sources import one_by_one
     from eigenslice.evaluation.perplexity import evaluate_each
-    from eigenslice.options.calibration import CalibrationOptions
 
-    names = tuple(data or ["wikitext2"])
-    texts = one_by_one(CalibrationOptions(data=names, field=tuple(field or ()), samples=samples, seqlen=seqlen))
+    options = given.options()
+    texts = one_by_one(options.text)
+    run = options.device, options.dtype, options.trust_remote_code
     results = []
     for model in models:
         with progress_bar(quiet) as progress:
-            results.append(evaluate_each(model, texts, device, dtype, trust_remote_code, progress))
+            results.append(evaluate_each(model, texts, *run, progress))
     rows = [(model, i, result) for model, each in zip(models, results, strict=True) for i, result in enumerate(each)]
     if as_json:
         output.print_json(json.dumps([{"model": model} | result.as_dict() for model, _, result in rows]))
@@ -88,17 +49,13 @@ def eval_(
         )
 
 
-def _tasks(models: list[str], tasks: str, data: list[str] | None, as_json: bool, quiet: bool, **options: Any) -> None:
-    from eigenslice.errors import OptionsError
+def _tasks(models: list[str], given: Given[TaskOptions], as_json: bool, quiet: bool) -> None:
     from eigenslice.evaluation.tasks import evaluate_tasks
-    from eigenslice.options.tasks import TaskOptions
     from eigenslice.report.measured import short_names
 
-    if data:
-        raise OptionsError("--tasks with --data", allowed="one of them", next_step="run eigenslice eval twice")
-    names = tuple(dict.fromkeys(task.strip() for task in tasks.split(",") if task.strip()))
+    options = given.options()
     with progress_bar(quiet) as progress:
-        result = evaluate_tasks(models, TaskOptions(tasks=names, **options), progress)
+        result = evaluate_tasks(models, options, progress)
     if as_json:
         output.print_json(json.dumps(result))
         return

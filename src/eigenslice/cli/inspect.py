@@ -1,37 +1,29 @@
 """`eigenslice inspect`."""
 
 import json
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
+from eigenslice.cli.commands import Given
 from eigenslice.cli.console import output, progress_bar
-from eigenslice.cli.options import AsJson, Revision, TrustTokenizer
+from eigenslice.cli.options import AsJson, Revision
+from eigenslice.options.inspection import InspectOptions
 
 
-def inspect(
-    model: Annotated[str, typer.Argument(help="A folder, a hub id or a .gguf file.")],
-    revision: Revision = None,
-    trust_remote_code: TrustTokenizer = False,
-    samples: Annotated[int, typer.Option(help="Calibration sequences of the estimate.")] = 128,
-    seqlen: Annotated[int, typer.Option(help="Tokens per calibration sequence.")] = 2048,
-    device: Annotated[str | None, typer.Option(help="torch device of the estimate [a GPU if there is one].")] = None,
-    as_json: AsJson = False,
-) -> None:
+def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: AsJson = False) -> None:
     """Whether a model can be sliced, its parameters by role, and what each slicing would store."""
-    from eigenslice.checkpoint.hub import with_revision
     from eigenslice.inspection.inspect import inspect_model
 
-    model = with_revision(model, revision)
+    options = given.options(revision)
+    samples, seqlen = options.calibration.samples, options.calibration.seqlen
     with progress_bar(quiet=True):
-        result = inspect_model(model, trust_remote_code, samples, seqlen, device)
+        result = inspect_model(options.model, options.trust_remote_code, samples, seqlen, options.device)
     if as_json:
         output.print_json(json.dumps(result.as_dict()))
         return
     tied = "tied" if result.tied else "separate"
     output.print(
-        f"{model}: supported ({result.model_type}); {result.blocks} blocks, {result.sites} sites of width "
+        f"{options.model}: supported ({result.model_type}); {result.blocks} blocks, {result.sites} sites of width "
         f"{result.width}, embedding and head {tied}, {result.dtype}",
         highlight=False,
         markup=False,

@@ -1,22 +1,28 @@
-"""Options that several verbs have, declared once."""
+"""Options of the command line alone, which no model in `options/` has; each is written once."""
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated
 
-import typer
+from eigenslice.options.flags import MACHINE, OUTPUT, TRAINING, Option
 
-Device = Annotated[str | None, typer.Option(help="torch device [a GPU if there is one].")]
-RunDtype = Annotated[
-    Literal["float32", "float16", "bfloat16"] | None,
-    typer.Option(help="Dtype to run in [float32 on CPU, the stored one on a GPU]."),
+Compared = Annotated[
+    list[str], Option("Folders, hub ids or .gguf files, dense or sliced; compared with the first.", argument=True)
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(help="Branch, tag or commit of the model on the hub; MODEL@REVISION says the same [main]."),
+    Option("Branch, tag or commit of the model on the hub; MODEL@REVISION says the same.", MACHINE, "main"),
 ]
-TrustCheckpoint = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoint run its own code.")]
-TrustCheckpoints = Annotated[bool, typer.Option("--trust-remote-code", help="Let the checkpoints run their own code.")]
-TrustTokenizer = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Let the tokenizer run the checkpoint's code.")
+RecipeName = Annotated[
+    str | None, Option("paper: Alpaca, LoRA r=32 alpha=10 dropout 0.05, 1024 tokens.", TRAINING, "no recipe")
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+AsJson = Annotated[bool, Option("Print JSON.", OUTPUT, flags=("--json",))]
+ManifestAsJson = Annotated[bool, Option("Print the manifest as JSON.", OUTPUT, flags=("--json",))]
+ProgressAsJson = Annotated[
+    bool, Option("Print the manifest, and lines of progress, as JSON.", OUTPUT, flags=("--json",))
+]
+Quiet = Annotated[bool, Option("No progress.", OUTPUT, flags=("--quiet", "-q"))]
+LogDir = Annotated[Path | None, Option("Log speed and memory there for TensorBoard, too.", OUTPUT, "no logs")]
+PushToHub = Annotated[
+    str | None, Option("Upload the result to this repository of the hub, OWNER/NAME.", OUTPUT, "no upload")
+]
+Private = Annotated[bool, Option("Make the repository of --push-to-hub private.", OUTPUT)]

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from eigenslice.errors import EigensliceError, OptionsError, first_line
+from eigenslice.options.flags import flag_at
 
 SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -30,8 +31,6 @@ HUGE = ("storage size calculation overflowed", "invalid buffer size", "numel: in
 NETWORK = ("httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "hf_xet", "huggingface_hub")
 FORMATS = ("json", "gzip", "zlib", "lzma", "zipfile", "_csv")
 """Packages by the modules of their errors."""
-FLAGS = {"data": "calibration", "shard_gib": "shard-size", "prompts": "prompt"}
-"""Options whose fields have other names."""
 
 
 def _says(error: BaseException, *texts: str) -> bool:
@@ -192,9 +191,9 @@ def _of_options(error: ValidationError) -> OptionsError:
     """Values of options that aren't what their types say."""
     first = error.errors(include_url=False)[0]
     name = str(next((part for part in reversed(first["loc"]) if isinstance(part, str)), error.title))
-    flag = FLAGS.get(name, name.replace("_", "-"))
+    flag = flag_at(error.title, first["loc"]) or f"--{name.replace('_', '-')}"
     return OptionsError(
-        f"--{flag} {str(first.get('input'))[:100]!a}",
+        f"{flag} {str(first.get('input'))[:100]!a}",
         allowed=first["msg"][:1].lower() + first["msg"][1:],
         next_step="correct the option, or leave it out for the default",
     )

@@ -1,35 +1,55 @@
 """Options of calibration and evaluation text."""
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from typing import Annotated
+
+from pydantic import field_validator, model_validator
 
 from eigenslice.errors import OptionsError
-from eigenslice.options.ranges import SEED, check_ranges
+from eigenslice.options.common import LONGEST, SEED
+from eigenslice.options.flags import CALIBRATION, Option, Options, Range
 
 MOST_SAMPLES = 10**9
-LONGEST = 10**8
-"""Sequences, and tokens in each; no model and no text has more."""
+"""Sequences; no text has more."""
+USUAL = "correct it; the paper uses 1024 sequences of 2048 tokens, 128 go a long way"
 
 
-class CalibrationOptions(BaseModel):
-    """Which tokens the covariances are collected on, or a perplexity is measured on.
+class CalibrationOptions(Options):
+    """Text to collect covariances on, or to measure a perplexity on.
 
-    Attributes:
-        data: A preset's name, a file, or a hub data set as NAME[:CONFIG[:SPLIT]]; several are mixed in equal shares.
-            A tuple, once validated.
-        field: Name of the text field of records, or of the tensor in a safetensors file. For several texts, either
-            one, for all that aren't presets, or one for each ("" for none). A tuple, once validated.
-        samples: Number of sequences, of all sources together.
-        seqlen: Tokens per sequence.
-        seed: Seed of the sampling.
+    `data` and `field` are tuples, once validated.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    data: str | tuple[str, ...] = ("mixed",)
-    field: str | tuple[str, ...] | None = ()
-    samples: int = 128
-    seqlen: int = 2048
-    seed: int = 0
+    data: Annotated[
+        str | tuple[str, ...],
+        Option(
+            "Text to find the basis on: mixed (wikitext2, fineweb-edu, tinystories, alpaca and code), one of "
+            "these, c4, ptb, builtin, a file (text, .json, .jsonl, .csv, .parquet, also packed; .safetensors with "
+            "token ids), or a hub data set NAME[:CONFIG[:SPLIT]]. Conversations are in the model's chat "
+            "template. Several: equal shares of each.",
+            CALIBRATION,
+            flags=("--calibration",),
+        ),
+    ] = ("mixed",)
+    field: Annotated[
+        str | tuple[str, ...] | None,
+        Option(
+            "Text field of records (several: a,b), or tensor of a .safetensors; once, or once for each text "
+            '("" for a preset).',
+            CALIBRATION,
+            "text, or else a conversation",
+        ),
+    ] = ()
+    samples: Annotated[
+        int,
+        Option("Calibration sequences, of all texts together.", CALIBRATION),
+        Range(1, MOST_SAMPLES, f"1 to {MOST_SAMPLES} sequences", USUAL),
+    ] = 128
+    seqlen: Annotated[
+        int,
+        Option("Tokens per calibration sequence.", CALIBRATION),
+        Range(2, LONGEST, f"2 to {LONGEST} tokens", USUAL),
+    ] = 2048
+    seed: Annotated[int, Option("Seed of the sampling.", CALIBRATION), SEED] = 0
 
     @field_validator("data", "field", mode="after")
     @classmethod
@@ -50,11 +70,4 @@ class CalibrationOptions(BaseModel):
                 allowed="none, one for all texts that need one, or one for each",
                 next_step="repeat --field in the order of the texts; an empty one ('') is for a text that needs none",
             )
-        if not (1 <= self.samples <= MOST_SAMPLES and 2 <= self.seqlen <= LONGEST):
-            raise OptionsError(
-                f"--samples {self.samples} --seqlen {self.seqlen}",
-                allowed=f"1 to {MOST_SAMPLES} sequences of 2 to {LONGEST} tokens",
-                next_step="correct them; the paper uses 1024 sequences of 2048 tokens, 128 go a long way",
-            )
-        check_ranges(self, {"seed": SEED})
         return self

@@ -1,92 +1,132 @@
-"""What can be chosen for recovery fine-tuning."""
+"""Options of `eigenslice finetune`."""
 
 from importlib.util import find_spec
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
 from eigenslice.options.calibration import MOST_SAMPLES, CalibrationOptions
-from eigenslice.options.common import SHARD_GIB
+from eigenslice.options.common import GPU, ShardGib, TrustCheckpoints
+from eigenslice.options.flags import ADAPTERS, MACHINE, OUTPUT, TEXT, TRAINING, Nested, Option, Options, Range
 from eigenslice.options.paths import UserPath
-from eigenslice.options.ranges import Limits, check_ranges
 
 LORA_RATE, FULL_RATE = 1e-3, 3e-4
 """Default learning rates."""
 DISTILL = 0.8
 """Share of the distillation beside a teacher. Measured, as what it is on either side, in benchmarks/EXPERIMENTS.md."""
 LOGGERS = ("tensorboard", "trackio")
+TRAINING_TEXT: dict[str, Option | None] = {
+    "data": Option("Text to train on, as slice's --calibration.", TEXT, flags=("--calibration", "--data")),
+    "field": Option("Text field of records, as slice's --field.", TEXT, "text, or else a conversation"),
+    "samples": Option("Windows to train on.", TEXT),
+    "seqlen": Option("Tokens per window.", TEXT),
+    "seed": Option("Seed of sampling, adapters and order.", TEXT),
+}
+"""Options of the text, in the words of training."""
 
 
-class FinetuneOptions(BaseModel):
-    """Everything that decides what recovery fine-tuning does.
+class FinetuneOptions(Options):
+    """Everything that decides what recovery fine-tuning does."""
 
-    Attributes:
-        model: A folder that `slice` or `finetune` wrote, or a hub id of one.
-        output: The folder to write; must not exist.
-        teacher: The dense model to distil from; None trains on the next token alone.
-        distill: Share of the distillation in the loss, the rest is the next token's; None is `DISTILL` with a teacher.
-        full: Train all weights instead of adapters.
-        rank, alpha, dropout: Of the LoRA adapters (arXiv 2106.09685); what they add is scaled by alpha / rank.
-        keep_adapter: Store the adapter beside the unchanged weights instead of merging it.
-        data: What to train on; `samples` windows of `seqlen` tokens.
-        chat: Write records with instructions and answers in the model's chat template, if it has one.
-        epochs: Passes over the data.
-        batch: Windows per optimizer step, over all devices.
-        micro_batch: Windows at once on one device.
-        learning_rate: Highest one; None is `LORA_RATE` or `FULL_RATE`.
-        schedule: How the rate falls after the warm-up.
-        warmup: Share of the steps in which it rises.
-        weight_decay: AdamW's.
-        held_out: Windows, of the same texts, that are measured and not trained on.
-        evaluate_every: Steps between two measurements and checkpoints; None is a tenth of the run.
-        patience: Measurements without a gain after which to stop; None trains to the end.
-        dtype: float32, or bfloat16 by autocast; None is float32 on CPU and bfloat16 on a GPU that has it.
-        device: cpu or cuda; None is a GPU if there is one.
-        checkpoint_activations: Recompute activations in the backward pass: less memory, a third more time.
-        resume: Go on from the checkpoints of an interrupted run with the same options.
-        log_to: Loggers: tensorboard (into the folder OUTPUT.logs) and trackio.
-        shard_gib: Size of an output file, in GiB.
-        trust_remote_code: Let the checkpoints run code.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    output: UserPath
-    teacher: str | None = None
-    distill: float | None = None
-    full: bool = False
-    rank: int = 32
-    alpha: float = 32.0
-    dropout: float = 0.0
-    keep_adapter: bool = False
-    data: CalibrationOptions = CalibrationOptions(samples=400, seqlen=1024)
-    chat: bool = True
-    epochs: float = 1.0
-    batch: int = 4
-    micro_batch: int = 1
-    learning_rate: float | None = None
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
-    warmup: float = 0.05
-    weight_decay: float = 0.0
-    held_out: int = 16
-    evaluate_every: int | None = None
-    patience: int | None = None
-    dtype: Literal["float32", "bfloat16"] | None = None
-    device: Literal["cpu", "cuda"] | None = None
-    checkpoint_activations: bool = False
-    resume: bool = False
-    log_to: tuple[str, ...] = ()
-    shard_gib: float = 5.0
-    trust_remote_code: bool = False
+    model: Annotated[str, Option("A folder that eigenslice wrote, or a hub id of one.", argument=True)]
+    output: Annotated[UserPath, Option("Folder to write; must not exist.", flags=("--output", "-o"))]
+    teacher: Annotated[
+        str | None,
+        Option("The dense model, to distil from (recovers most).", TRAINING, "train on the next token alone"),
+    ] = None
+    distill: Annotated[
+        float | None,
+        Option(
+            "Share of the distillation in the loss; the rest is the next token's.",
+            TRAINING,
+            f"{DISTILL} with --teacher",
+        ),
+        Range(0, 1, "0 (next token only) to 1 (distillation only), beside --teacher"),
+    ] = None
+    full: Annotated[bool, Option("Train all weights instead of LoRA adapters.", ADAPTERS)] = False
+    rank: Annotated[int, Option("Rank of the adapters.", ADAPTERS), Range(1, 65536, "1 to 65536")] = 32
+    alpha: Annotated[
+        float,
+        Option("Scale of the adapters times their rank.", ADAPTERS),
+        Range(1e-6, 1e6, "0.000001 to 1000000"),
+    ] = 32.0
+    dropout: Annotated[
+        float, Option("Dropout of the adapters.", ADAPTERS), Range(0, 0.99, "at least 0 and less than 1")
+    ] = 0.0
+    keep_adapter: Annotated[
+        bool, Option("Store the adapter beside the unchanged weights instead of merging it.", ADAPTERS)
+    ] = False
+    data: Annotated[CalibrationOptions, Nested(TRAINING_TEXT)] = CalibrationOptions(samples=400, seqlen=1024)
+    chat: Annotated[
+        bool,
+        Option(
+            "Write records with instructions and answers in the model's chat template.", TEXT, "if it has a template"
+        ),
+    ] = True
+    epochs: Annotated[float, Option("Passes over the windows.", TRAINING), Range(1e-6, 1e6, "0.000001 to 1000000")] = (
+        1.0
+    )
+    batch: Annotated[
+        int, Option("Windows per step, over all devices.", TRAINING), Range(1, 10**6, "1 to 1000000 windows")
+    ] = 4
+    micro_batch: Annotated[
+        int,
+        Option("Windows at once on one device.", MACHINE),
+        Range(1, 10**6, "at least 1 window, at most --batch"),
+    ] = 1
+    learning_rate: Annotated[
+        float | None,
+        Option("Highest learning rate.", TRAINING, f"{LORA_RATE}; {FULL_RATE} with --full"),
+        Range(1e-12, 1e3, "more than 0, at most 1000"),
+    ] = None
+    schedule: Annotated[
+        Literal["cosine", "linear", "constant_with_warmup"],
+        Option("Course of the learning rate after the warm-up.", TRAINING),
+    ] = "cosine"
+    warmup: Annotated[
+        float,
+        Option("Share of the steps in which the learning rate rises.", TRAINING),
+        Range(0, 0.99, "at least 0 and less than 1"),
+    ] = 0.05
+    weight_decay: Annotated[float, Option("Weight decay of AdamW.", TRAINING), Range(0, 1e3, "0 to 1000")] = 0.0
+    held_out: Annotated[
+        int,
+        Option("Windows of the same texts to measure instead of training on them.", TEXT),
+        Range(1, MOST_SAMPLES, f"1 to {MOST_SAMPLES} windows"),
+    ] = 16
+    evaluate_every: Annotated[
+        int | None,
+        Option("Steps between measurements and checkpoints.", TRAINING, "a tenth of the run"),
+        Range(1, 10**9, "1 to 10^9 steps"),
+    ] = None
+    patience: Annotated[
+        int | None,
+        Option("Stop after so many measurements without a gain.", TRAINING, "train to the end"),
+        Range(1, 10**9, "1 to 10^9"),
+    ] = None
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        Option("Dtype to compute in.", MACHINE, "float32 on CPU, bfloat16 on a GPU that has it"),
+    ] = None
+    device: Annotated[Literal["cpu", "cuda"] | None, Option("Device to train on.", MACHINE, GPU)] = None
+    checkpoint_activations: Annotated[
+        bool, Option("Recompute activations in the backward pass: less memory, a third more time.", MACHINE)
+    ] = False
+    resume: Annotated[bool, Option("Go on with an interrupted run of the same command.", MACHINE)] = False
+    log_to: Annotated[
+        tuple[str, ...],
+        Option("Loggers: tensorboard (into OUTPUT.logs), trackio; may be repeated.", OUTPUT, "none"),
+    ] = ()
+    shard_gib: ShardGib = 5.0
+    trust_remote_code: TrustCheckpoints = False
 
     @model_validator(mode="after")
     def _check(self) -> "FinetuneOptions":
-        if self.distill is not None and (self.teacher is None or not 0 <= self.distill <= 1):
+        if self.distill is not None and self.teacher is None:
             raise OptionsError(
-                f"--distill {self.distill}" + (" without --teacher" if self.teacher is None else ""),
-                allowed="0 (next token only) to 1 (distillation only), beside --teacher",
+                f"--distill {self.distill} without --teacher",
+                allowed="--distill beside --teacher",
                 next_step="pass the dense model as --teacher, or leave --distill out",
             )
         if self.full and self.keep_adapter:
@@ -95,22 +135,6 @@ class FinetuneOptions(BaseModel):
                 allowed="one of them: full training has no adapter",
                 next_step="drop one of them",
             )
-        limits: Limits = {
-            "rank": (1, 65536, "1 to 65536"),
-            "alpha": (1e-6, 1e6, "0.000001 to 1000000"),
-            "dropout": (0, 0.99, "at least 0 and less than 1"),
-            "epochs": (1e-6, 1e6, "0.000001 to 1000000"),
-            "batch": (1, 10**6, "1 to 1000000 windows"),
-            "micro_batch": (1, self.batch, "at least 1 window, at most --batch"),
-            "learning_rate": (1e-12, 1e3, "more than 0, at most 1000"),
-            "warmup": (0, 0.99, "at least 0 and less than 1"),
-            "weight_decay": (0, 1e3, "0 to 1000"),
-            "held_out": (1, MOST_SAMPLES, f"1 to {MOST_SAMPLES} windows"),
-            "evaluate_every": (1, 10**9, "1 to 10^9 steps"),
-            "patience": (1, 10**9, "1 to 10^9"),
-            "shard_gib": SHARD_GIB,
-        }
-        check_ranges(self, limits)
         if self.batch % self.micro_batch:
             raise OptionsError(
                 f"--batch {self.batch} --micro-batch {self.micro_batch}",

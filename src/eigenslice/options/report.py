@@ -2,13 +2,14 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
-from eigenslice.options.calibration import LONGEST
+from eigenslice.options.common import GPU, LONGEST, TrustCheckpoints
+from eigenslice.options.flags import MACHINE, OUTPUT, TEXT, WORK, Option, Options, Range
 from eigenslice.options.paths import UserPath
-from eigenslice.options.ranges import check_ranges
 
 PROMPTS = (
     "The most important thing about a good library is",
@@ -17,34 +18,36 @@ PROMPTS = (
 )
 
 
-class ReportOptions(BaseModel):
-    """What goes into a report.
+class ReportOptions(Options):
+    """Contents of a report."""
 
-    Attributes:
-        folder: A result of `slice` or `finetune`.
-        output: The HTML file; None is FOLDER-report.html beside the folder. A report is replaced, another file never.
-        perplexity: JSON of `eval --json` or benchmarks/quality.py.
-        tasks: JSON of `eval --tasks --json`.
-        bench: JSON of `bench --json`.
-        generate: The dense model, to write samples beside the sliced one's.
-        prompts: What both go on from.
-        new: Tokens that they write.
-        device: torch device for that; None is a GPU if there is one.
-        trust_remote_code: Let the checkpoints run code.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    folder: UserPath
-    output: UserPath | None = None
-    perplexity: UserPath | None = None
-    tasks: UserPath | None = None
-    bench: UserPath | None = None
-    generate: str | None = None
-    prompts: tuple[str, ...] = PROMPTS
-    new: int = 60
-    device: str | None = None
-    trust_remote_code: bool = False
+    folder: Annotated[UserPath, Option("A folder that eigenslice wrote.", argument=True)]
+    output: Annotated[
+        UserPath | None,
+        Option(
+            "HTML file to write. A report is replaced, another file never.",
+            OUTPUT,
+            "FOLDER-report.html beside the folder",
+            ("--output", "-o"),
+        ),
+    ] = None
+    perplexity: Annotated[
+        UserPath | None, Option("JSON of eigenslice eval --json, or of benchmarks/quality.py.", WORK, "none")
+    ] = None
+    tasks: Annotated[UserPath | None, Option("JSON of eigenslice eval --tasks ... --json.", WORK, "none")] = None
+    bench: Annotated[UserPath | None, Option("JSON of eigenslice bench --json.", WORK, "none")] = None
+    generate: Annotated[str | None, Option("The dense model: show text that both models write.", TEXT, "no text")] = (
+        None
+    )
+    prompts: Annotated[
+        tuple[str, ...],
+        Option("A prompt for --generate; may be repeated.", TEXT, "three prompts", ("--prompt",)),
+    ] = PROMPTS
+    new: Annotated[
+        int, Option("Tokens to write after each prompt.", TEXT), Range(1, LONGEST, f"1 to {LONGEST} tokens")
+    ] = 60
+    device: Annotated[str | None, Option("torch device for --generate.", MACHINE, GPU)] = None
+    trust_remote_code: TrustCheckpoints = False
 
     @model_validator(mode="after")
     def _check(self) -> "ReportOptions":
@@ -54,7 +57,6 @@ class ReportOptions(BaseModel):
                 allowed="an environment with the packages that reports need",
                 next_step="pip install 'eigenslice[report]'",
             )
-        check_ranges(self, {"new": (1, LONGEST, f"1 to {LONGEST} tokens")})
         if not self.prompts:
             raise OptionsError(
                 "no --prompt", allowed="at least 1 prompt", next_step="leave the option out for the defaults"

@@ -1,55 +1,38 @@
 """Options of `eigenslice sample`."""
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from typing import Annotated
+
+from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
-from eigenslice.options.calibration import LONGEST, MOST_SAMPLES
-from eigenslice.options.common import DtypeName
+from eigenslice.options.calibration import MOST_SAMPLES
+from eigenslice.options.common import LONGEST, SEED, Device, RunDtype, TrustCheckpoint
+from eigenslice.options.flags import MACHINE, TEXT, Option, Options, Range
 from eigenslice.options.paths import UserPath
-from eigenslice.options.ranges import SEED, Limits, check_ranges
 
 MOST_TOKENS = 10**9
-LIMITS: Limits = {
-    "samples": (1, MOST_SAMPLES, f"1 to {MOST_SAMPLES} texts"),
-    "seqlen": (2, LONGEST, f"2 to {LONGEST} tokens"),
-    "batch": (1, 10**6, "1 to 1000000 texts"),
-    "temperature": (1e-4, 1e4, "0.0001 to 10000; 1 is what the model is"),
-    "seed": SEED,
-}
 
 
-class SampleOptions(BaseModel):
-    """What to write.
+class SampleOptions(Options):
+    """Text for a model to write. The model is loaded as a whole."""
 
-    Attributes:
-        model: A folder, a hub id or a .gguf file. It is loaded as a whole.
-        output: A .json file, a list of strings, as `slice --calibration` takes it; must not exist.
-        samples: Number of texts.
-        seqlen: Tokens of each.
-        batch: Texts at once.
-        temperature: What logits are divided by; at 1, tokens are drawn as the model predicts them.
-        seed: Of the beginnings and of the drawing.
-        device: torch device; None is a GPU if there is one.
-        dtype: None is the stored one on a GPU and float32 on CPU.
-        trust_remote_code: Let the checkpoint run code.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    output: UserPath
-    samples: int = 64
-    seqlen: int = 1024
-    batch: int = 32
-    temperature: float = 1.0
-    seed: int = 0
-    device: str | None = None
-    dtype: DtypeName | None = None
-    trust_remote_code: bool = False
+    model: Annotated[str, Option("The dense model: a folder, a hub id or a .gguf file.", argument=True)]
+    output: Annotated[UserPath, Option(".json file to write; must not exist.", flags=("--output", "-o"))]
+    samples: Annotated[int, Option("Texts to write.", TEXT), Range(1, MOST_SAMPLES, f"1 to {MOST_SAMPLES} texts")] = 64
+    seqlen: Annotated[int, Option("Tokens of each text.", TEXT), Range(2, LONGEST, f"2 to {LONGEST} tokens")] = 1024
+    batch: Annotated[int, Option("Texts at once.", MACHINE), Range(1, 10**6, "1 to 1000000 texts")] = 32
+    temperature: Annotated[
+        float,
+        Option("Divisor of the logits; 1 draws tokens as the model predicts them.", TEXT),
+        Range(1e-4, 1e4, "0.0001 to 10000; 1 is what the model is"),
+    ] = 1.0
+    seed: Annotated[int, Option("Seed of the beginnings and of the drawing.", TEXT), SEED] = 0
+    device: Device = None
+    dtype: RunDtype = None
+    trust_remote_code: TrustCheckpoint = False
 
     @model_validator(mode="after")
     def _check(self) -> "SampleOptions":
-        check_ranges(self, LIMITS)
         if self.samples * self.seqlen > MOST_TOKENS:
             raise OptionsError(
                 f"--samples {self.samples} --seqlen {self.seqlen}",

@@ -1,89 +1,116 @@
-"""What the user can choose: one frozen object, the source of the flags' defaults and of the manifest."""
+"""Options of `eigenslice slice`."""
 
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
 from eigenslice.options.calibration import CalibrationOptions
-from eigenslice.options.common import SHARD_GIB, DtypeName
+from eigenslice.options.common import Device, DtypeName, ShardGib, TrustTokenizer
+from eigenslice.options.flags import CALIBRATION, MACHINE, RESULT, SIZE, Nested, Option, Options, Range
 from eigenslice.options.paths import UserPath
-from eigenslice.options.ranges import check_ranges
 
 OWN_SHARE = 0.5
-"""Sequences of the model's own text that join calibration texts, as a share of those; where there are none, ..."""
+"""Sequences of the model's own text that join calibration texts, as a share of the texts' sequences."""
 RANDOM_SHARE = 0.25
-"""... sequences of random tokens."""
+"""Sequences of random tokens that join calibration texts where there is no text of the model's own, as a share."""
+SHARES = Range(0, 4, "0 (none) to 4 (four times as many sequences as of text)")
+KEPT = "for example --keep 0.75, for 75 % of the parameters"
 
 
-class SliceOptions(BaseModel):
-    """Everything that decides what a sliced model looks like.
+class SliceOptions(Options):
+    """Everything that decides what a sliced model looks like. Of keep, slicing, width and recipe, one is given."""
 
-    Attributes:
-        model: A folder, a hub id or a .gguf file.
-        output: The folder to write; must not exist.
-        keep: Share of the dense model's stored parameters to keep, 0 < keep <= 1.
-        slicing: The paper's measure: the share of the hidden width to cut, 0 <= slicing < 1.
-        width: The hidden width to keep.
-        recipe: A file with a plan: an eigenslice.json, or YAML with width, neurons, key_value_heads,
-            dropped_blocks, tied, basis.
-        neurons: MLP neurons to keep in every block, or expert, with slicing or width; None keeps all.
-        mlp: Whether keep may cut MLP neurons (global basis).
-        heads: Whether keep may cut key/value heads, each with its query heads (global basis, with refit).
-        depth: Whether keep may leave out whole blocks, where all are alike (global basis, with refit).
-        basis: One basis for all sites, or one for each with shortcuts (the paper).
-        refit: Fit the sliced weights to the dense model's activations, in closed form; None is yes with a global
-            basis. Per-block is the paper's algorithm, which has none.
-        own_text: Sequences of text that the model writes itself, to calibrate on beside texts, as a share of those; the
-            model is loaded as a whole for it. None is 0.5, unless that takes more memory than slicing. Token ids are
-            used as they are.
-        random_tokens: Sequences of random tokens to fit on beside texts, as such a share, so that every part of the
-            vocabulary is seen; None is 0.25 where there is no text of the model's own, else 0.
-        untie: Store embedding and head separately even if the dense model ties them.
-        multiple: Widths and neurons that slicing and keep choose are multiples of this. Matrix kernels like 8;
-            llama.cpp's Q8_0 wants 32 and its K-quants 256.
-        portable: Only forms that llama.cpp and vLLM are known to run; slicing and keep choose multiples of the number
-            of heads then.
-        form: auto (stock if a config can hold the result), stock or custom.
-        calibration: See `CalibrationOptions`.
-        dtype: Stored dtype; None is the checkpoint's.
-        compute_dtype: Dtype of the forward pass; None is float32 on CPU and the checkpoint's on a GPU.
-        device: torch device; None is a GPU if there is one.
-        offload: Where calibration activations live: auto (the device, else host memory, else files), none (the
-            device), disk (files).
-        shard_gib: Size of an output file, in GiB.
-        resume: Go on with a run that was interrupted, if there is one.
-        trust_remote_code: Let the tokenizer run code from the checkpoint.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    output: UserPath
-    keep: float | None = None
-    slicing: float | None = None
-    width: int | None = None
-    recipe: UserPath | None = None
-    neurons: int | None = None
-    mlp: bool = True
-    heads: bool = True
-    depth: bool = True
-    basis: Literal["global", "per-block"] = "global"
-    refit: bool | None = None
-    untie: bool = False
-    own_text: float | None = None
-    random_tokens: float | None = None
-    multiple: int = 8
-    portable: bool = False
-    form: Literal["auto", "stock", "custom"] = "auto"
-    calibration: CalibrationOptions = CalibrationOptions()
-    dtype: DtypeName | None = None
-    compute_dtype: DtypeName | None = None
-    device: str | None = None
-    offload: Literal["auto", "none", "disk"] = "auto"
-    shard_gib: float = 5.0
-    resume: bool = False
-    trust_remote_code: bool = False
+    model: Annotated[str, Option("A folder, a hub id or a .gguf file.", argument=True)]
+    output: Annotated[UserPath, Option("Folder to write; must not exist.", flags=("--output", "-o"))]
+    keep: Annotated[
+        float | None,
+        Option("Share of the stored parameters to keep, such as 0.75. Tied weights count once.", SIZE),
+        Range(math.nextafter(0, 1), 1, "more than 0 and at most 1", KEPT),
+    ] = None
+    slicing: Annotated[
+        float | None,
+        Option("The paper's measure: share of the hidden width to cut.", SIZE),
+        Range(
+            0,
+            math.nextafter(1, 0),
+            "at least 0 and less than 1",
+            "for example --slicing 0.25, which cuts a quarter of the hidden width",
+        ),
+    ] = None
+    width: Annotated[int | None, Option("Hidden width to keep.", SIZE)] = None
+    recipe: Annotated[
+        UserPath | None,
+        Option(
+            "Plan from a file: an eigenslice.json, or YAML with width, neurons, key_value_heads, dropped_blocks, "
+            "tied, basis.",
+            SIZE,
+        ),
+    ] = None
+    neurons: Annotated[
+        int | None,
+        Option("MLP neurons (of each expert) to keep in every block, with --width or --slicing.", SIZE, "all"),
+    ] = None
+    mlp: Annotated[bool, Option("With --keep: cut MLP neurons, too; --no-mlp cuts the width only.", SIZE)] = True
+    heads: Annotated[bool, Option("With --keep: cut key/value heads, each with its query heads, too.", SIZE)] = True
+    depth: Annotated[bool, Option("With --keep: leave out whole blocks, too, where all are alike.", SIZE)] = True
+    basis: Annotated[
+        Literal["global", "per-block"],
+        Option("One basis for all sites, or one for each site with shortcuts (the paper).", RESULT),
+    ] = "global"
+    refit: Annotated[
+        bool | None,
+        Option("Fit sliced weights to the dense model's activations.", RESULT, "yes with a global basis"),
+    ] = None
+    untie: Annotated[bool, Option("Store embedding and head separately, even if the model ties them.", RESULT)] = False
+    own_text: Annotated[
+        float | None,
+        Option(
+            "Sequences of text that the model writes itself, as a share of the texts' sequences. The model is loaded "
+            "as a whole for it.",
+            CALIBRATION,
+            f"{OWN_SHARE}, if the whole model takes less memory than slicing",
+        ),
+        SHARES,
+    ] = None
+    random_tokens: Annotated[
+        float | None,
+        Option(
+            "Sequences of random tokens to fit on, as a share of the texts' sequences: they show the whole vocabulary.",
+            CALIBRATION,
+            f"{RANDOM_SHARE} without text of the model's own, else 0",
+        ),
+        SHARES,
+    ] = None
+    multiple: Annotated[
+        int,
+        Option("--slicing and --keep choose multiples of this: 8, or 32 (Q8_0) or 256 (K-quants).", SIZE),
+        Range(1, 4096, "1 to 4096", "8, the default, 32, 64 and 256 are usual"),
+    ] = 8
+    portable: Annotated[bool, Option("Only what llama.cpp and vLLM are known to run, or an error.", RESULT)] = False
+    form: Annotated[
+        Literal["auto", "stock", "custom"],
+        Option(
+            "Save as a stock config of transformers, or as eigenslice's class; auto: stock if one can hold it.", RESULT
+        ),
+    ] = "auto"
+    calibration: Annotated[CalibrationOptions, Nested()] = CalibrationOptions()
+    dtype: Annotated[DtypeName | None, Option("Stored dtype.", RESULT, "as the source")] = None
+    compute_dtype: Annotated[
+        DtypeName | None,
+        Option("Dtype of the forward pass.", MACHINE, "float32 on CPU, the source's on a GPU"),
+    ] = None
+    device: Device = None
+    offload: Annotated[
+        Literal["auto", "none", "disk"],
+        Option(
+            "Where calibration activations live: none is on the device, disk in files, auto where they fit.", MACHINE
+        ),
+    ] = "auto"
+    shard_gib: ShardGib = 5.0
+    resume: Annotated[bool, Option("Go on with an interrupted run of the same command.", MACHINE)] = False
+    trust_remote_code: TrustTokenizer = False
 
     @model_validator(mode="after")
     def _check(self) -> "SliceOptions":
@@ -92,29 +119,13 @@ class SliceOptions(BaseModel):
             raise OptionsError(
                 " and ".join(given) + " together" if given else "no size was given",
                 allowed="exactly one of --keep, --slicing, --width and --recipe",
-                next_step="for example --keep 0.75, for 75 % of the parameters",
-            )
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise OptionsError(
-                f"--keep {self.keep}",
-                allowed="more than 0 and at most 1",
-                next_step="for example --keep 0.75, for 75 % of the parameters",
-            )
-        if self.slicing is not None and not 0 <= self.slicing < 1:
-            raise OptionsError(
-                f"--slicing {self.slicing}",
-                allowed="at least 0 and less than 1",
-                next_step="for example --slicing 0.25, which cuts a quarter of the hidden width",
+                next_step=KEPT,
             )
         if self.neurons is not None and (self.keep is not None or self.recipe is not None or not self.mlp):
             raise OptionsError(
                 f"--neurons {self.neurons} with --keep, --recipe or --no-mlp",
                 allowed="--neurons beside --width or --slicing: --keep and --recipe say themselves how many to keep",
                 next_step="drop one of them",
-            )
-        if not 1 <= self.multiple <= 4096:
-            raise OptionsError(
-                f"--multiple {self.multiple}", allowed="1 to 4096", next_step="8, the default, 32, 64 and 256 are usual"
             )
         if self.portable and (self.form == "custom" or self.basis == "per-block"):
             raise OptionsError(
@@ -128,14 +139,6 @@ class SliceOptions(BaseModel):
                 allowed="--refit with --basis global; per-block is the paper's algorithm, which has none",
                 next_step="drop one of them",
             )
-        for name, share in (("own-text", self.own_text), ("random-tokens", self.random_tokens)):
-            if share is not None and not 0 <= share <= 4:
-                raise OptionsError(
-                    f"--{name} {share}",
-                    allowed="0 (none) to 4 (four times as many sequences as of text)",
-                    next_step="leave it out for the default",
-                )
-        check_ranges(self, {"shard_gib": SHARD_GIB})
         return self
 
     @property

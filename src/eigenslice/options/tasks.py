@@ -1,47 +1,47 @@
 """Options of `eigenslice eval --tasks`."""
 
 from importlib.util import find_spec
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
-from eigenslice.options.common import DtypeName
+from eigenslice.options.common import Device, RunDtype, TrustCheckpoint
+from eigenslice.options.flags import TASKS, Option, Options, Range
 from eigenslice.options.paths import UserPath
-from eigenslice.options.ranges import Limits, check_ranges
-
-LIMITS: Limits = {
-    "fewshot": (0, 10**4, "0 to 10000 examples"),
-    "limit": (1, 10**9, "1 to 10^9 questions"),
-    "batch": (1, 10**6, "1 to 1000000 sequences"),
-}
 
 
-class TaskOptions(BaseModel):
-    """What models are asked.
+class TaskOptions(Options):
+    """Questions to models."""
 
-    Attributes:
-        tasks: Names of lm-eval's tasks or groups, or of those in `include_path`.
-        include_path: A folder of task files (YAML) of your own.
-        fewshot: Examples before each question; None is the task's own number.
-        limit: Questions of each task, from its start; None is all.
-        batch: Sequences at once.
-        chat: Ask in the models' chat templates.
-        device: torch device; None is a GPU if there is one.
-        dtype: None is the stored one on a GPU and float32 on CPU.
-        trust_remote_code: Let the checkpoints run code.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    tasks: tuple[str, ...]
-    include_path: UserPath | None = None
-    fewshot: int | None = None
-    limit: int | None = None
-    batch: int = 8
-    chat: bool = False
-    device: str | None = None
-    dtype: DtypeName | None = None
-    trust_remote_code: bool = False
+    tasks: Annotated[
+        tuple[str, ...],
+        Option(
+            "Instead of perplexity: tasks or groups of lm-eval, joined by commas, such as piqa,arc_easy.",
+            TASKS,
+            joined=True,
+        ),
+    ]
+    include_path: Annotated[
+        UserPath | None, Option("Folder of task files (YAML) of your own, for --tasks.", TASKS, "none")
+    ] = None
+    fewshot: Annotated[
+        int | None,
+        Option("Examples before each question.", TASKS, "the task's own number"),
+        Range(0, 10**4, "0 to 10000 examples"),
+    ] = None
+    limit: Annotated[
+        int | None,
+        Option("Questions of each task, from its start.", TASKS, "all"),
+        Range(1, 10**9, "1 to 10^9 questions"),
+    ] = None
+    batch: Annotated[
+        int, Option("Sequences at once, for --tasks.", TASKS), Range(1, 10**6, "1 to 1000000 sequences")
+    ] = 8
+    chat: Annotated[bool, Option("Ask tasks in the models' chat templates.", TASKS)] = False
+    device: Device = None
+    dtype: RunDtype = None
+    trust_remote_code: TrustCheckpoint = False
 
     @model_validator(mode="after")
     def _check(self) -> "TaskOptions":
@@ -59,5 +59,4 @@ class TaskOptions(BaseModel):
                 allowed="a folder of task files (YAML)",
                 next_step="check the path",
             )
-        check_ranges(self, LIMITS)
         return self

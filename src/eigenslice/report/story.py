@@ -4,11 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.finetune import FinetuneOptions
+from eigenslice.options.flags import Options, flag_of, nested_of
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.report.escape import python_string, shell_words
 
-FLAGS = {"shard_gib": "shard-size"}
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)(@\S+)?", re.ASCII)
 """OWNER/NAME, and a revision."""
 LONGEST_ID = 200
@@ -16,46 +16,41 @@ LONGEST_ID = 200
 
 def slice_command(manifest: dict[str, Any]) -> str:
     """The command line that makes a result again: what differs from the defaults."""
-    options = manifest["options"] | {"resume": False}
-    return _command("slice", options, SliceOptions.model_fields, "calibration", CalibrationOptions())
+    return _command("slice", SliceOptions, manifest["options"])
 
 
 def finetune_command(section: dict[str, Any]) -> str:
     """The same of the recovery fine-tuning, from the manifest's section on it."""
-    from eigenslice.options.finetune import FinetuneOptions  # its package imports much
-
-    fields = FinetuneOptions.model_fields
-    options = section["options"] | {"resume": False}
-    return _command("finetune", options, fields, "data", fields["data"].default)
+    return _command("finetune", FinetuneOptions, section["options"])
 
 
-def _command(verb: str, options: dict[str, Any], fields: Any, data: str, default_data: CalibrationOptions) -> str:
-    """`data` is the name of the field with `CalibrationOptions`."""
+def _command(verb: str, kind: type[Options], options: dict[str, Any]) -> str:
+    nested = nested_of(kind) or ""
     parts = ["eigenslice", verb, options["model"], "-o", options["output"]]
-    chosen = {name: value for name, value in options.items() if name not in ("model", "output", data)}
-    defaults = {name: field.default for name, field in fields.items()}
-    texts = options.get(data) or {}
-    own = default_data.model_dump(mode="json")
-    for values, usual in ((chosen, defaults), (texts, own)):
-        for name, value in values.items():
-            if value is None or value == usual.get(name) or value in ([], ()):
-                continue
-            parts += _flags(name, value)
+    parts += _chosen(kind, options, ("model", "output", "resume", nested))
+    if nested:
+        default = kind.model_fields[nested].default
+        parts += _chosen(type(default), options.get(nested) or {}, (), default.model_dump(mode="json"))
     return shell_words([*map(str, parts)])
 
 
-def _flags(name: str, value: Any) -> list[str]:
-    if isinstance(value, list):
-        flag = "calibration" if name == "data" else name.replace("_", "-")
-        return [part for text in value for part in (f"--{flag}", text)]
-    return _flag(name, value)
+def _chosen(
+    kind: type[Options], values: dict[str, Any], left_out: tuple[str, ...], defaults: dict[str, Any] | None = None
+) -> list[str]:
+    """The options that say what differs from the defaults, by default those of the model."""
+    usual = defaults or {name: field.default for name, field in kind.model_fields.items()}
+    parts: list[str] = []
+    for name, value in values.items():
+        if name in left_out or value is None or value == usual.get(name) or value in ([], ()):
+            continue
+        parts += _flags(flag_of(kind, name), value)
+    return parts
 
 
-def _flag(name: str, value: Any) -> list[str]:
-    flag = FLAGS.get(name, name.replace("_", "-"))
+def _flags(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):
-        return [f"--{flag}" if value else f"--no-{flag}"]
-    return [f"--{flag}", str(value)]
+        return [flag if value else f"--no-{flag.removeprefix('--')}"]
+    return [part for each in (value if isinstance(value, list) else [value]) for part in (flag, str(each))]
 
 
 def loading_code(manifest: dict[str, Any], name: str) -> str:
