@@ -69,9 +69,11 @@ def test_no_other_gain_is_better(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The gradient of the KL by autograd, through transformers' model, vanishes."""
-    monkeypatch.setattr(neuronfit, "STEPS", 0)  # with them, qwen3-tied's float32 losses end L-BFGS at 1.2e-4
+    monkeypatch.setattr(
+        neuronfit, "CONJUGATE_GRADIENTS", 0
+    )  # with them, qwen3-tied's float32 losses end L-BFGS at 1.2e-4
     monkeypatch.setattr(gains, "PULL", 0.0)
-    monkeypatch.setattr(gains, "STEPS", 300)
+    monkeypatch.setattr(gains, "LBFGS_ITERATIONS", 300)
     result = sliced(case, ids, run_slice, tmp_path)
     dense, model = (load(folder, dtype=torch.float64) for folder in (dense_folder(case), result.output))
     rows = held_out(ids)

@@ -1,5 +1,6 @@
 """What MLP neurons read: slopes against differences, and the step against least squares with all unknowns."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,11 @@ from eigenslice.data.batches import Batch
 from eigenslice.fit import neuron_readers as neuronfit
 from eigenslice.fit.neuron_readers import Errors, Readers, fit_readers
 from eigenslice.model.dense import DenseModel
-from eigenslice.runtime.offload import Offload
-from eigenslice.runtime.ranks import ALONE
 from eigenslice.stream.runner import captured_inputs
 from eigenslice.stream.walk import Site, Stream
 from tests import tiny
 from tests.conftest import Folders
+from tests.runs import run_of
 
 IN_FLOAT64 = [case for case in tiny.WITH_NEURONS if case != "xglm"]  # its attention mask overflows
 KINDS = ["llama", "opt", "phi3"]  # gate and up, one reader with a bias, gate and up in one
@@ -82,8 +82,10 @@ def least_squares(slopes: Tensor, read: Tensor, missing: Tensor, writer: Tensor,
 
 
 @pytest.mark.parametrize("case", KINDS)
-def test_with_enough_steps_it_is_least_squares(case: str, at_mlp: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(neuronfit, "STEPS", 400)
+def test_with_enough_steps_it_is_least_squares(
+    case: str, at_mlp: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(neuronfit, "CONJUGATE_GRADIENTS", 400)
     dense, site, readers = at_mlp(case)
     a = site.activations[0]
     normalized = site.layer.normalize(site.index, a.hidden)
@@ -93,7 +95,7 @@ def test_with_enough_steps_it_is_least_squares(case: str, at_mlp: Any, monkeypat
     weight = torch.rand(len(read), 1, dtype=torch.float64, generator=generator) + 0.5
     writer = site.folded[readers.sublayer.weight(readers.writer)]
     batch = Errors(a, normalized, a.kwargs[site.block], missing, weight)
-    found, squares = fit_readers(readers, [batch], writer, Offload("device", dense.device), 1, ALONE)
+    found, squares = fit_readers(readers, [batch], writer, run_of(dense, [], tmp_path), 1)
     assert squares == pytest.approx(float(missing.square().sum()))
     assert list(found) == list(readers.names)
     expected = least_squares(slopes, read, missing, writer.double(), weight)

@@ -14,22 +14,24 @@ from eigenslice.algebra.refit import RidgeChoice
 from eigenslice.arch import lookup
 from eigenslice.checkpoint.source import open_source
 from eigenslice.cut.blocks import ALL, SiteBasis
+from eigenslice.cut.ends import GlobalBasis, GlobalCut
 from eigenslice.data import holdout
 from eigenslice.data.batches import Batch
 from eigenslice.fit import neuron_readers as neuronfit
 from eigenslice.fit import twin as refitting
+from eigenslice.fit.beside import run_beside
+from eigenslice.fit.ridges import Fitting
 from eigenslice.fit.twin import SlicedTwin
 from eigenslice.measure.importance import HEAD_WEIGHT
 from eigenslice.model.dense import DenseModel, Tensors
 from eigenslice.options.calibration import CalibrationOptions
 from eigenslice.plan.plan import Plan, widths
-from eigenslice.runtime.ranks import ALONE
 from eigenslice.slicing import SliceResult
-from eigenslice.stream.walk import Stream
 from tests import tiny
 from tests.conftest import Folders, Recipe, Slicer
 from tests.reference_twin import Twin
 from tests.results import load, relative
+from tests.runs import run_of
 
 WIDTH, NEURONS, RIDGE = 20, 40, 0.03
 IDS = tiny.random_ids(2, 20, seed=5)
@@ -100,7 +102,7 @@ def test_of_many_tokens_some_have_to_do_for_the_curvature(
 ) -> None:
     ids = load_file(calibration)["calibration"]
     monkeypatch.setattr(neuronfit, "CURVATURE_TOKENS", ids.numel() // 2)
-    monkeypatch.setattr(refitting, "STEP_SHARES", (1.0,))  # of so few, a step goes too far
+    monkeypatch.setattr(neuronfit, "STEP_SHARES", (1.0,))  # of so few, a step goes too far
     result = run_slice(case, width=WIDTH, neurons=NEURONS)
     model, twin = load(dense_folder(case), dtype=torch.float64), twin_of(case, result, RIDGE)
     check(result, replace(twin, stride=2).logits(model, ids, IDS), model)
@@ -183,7 +185,7 @@ def test_it_brings_the_result_nearer_to_the_dense_model_on_other_tokens(
 
 
 def run_twin(
-    dense: DenseModel, batches: list[Batch], basis: SiteBasis, trial: Iterable[int] = ()
+    dense: DenseModel, batches: list[Batch], basis: SiteBasis, folder: Path, trial: Iterable[int] = ()
 ) -> tuple[SlicedTwin, list[Tensors], list[Tensor]]:
     """A twin that walked with the dense model, all neurons kept, the blocks that it wrote, and its last streams."""
     blocks: list[Tensors] = []
@@ -193,14 +195,12 @@ def run_twin(
         blocks.append(tensors)
 
     plan = Plan("global", widths(dense, "global", basis.width), False, None, (dense.neurons,) * dense.blocks)
-    groups = {batch.group for batch in batches} - set(trial)
-    twin = SlicedTwin(dense, plan, basis, [ALL] * dense.blocks, torch.float32, write, groups=groups, ranks=ALONE)
-    streams: list[Tensor] = []
-    for site in Stream(dense, torch.float32).walk(batches, hold=True):
-        twin.arrive(site)
-        twin.leave(site)
-        streams = list(twin.streams)
-    return twin, blocks, streams
+    cut = GlobalCut(plan, GlobalBasis(basis, None), [ALL] * dense.blocks)
+    fitting, run = Fitting({batch.group for batch in batches} - set(trial)), run_of(dense, batches, folder)
+    twin = SlicedTwin(run, cut, fitting, write)
+    for _ in run_beside(run, batches, {"twin": twin}, stage="fit", position=None, report=run.report("fit")):
+        pass
+    return twin, blocks, list(twin.streams)
 
 
 def in_groups(*seeds: int) -> list[Batch]:
@@ -208,9 +208,11 @@ def in_groups(*seeds: int) -> list[Batch]:
 
 
 @pytest.mark.parametrize("case", [*tiny.CORE, "gemma4_text"])
-def test_with_nothing_cut_it_is_the_dense_model(case: str, dense_folder: Folders) -> None:
+def test_with_nothing_cut_it_is_the_dense_model(case: str, dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
-    twin, blocks, _ = run_twin(dense, in_groups(1, 2, 3), SiteBasis(torch.eye(tiny.WIDTH, dtype=torch.float64)))
+    twin, blocks, _ = run_twin(
+        dense, in_groups(1, 2, 3), SiteBasis(torch.eye(tiny.WIDTH, dtype=torch.float64)), tmp_path
+    )
     assert len(blocks) == dense.blocks
     for index, tensors in enumerate(blocks):
         expected = dense.block(index)
@@ -222,14 +224,14 @@ def test_with_nothing_cut_it_is_the_dense_model(case: str, dense_folder: Folders
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt_neox"])
-def test_nothing_is_fitted_on_trial_groups(case: str, dense_folder: Folders) -> None:
+def test_nothing_is_fitted_on_trial_groups(case: str, dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     basis = SiteBasis(torch.linalg.qr(torch.randn(32, 20, generator=torch.Generator().manual_seed(0)).double())[0])
     batches = in_groups(1, 2, 3)
     (_, alone, _), (_, tried, streams), (_, all_three, _) = (
-        run_twin(dense, batches[:2], basis),
-        run_twin(dense, batches, basis, trial=[2]),
-        run_twin(dense, batches, basis),
+        run_twin(dense, batches[:2], basis, tmp_path),
+        run_twin(dense, batches, basis, tmp_path, trial=[2]),
+        run_twin(dense, batches, basis, tmp_path),
     )
     for some, same, other in zip(alone, tried, all_three, strict=True):
         for name in some:
@@ -261,7 +263,7 @@ def test_after_a_site_nothing_is_missing_that_its_writers_could_write(
 
     Not so once what was written from has changed, so that readers aren't fitted here.
     """
-    monkeypatch.setattr(neuronfit, "STEPS", 0)
+    monkeypatch.setattr(neuronfit, "CONJUGATE_GRADIENTS", 0)
     monkeypatch.setattr(RidgeChoice, "choose", lambda *_: 1e-7)
     result, ids = run_slice(case, width=WIDTH, neurons=NEURONS, form="custom"), load_file(calibration)["calibration"]
     sliced, dense = load(result.output), load(dense_folder(case))

@@ -66,7 +66,7 @@ def test_the_loss_is_that_of_the_model_that_would_be_saved(
     """Slicing with the tokens that were fitted on, to the same plan, gives a model that loses as much elsewhere."""
     monkeypatch.setattr(RidgeChoice, "choose", lambda *_: 0.1)
     monkeypatch.setattr(holdout, "HELD_OUT_SHARE", 100)  # trials fit no gain before the head, either, ...
-    monkeypatch.setattr(neuronfit, "STEPS", 0)  # ... nor what neurons read
+    monkeypatch.setattr(neuronfit, "CONJUGATE_GRADIENTS", 0)  # ... nor what neurons read
     folder = dense_folder(case)
     dense, model = DenseModel(open_source(str(folder))), load(folder)
     ids, held_out = tiny.random_ids(12, 24, seed=1), tiny.random_ids(5, 24, seed=2)

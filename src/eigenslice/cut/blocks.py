@@ -59,13 +59,13 @@ def identity_basis(width: int, device: torch.device | str) -> SiteBasis:
 
 @dataclass(frozen=True)
 class Kept:
-    """What is kept inside of a block's sublayers: indices, ascending; None keeps all.
+    """The units that are kept in a block's sublayers: indices, ascending; None keeps all.
 
     Attributes:
-        neurons: Of the MLP, (kept,); in a mixture those of each expert, (experts, kept).
-        shared: Those of the shared experts that are cut with them, (kept,).
+        neurons: Neurons of the MLP, (kept,); in a mixture neurons of each expert, (experts, kept).
+        shared: Neurons of the shared experts that are cut with them, (kept,).
         heads: Key/value heads of the attention, each with its query heads.
-        of_heads: How many there are.
+        of_heads: Number of heads in the dense model.
     """
 
     neurons: Tensor | None = None
@@ -77,8 +77,8 @@ class Kept:
         """The kept part of a sublayer's weight or bias along one axis.
 
         Args:
-            sublayer: Whose.
-            name: Of the reader or writer.
+            sublayer: The sublayer.
+            name: Name of the reader or writer.
             tensor: Out x in, or (out,); one for each expert if it is stacked.
             axis: 0 for what readers give, 1 for what writers take.
         """
@@ -111,9 +111,9 @@ def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = AL
     """The weights of a sublayer's readers and writers with only some of its neurons or heads.
 
     Args:
-        sublayer: Whose.
+        sublayer: The sublayer.
         folded: Canonical weights of its decoder layer; names relative to the layer.
-        kept: Which.
+        kept: The neurons and heads to keep.
 
     Yields:
         Names and tensors.
@@ -135,10 +135,10 @@ def turn_end(sublayer: Sublayer, part: str, tensor: Tensor, reading: Tensor, wri
     """A weight or bias of a sublayer's reader or writer, for the stream in bases; computed in the tensor's dtype.
 
     Args:
-        sublayer: Whose.
+        sublayer: The sublayer.
         part: Name of the weight or bias.
-        tensor: As it is in the dense model's coordinates.
-        reading: What readers get from the normalized stream, (D, width).
+        tensor: The tensor in the dense model's coordinates.
+        reading: The readers' view of the normalized stream, (D, width).
         writing: The basis that writers write in.
     """
     if part in (sublayer.weight(name) for name in sublayer.readers):
@@ -162,7 +162,7 @@ def slice_block(
 
     Args:
         sites: The sublayers at each of its sites.
-        folded: Its canonical weights; names relative to the layer.
+        folded: Canonical weights of the layer; names relative to the layer.
         bases: The basis of each of its sites, then of the next layer's first one.
         shortcuts: Add the matrices on the skip connections.
         kept: Neurons and heads to keep.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum, kept_basis, layer_norm_basis, tied_basis
-from eigenslice.cut.blocks import SiteBasis
+from eigenslice.cut.blocks import Kept, SiteBasis
 from eigenslice.model.dense import DenseModel, NamedTensors, Tensors
 from eigenslice.model.folding import carry
 from eigenslice.plan.plan import Plan
@@ -19,6 +19,21 @@ class GlobalBasis:
 
     site: SiteBasis
     tied_gain: Tensor | None
+
+
+@dataclass(frozen=True)
+class GlobalCut:
+    """A plan with one basis for all sites.
+
+    Attributes:
+        plan: The plan.
+        basis: The basis.
+        kept: Neurons and heads that are kept in each block of the result.
+    """
+
+    plan: Plan
+    basis: GlobalBasis
+    kept: list[Kept]
 
 
 def global_basis(dense: DenseModel, plan: Plan, spectrum: Spectrum) -> GlobalBasis:
@@ -70,10 +85,10 @@ def slice_head(
 
     Args:
         dense: The model.
-        plan: What the result looks like.
-        basis: Of the site before the head.
+        plan: The plan of the result.
+        basis: The basis of the site before the head.
         tied_gain: Gain of the final norm, in the basis; None if the head isn't tied.
-        dtype: Of an untied head.
+        dtype: The dtype of an untied head.
         reading: What an untied head reads from the normalized stream, (D, width); None is Q / c.
     """
     rows, bias = dense.head()
@@ -123,11 +138,11 @@ def _stock_norm(
 
     Args:
         dense: The model.
-        prefix: Where names are relative to.
+        prefix: The prefix that names are relative to.
         norm: The norm.
         readers: Names of the weight and the bias of each reader behind it.
         tensors: The folded weights.
-        width: Of the stream.
+        width: The width of the stream.
     """
     carried = [bias for _, bias in readers if bias in tensors and not dense.keeps_bias(prefix + bias, stock=True)]
     result = {name: tensor for name, tensor in tensors.items() if name not in carried}

@@ -6,16 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenslice.fit.twin import SlicedTwin
-from eigenslice.measure.divergence import Head, _held_out, dense_head
-from eigenslice.model.dense import DenseModel
-from eigenslice.runtime.ranks import Ranks
+from eigenslice.measure.divergence import Head, dense_head, held_out_rows
+from eigenslice.runtime.offload import OffloadedTensors
+from eigenslice.stream.run import Run
 from eigenslice.stream.walk import Site
 
 PULL = 1e-3
-"""What a gain that differs by 1 from the mean of all costs, in nats per token."""
-STEPS = 10
-"""Iterations of L-BFGS."""
+"""Cost of a gain that differs by 1 from the mean of all gains, in nats per token."""
+LBFGS_ITERATIONS = 10
+"""Largest number of iterations of L-BFGS."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class GainFit:
     kl_after: float
 
     def describe(self) -> dict[str, Any]:
-        """As the manifest holds it."""
+        """Return the manifest's entry."""
         return {
             "tokens": self.tokens,
             "mean_gain": float(self.gain.mean()),
@@ -43,8 +42,8 @@ class GainFit:
         }
 
 
-def fit_gain(dense: DenseModel, site: Site, twin: SlicedTwin, head: Head, ranks: Ranks) -> GainFit | None:
-    """The gain that brings a sliced model's logits nearest to the dense one's on held-out tokens.
+def fit_gain(run: Run, site: Site, streams: OffloadedTensors, head: Head) -> GainFit | None:
+    """Fit the gain that brings a sliced model's logits nearest to the dense one's on held-out tokens.
 
     What slicing loses acts as noise in the stream, and a head that reads it as if there were none is too sure of
     itself. The g that minimizes mean KL(dense || softmax(scale * ((x * g) W^T + b))) + PULL * |g - mean(g)|^2: a
@@ -52,19 +51,19 @@ def fit_gain(dense: DenseModel, site: Site, twin: SlicedTwin, head: Head, ranks:
     only by P W, so that a step costs two products with W.
 
     Args:
-        dense: The dense model.
-        site: The one before the head.
-        twin: The sliced model, there.
-        head: Its head without the gain.
-        ranks: Whose held-out tokens it is fitted on.
+        run: The run.
+        site: The site before the head.
+        streams: The sliced streams at this site.
+        head: The sliced model's head without the gain.
 
     Returns:
         None where no sequence was held out.
     """
+    dense, ranks = run.dense, run.ranks
     whole = dense_head(dense)
     kept: list[tuple[Tensor, Tensor]] = []  # x and P W
     fixed = torch.zeros(2, dtype=torch.float64, device=dense.device)  # what of the KL g doesn't change; tokens
-    for rows, (sliced,) in _held_out(site, [twin.streams], whole.at_once):
+    for rows, (sliced,) in held_out_rows(site, [streams], whole.at_once):
         expected = whole.logits(rows).log_softmax(-1)
         probabilities = expected.exp()
         kept.append((sliced, head.scale * (probabilities @ head.weight)))
@@ -89,7 +88,7 @@ def fit_gain(dense: DenseModel, site: Site, twin: SlicedTwin, head: Head, ranks:
         return sums[0] + constant / tokens, sums[1:]
 
     gain = torch.ones(head.weight.shape[1], dtype=torch.float32, device=dense.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([gain], max_iter=STEPS, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([gain], max_iter=LBFGS_ITERATIONS, line_search_fn="strong_wolfe")
     losses: list[float] = []
 
     def closure() -> float:

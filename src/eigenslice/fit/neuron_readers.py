@@ -16,17 +16,21 @@ from torch import Tensor
 from eigenslice.algebra.conjugate import conjugate_gradients
 from eigenslice.algebra.covariance import gram_matrix
 from eigenslice.arch import Sublayer
-from eigenslice.runtime.offload import Offload
-from eigenslice.runtime.ranks import Ranks
+from eigenslice.model.dense import Tensors
+from eigenslice.runtime.device import trim_memory
+from eigenslice.stream.run import Run
 from eigenslice.stream.runner import captured_inputs
 from eigenslice.stream.walk import Activations
 
-STEPS = 3
-"""Conjugate gradients. With more, what is gained on other text is lost on text of other kinds."""
+CONJUGATE_GRADIENTS = 3
+"""Steps of conjugate gradients. With more, what is gained on other text is lost on text of other kinds."""
 CURVATURE_TOKENS, LARGEST_STRIDE = 16_384, 4
 """The curvature is that of so many tokens or more, but of a quarter in any case; the gradient, which leads, of all."""
+STEP_SHARES = (1.0, 0.5, 0.25, 0.0)
+"""Shares of a Gauss-Newton step, which is right to first order only: the largest one is taken that lets errors grow no
+larger."""
 RIDGE = 0.1
-"""As a share of the mean curvature per weight."""
+"""The ridge, as a share of the mean curvature per weight."""
 FLOOR = 0.05
 """The least curvature of a reader's row that the preconditioner reckons with, as a share of the mean of its kind."""
 SMALLEST = 1e-30
@@ -38,9 +42,9 @@ class Readers:
 
     Attributes:
         layer: The decoder layer.
-        site: Number of the site that they are at.
+        site: Number of their site.
         sublayer: The MLP; it has one writer.
-        names: Theirs, as far as the layer has them.
+        names: Names of the readers that the layer has.
     """
 
     layer: Any
@@ -54,20 +58,20 @@ class Readers:
         return self.sublayer.neuron_writer
 
     def rows(self, name: str) -> int:
-        """How many outputs a reader has."""
+        """Number of a reader's outputs."""
         return self.sublayer.turn(name, tuple(self.layer.get_submodule(name).weight.shape))[0]
 
     def linearize(self, normalized: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """What they read, (B, T, width), and how what the neurons give depends on what each of their rows does.
+        """Return what the readers read, (B, T, width), and the slopes of what neurons give by each reader's row.
 
         Nothing joins two neurons, so that the derivatives of the sum of all are those of each.
 
         Args:
             normalized: The sliced stream as the layer has normed it, (B, T, width).
-            kwargs: What the layer is called with beside it.
+            kwargs: The other arguments of the layer.
 
         Returns:
-            The former, and slopes, (B, T, rows): for each reader those of all neurons, of a fused one twice.
+            What is read, and slopes, (B, T, rows): for each reader those of all neurons, of a fused one twice.
         """
         names = self.names
         outputs: dict[str, Tensor] = {}
@@ -94,9 +98,9 @@ class Errors:
     Attributes:
         activations: The batch.
         normalized: The sliced stream as the layer has normed it, (B, T, width).
-        kwargs: What the layer is called with beside it.
-        missing: What the MLP should write beyond what it does, (tokens, width), times `weight`.
-        weight: Of each token, (tokens, 1).
+        kwargs: The other arguments of the layer.
+        missing: The part of the MLP's target that it doesn't write, (tokens, width), times `weight`.
+        weight: Weight of each token, (tokens, 1).
     """
 
     activations: Activations
@@ -107,39 +111,31 @@ class Errors:
 
 
 def curvature_stride(tokens: int) -> int:
-    """Of how many tokens one is enough for the curvature, if there are so many."""
+    """Return the number of tokens of which one is enough for the curvature."""
     return min(LARGEST_STRIDE, max(1, tokens // CURVATURE_TOKENS))
 
 
 def fit_readers(
-    readers: Readers,
-    batches: Iterable[Errors],
-    writer: Tensor,
-    offload: Offload,
-    stride: int,
-    ranks: Ranks,
+    readers: Readers, batches: Iterable[Errors], writer: Tensor, run: Run, stride: int
 ) -> tuple[dict[str, Tensor], float]:
-    """The change of an MLP's readers that lets it write most of what is missing, to first order.
+    """Find the change of an MLP's readers that lets it write most of what is missing, to first order.
 
     With s the slopes of what the neurons give, x what their readers read and d their columns of the writer, it is the
-    P (rows, width) that minimizes, by `STEPS` conjugate gradients, the sum over tokens of
+    P (rows, width) that minimizes, by `CONJUGATE_GRADIENTS` steps, the sum over tokens of
     |missing - sum_r s_r (P x)_r d_r|^2 + ridge |P|^2.
 
-    The preconditioner takes slopes and what is read to be independent: then the curvature is a Kronecker product.
-
     Args:
-        readers: Which.
+        readers: The readers.
         batches: The tokens to fit on.
-        writer: (width, neurons), as it has been fitted.
-        offload: Where slopes live: the size of what all readers give, for each token that the curvature has.
-        stride: It has every so many.
-        ranks: Who share the tokens.
+        writer: The writer's weight, (width, neurons), as it has been fitted.
+        run: The run. Slopes live in its offload: for each token of the curvature, the size of what all readers give.
+        stride: Distance of the tokens that the curvature is computed on.
 
     Returns:
         By name, the change of each reader's weight, out x in, float64; and the sum of |missing|^2 without it.
     """
-    neurons, device = writer.shape[1], writer.device
-    held = offload.tensors(), offload.tensors()  # slopes times weight, and what is read
+    neurons, device, ranks = writer.shape[1], writer.device, run.ranks
+    curved = run.offload.tensors(), run.offload.tensors()  # slopes times weight, and what is read
     passed, squares = 0, torch.zeros(1, dtype=torch.float64, device=device)
     weight = readers.layer.get_parameter(readers.sublayer.weight(readers.names[0]))
     columns = writer.to(torch.promote_types(weight.dtype, torch.float32))
@@ -148,14 +144,14 @@ def fit_readers(
     # The gradient, the second moment of what is read, each row's own curvature
     sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
     for batch in batches:
-        a, dtype = batch.activations, batch.normalized.dtype
+        rows_of, dtype = batch.activations.rows, batch.normalized.dtype
         read, slopes = readers.linearize(batch.normalized, batch.kwargs)
-        read, slopes = a.rows(read), a.rows(slopes) * batch.weight
+        read, slopes = rows_of(read), rows_of(slopes) * batch.weight
         sums[0] += _backward(slopes, read, batch.missing @ columns)
         sums[1] += gram_matrix(read * batch.weight)
         sums[2] += slopes.square().sum(0)
         squares += batch.missing.square().sum()
-        for tensors, tensor in zip(held, (slopes, read), strict=True):
+        for tensors, tensor in zip(curved, (slopes, read), strict=True):
             tensors.append(tensor[-passed % stride :: stride].to(dtype, copy=True))
         passed += len(read)
     gradient, moment, curvature = (ranks.sum(total) for total in sums)
@@ -164,23 +160,51 @@ def fit_readers(
 
     kinds = curvature.view(-1, neurons) * columns.square().sum(0).double()
     level = RIDGE * kinds.mean() * moment.diagonal().mean() / tokens
-    kinds = (kinds + FLOOR * kinds.mean(1, keepdim=True)).clamp_min(SMALLEST).view(-1, 1)
-    mean = moment.diagonal().mean().clamp_min(SMALLEST)
-    inverse = torch.linalg.inv(moment / mean + torch.eye(width, dtype=torch.float64, device=device))
 
     def product(change: Tensor) -> Tensor:
+        trim_memory()
         total = torch.zeros_like(change)
-        for slopes, read in zip(*held, strict=True):
+        for slopes, read in zip(*curved, strict=True):
             slopes, read = slopes.to(columns.dtype), read.to(columns.dtype)
             given = (read @ change.T.to(columns.dtype)).mul_(slopes).unflatten(1, (-1, neurons)).sum(1)
             total += _backward(slopes, read, given @ columns.T @ columns)
         return ranks.sum(total) / share + level * change
 
-    change = conjugate_gradients(product, gradient, lambda x: x @ inverse / kinds, STEPS)
-    for tensors in held:
+    change = conjugate_gradients(product, gradient, _preconditioner(kinds, moment), CONJUGATE_GRADIENTS)
+    for tensors in curved:
         tensors.clear()
     changes = dict(zip(readers.names, ranks.decide(change).split(rows), strict=True))
     return changes, float(ranks.decide(ranks.sum(squares)))
+
+
+def _preconditioner(kinds: Tensor, moment: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return the inverse of the curvature if slopes and what is read are independent: then it is a Kronecker product.
+
+    Args:
+        kinds: Curvature of each reader's row, one line for each kind of reader, (kinds, neurons).
+        moment: Second moment of what is read, (width, width).
+    """
+    curvature = (kinds + FLOOR * kinds.mean(1, keepdim=True)).clamp_min(SMALLEST).view(-1, 1)
+    mean = moment.diagonal().mean().clamp_min(SMALLEST)
+    inverse = torch.linalg.inv(moment / mean + torch.eye(len(moment), dtype=torch.float64, device=moment.device))
+    return lambda change: change @ inverse / curvature
+
+
+def take_largest_step(
+    weights: Tensors, changes: Tensors, put: Callable[[Tensors], None], is_good: Callable[[], bool]
+) -> None:
+    """Take the largest of `STEP_SHARES` of a change that lets errors grow no larger.
+
+    Args:
+        weights: The readers' weights, by name.
+        changes: The change of each.
+        put: Function that gives the layer other weights.
+        is_good: Function that says whether the errors are no larger than before the change.
+    """
+    for share in STEP_SHARES:
+        put({name: weights[name] + share * change for name, change in changes.items()})
+        if is_good():
+            return
 
 
 def _backward(slopes: Tensor, read: Tensor, errors: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Ridge regressions over calibration sequences, their ridge chosen on groups that take turns in being held out."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,26 +9,48 @@ from torch import Tensor
 
 from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
 from eigenslice.data.batches import BESIDE_GROUP
+from eigenslice.runtime.device import trim_memory
 from eigenslice.runtime.ranks import Ranks
 from eigenslice.stream.walk import Activations
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Options of fitting a sliced model.
+
+    Attributes:
+        groups: Groups of the sequences, of all ranks, that layers are fitted on; others run along.
+        ridge: The ridge of all fits; None chooses it by holding groups out in turn, if there are two or more.
+        reader_stride: Distance of the tokens that the curvature of MLP neurons' readers is computed on. These are
+            fitted behind their writer. 0 leaves them as they are.
+    """
+
+    groups: Collection[int]
+    ridge: float | None = None
+    reader_stride: int = 0
 
 
 class RidgeFits:
     """The fits of a model, one after the other: a kind's ridge is chosen by all of them so far.
 
     Attributes:
-        groups: Those of the sequences that are fitted on.
+        groups: Groups of the sequences that are fitted on.
     """
 
-    def __init__(self, groups: Collection[int], ridge: float | None, ranks: Ranks) -> None:
-        """groups: of all ranks; ridge: of all fits, None chooses it if two or more groups are texts."""
-        self.groups = frozenset(groups)
+    def __init__(self, fitting: Fitting, ranks: Ranks) -> None:
+        """Begin without any fit.
+
+        Args:
+            fitting: The groups that are fitted on, and the ridge.
+            ranks: The processes that share the sequences.
+        """
+        self.groups = frozenset(fitting.groups)
         self._held_out = sorted(self.groups - {BESIDE_GROUP})
-        self._ridge, self._ranks = ridge, ranks
+        self._ridge, self._ranks = fitting.ridge, ranks
         self._choices = {kind: RidgeChoice() for kind in ("read", "write", "neurons", "experts")}
 
     def content(self) -> dict[str, Any]:
-        """What it needs to go on; as JSON."""
+        """Return all that `restore` needs, as JSON."""
         return {kind: list(choice.errors.values()) for kind, choice in self._choices.items()}
 
     def restore(self, content: dict[str, Any]) -> None:
@@ -35,7 +58,7 @@ class RidgeFits:
         for kind, errors in content.items():
             self._choices[kind] = RidgeChoice(errors=dict(zip(RIDGES, errors, strict=True)))
 
-    def __call__(
+    def fit(
         self,
         kind: str,
         turn: int,
@@ -43,34 +66,35 @@ class RidgeFits:
         base: Tensor,
         tokens: Callable[[int, Activations], Tokens],
     ) -> Tensor:
-        """Ridge regression towards known weights; once its ridge is chosen, on all tokens.
+        """Solve a ridge regression towards known weights; once its ridge is chosen, on all tokens.
 
         Args:
-            kind: One of those that have a ridge of their own.
-            turn: Number of the fit: says which group is held out.
-            activations: One per batch.
-            base: (m, n).
-            tokens: Gives a batch's inputs (T, n) and outputs (T, m).
+            kind: The kind of the fit; each kind has a ridge of its own.
+            turn: Number of the fit, which says which group is held out.
+            activations: Activations, one per batch.
+            base: The known weights, (m, n).
+            tokens: Function that gives a batch's inputs (T, n) and outputs (T, m).
 
         Returns:
             The weights, (m, n), float64.
         """
+        trim_memory()
         choosing = self._ridge is None and len(self._held_out) > 1
         held_out = self._held_out[turn % len(self._held_out)] if choosing else None
-        batches = [(n, a) for n, a in enumerate(activations) if a.group in self.groups]
-        held = [(n, a) for n, a in batches if a.group == held_out]
+        batches = [(n, batch) for n, batch in enumerate(activations) if batch.group in self.groups]
+        tried = [(n, batch) for n, batch in batches if batch.group == held_out]
         sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
-        for n, a in batches:
-            if a.group != held_out:
-                sums.add(*tokens(n, a))
+        for n, batch in batches:
+            if batch.group != held_out:
+                sums.add(*tokens(n, batch))
         sums.add_up(self._ranks.sum)
         ridge = DEFAULT_RIDGE if self._ridge is None else self._ridge
         if choosing:
-            ridge = self._choices[kind].choose(sums, (tokens(n, a) for n, a in held), base, self._ranks.sum)
+            ridge = self._choices[kind].choose(sums, (tokens(n, batch) for n, batch in tried), base, self._ranks.sum)
             ridge = float(self._ranks.decide(torch.tensor(ridge, dtype=torch.float64, device=base.device)))
             if not self._ranks.first:
                 sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
-            for n, a in held:
-                sums.add(*tokens(n, a))
+            for n, batch in tried:
+                sums.add(*tokens(n, batch))
             sums.add_up(self._ranks.sum)
         return self._ranks.decide(sums.solve(base, ridge))

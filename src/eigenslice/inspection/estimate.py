@@ -12,8 +12,7 @@ from eigenslice.data.batches import Batch
 from eigenslice.data.extra_sequences import BEGINNINGS_SHARE
 from eigenslice.data.holdout import FIT_TOKENS, TRIAL_TOKENS
 from eigenslice.data.tokens import longest_sequence
-from eigenslice.fit.neuron_readers import STEPS as READER_STEPS
-from eigenslice.fit.neuron_readers import curvature_stride
+from eigenslice.fit.neuron_readers import CONJUGATE_GRADIENTS, curvature_stride
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.slicing import OWN_SHARE, RANDOM_SHARE
 from eigenslice.plan.candidates import DROPS
@@ -93,7 +92,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     more = (1 + (OWN_SHARE if writes else RANDOM_SHARE)) * (1 + BEGINNINGS_SHARE)
     twin = block + 2 * sites * narrow + 2 * broad
     # What neurons read is fitted by products as large as that of their readers, three for each gradient; they run again
-    twin_with_readers = twin + (3 + READER_STEPS / curvature_stride(tokens) * 3 + 4) * read
+    twin_with_readers = twin + (3 + CONJUGATE_GRADIENTS / curvature_stride(tokens) * 3 + 4) * read
     fit = more * share * (block + twin_with_readers) + dense.blocks * 2 * broad
     plans = PLANS + (len(DROPS) if dense.blocks_alike else 0)
     tried = dense.blocks * min(more * tokens, TRIED_TOKENS) / ids.numel()

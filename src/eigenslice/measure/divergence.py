@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
-from eigenslice.cut.ends import GlobalBasis, slice_embeddings, slice_head
+from eigenslice.cut.ends import GlobalCut, slice_embeddings, slice_head
 from eigenslice.data.batches import HELD_OUT_GROUP
 from eigenslice.model.dense import DenseModel
-from eigenslice.plan.plan import Plan
 from eigenslice.runtime.offload import OffloadedTensors
 from eigenslice.runtime.ranks import Ranks
 from eigenslice.stream.walk import Site
@@ -49,20 +48,20 @@ class Head:
 
 
 def dense_head(dense: DenseModel) -> Head:
-    """The dense model's."""
+    """Return the dense model's head."""
     rows, bias = dense.head()
     return Head(rows.to(torch.float32), None if bias is None else bias.float(), _scale(dense))
 
 
-def sliced_head(dense: DenseModel, plan: Plan, basis: GlobalBasis, reading: Tensor | None) -> Head:
-    """A sliced model's, whatever class it is saved as.
+def sliced_head(dense: DenseModel, cut: GlobalCut, reading: Tensor | None) -> Head:
+    """Return a sliced model's head, whatever class the model is saved as.
 
     Args:
         dense: The dense model.
-        plan: What the result looks like.
-        basis: Of all sites.
+        cut: The plan and the basis of the sliced model.
         reading: What an untied head reads, (D, width); None is what the basis says.
     """
+    plan, basis = cut.plan, cut.basis
     head, norm = dense.table.head, dense.table.final_norm
     custom = replace(plan, stock=None)  # another class computes the same
     tensors = dict(slice_head(dense, custom, basis.site, basis.tied_gain, torch.float32, reading))
@@ -76,15 +75,24 @@ def sliced_head(dense: DenseModel, plan: Plan, basis: GlobalBasis, reading: Tens
 
 
 def _scale(dense: DenseModel) -> float:
+    """Return the factor of the logits in the config."""
     return dense.table.logit_scale(dense.config) if dense.table.logit_scale else 1.0
 
 
-def _held_out(site: Site, streams: Sequence[OffloadedTensors], at_once: int) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """At the site before the head, held-out tokens' normalized rows: the dense ones (n, D), and those of streams."""
-    for number, a in enumerate(site.activations):
-        if a.group == HELD_OUT_GROUP:
-            rows = a.rows(normalize(a.hidden, site.eps))
-            others = [a.rows(normalize(stream[number], site.eps)) for stream in streams]
+def held_out_rows(
+    site: Site, streams: Sequence[OffloadedTensors], at_once: int
+) -> Iterator[tuple[Tensor, list[Tensor]]]:
+    """Yield held-out tokens' normalized rows at the site before the head: the dense ones (n, D), and those of streams.
+
+    Args:
+        site: The site before the head.
+        streams: The sliced streams there.
+        at_once: Number of rows that are yielded together.
+    """
+    for number, batch in enumerate(site.activations):
+        if batch.group == HELD_OUT_GROUP:
+            rows = batch.rows(normalize(batch.hidden, site.eps))
+            others = [batch.rows(normalize(stream[number], site.eps)) for stream in streams]
             for start in range(0, len(rows), at_once):
                 part = slice(start, start + at_once)
                 yield rows[part], [other[part] for other in others]
@@ -93,17 +101,17 @@ def _held_out(site: Site, streams: Sequence[OffloadedTensors], at_once: int) -> 
 def divergences(
     whole: Head, site: Site, streams: Sequence[OffloadedTensors], heads: Sequence[Head], ranks: Ranks
 ) -> list[float]:
-    """KL(dense || other) at the site before the head, in nats per held-out token of all ranks.
+    """Measure KL(dense || sliced) at the site before the head, in nats per held-out token of all ranks.
 
     Args:
         whole: The dense model's head.
-        site: The one before the head.
-        streams: The others', there.
-        heads: The others'.
-        ranks: Who share the sequences.
+        site: The site before the head.
+        streams: The sliced models' streams there.
+        heads: The sliced models' heads.
+        ranks: The processes that share the sequences.
     """
     totals = torch.zeros(len(streams) + 1, dtype=torch.float64, device=whole.weight.device)  # and the number of tokens
-    for rows, others in _held_out(site, streams, whole.at_once):
+    for rows, others in held_out_rows(site, streams, whole.at_once):
         totals[-1] += len(rows)
         expected = whole.logits(rows).log_softmax(-1)
         for index, (head, other) in enumerate(zip(heads, others, strict=True)):

@@ -13,6 +13,7 @@ from eigenslice.algebra.elimination import rank_groups
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.arch import Sublayer
 from eigenslice.cut.blocks import Kept
+from eigenslice.cut.ends import GlobalCut, global_basis
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import Plan
 from eigenslice.stream.experts import Experts, Routing
@@ -44,6 +45,10 @@ class Measurement:
     importance: list[Tensor]
     heads: list[Tensor]
     shared: list[Tensor] = field(default_factory=list)
+
+    def cut(self, dense: DenseModel, plan: Plan) -> GlobalCut:
+        """Return the basis, neurons and heads that a plan with a global basis keeps."""
+        return GlobalCut(plan, global_basis(dense, plan, self.spectrum), self.kept(plan))
 
     def kept(self, plan: Plan) -> list[Kept]:
         """The most important neurons and heads of each block that a plan keeps, as many as it keeps."""
@@ -81,67 +86,111 @@ def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measuremen
         saved = {name: tensor.to(dense.device) for name, tensor in finished[0].items()}
         lists = (list(saved[name]) for name in ("importance", "heads", "shared"))
         return Measurement(_spectrum(run, saved["moment"]), *lists)
-    attention, mlp = dense.table.attention, dense.table.mlp
-    count, groups = dense.neurons if neurons else 0, dense.heads if heads else 0
-    observed = [s for s, n in ((attention, groups), (mlp, count)) if n]
-    options = {"dtype": torch.float64, "device": dense.device}
-    moment = torch.zeros(dense.width, dense.width, **options)
-    each = (dense.experts, count) if dense.experts else (count,)
-    energies = torch.zeros(dense.blocks if count else 0, *each, **options)
-    columns = torch.ones_like(energies)  # squared norms of the MLP writers' columns
-    shared = torch.zeros(dense.blocks if count and dense.shared else 0, dense.shared, **options)  # times those norms
-    order = torch.zeros(dense.blocks if groups else 0, groups, dtype=torch.int64, device=dense.device)
-    experts: Experts | None = None  # of the block that the stream passes
-    shared_columns = torch.zeros(0, **options)
-    gram = torch.zeros(0, 0, **options)  # of what the attention's writer reads
-    reading = torch.zeros(0, 0, **options)  # its weight
-
-    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Mapping[str, Any]) -> None:
-        nonlocal gram
-        size = a.rows(a.hidden).square().mean(-1, keepdim=True) + dense.eps
-
-        def energy(writer: str) -> Tensor:
-            return (a.rows(inputs[writer]).square() / size).sum(0).to(torch.float64)
-
-        if sublayer is attention:
-            gram = gram + gram_matrix(a.rows(inputs[attention.writers[0]]) * size.rsqrt())
-        elif experts is None:
-            energies[block] += energy(mlp.writers[0])
-        else:
-            energies[block] += _experts_energies(experts, *Routing.of(a, inputs[mlp.experts]), size)
-            if mlp.shared_writer:
-                shared[block] += energy(mlp.shared_writer) * shared_columns
-
+    sums = _Sums(run, dense.neurons if neurons else 0, dense.heads if heads else 0)
     position = state.position(MEASURING_STAGE)
     if position:
-        names = ("moment", "energies", "columns", "shared", "heads")
-        moment, energies, columns, shared, order = (position.tensors[n].to(dense.device) for n in names)
+        sums.restore(position.tensors)
     report = run.report(MEASURING_STAGE)
-    for site in run.walk(run.tokens.batches, observe, observed, position=position):
+    for site in run.walk(run.tokens.batches, sums.observe, sums.observed, position=position):
         report(site.block)
         if site.passed_block:
-            if groups:
-                order[site.block - 1] = ranks.decide(rank_groups(ranks.sum(gram), reading, groups, DEFAULT_RIDGE))
-            sums = {"moment": moment, "energies": energies, "columns": columns, "shared": shared, "heads": order}
-            state.save(MEASURING_STAGE, site.block, {STREAMS: site.streams}, sums, dict)
-        if count and site.layer is not None and site.index == 0 and (not mlp.stacked or has_experts(site.layer, mlp)):
-            columns[site.block] = writer_weight(dense, mlp, site).square().sum(-2)
-            experts = Experts.of(dense.table, mlp, site.layer) if mlp.stacked else None
-            if mlp.shared_writer:
-                shared_columns = writer_weight(dense, mlp, site, mlp.shared_writer).square().sum(-2)
-        if groups and site.layer is not None and site.index == 0:
-            reading = writer_weight(dense, attention, site)
-            gram = torch.zeros(reading.shape[1], reading.shape[1], **options)
-        moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
-    energies = ranks.sum(energies)
+            sums.rank_heads(site.block - 1)
+            state.save(MEASURING_STAGE, site.block, {STREAMS: site.streams}, sums.tensors(), dict)
+        if site.layer is not None and site.index == 0:
+            sums.begin_block(site)
+        sums.moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
+    energies = ranks.sum(sums.energies)
     if dense.experts:
         energies[energies.sum(-1) == 0] = 1.0
-    importance = energies * columns
-    ranks.sum(moment)
-    ranks.sum(shared)
-    found = {"moment": moment, "importance": importance, "heads": order, "shared": shared}
-    state.finish(MEASURING_STAGE, found, {})
+    importance = energies * sums.columns
+    moment, order, shared = ranks.sum(sums.moment), sums.order, ranks.sum(sums.shared)
+    result = {"moment": moment, "importance": importance, "heads": order, "shared": shared}
+    state.finish(MEASURING_STAGE, result, {})
     return Measurement(_spectrum(run, moment), list(importance), list(order), list(shared))
+
+
+class _Sums:
+    """The sums over tokens that a measurement consists of.
+
+    Attributes:
+        observed: The sublayers whose writers' inputs are summed.
+        moment: Second moment of the normalized stream, (D, D).
+        energies: For each block, the energies of what neurons give, (neurons,) or (experts, neurons).
+        columns: Squared norms of the MLP writers' columns, in the same shape.
+        shared: For each block, the energies of shared experts' neurons times those norms.
+        order: For each block, its key/value heads, those first that are missed most.
+    """
+
+    def __init__(self, run: Run, neurons: int, heads: int) -> None:
+        """Begin with zeros.
+
+        Args:
+            run: The run.
+            neurons: Number of neurons to measure in each block, or in each of its experts; 0 measures none.
+            heads: Number of heads to rank in each block; 0 ranks none.
+        """
+        dense = run.dense
+        self._dense, self._ranks, self._neurons, self._heads = dense, run.ranks, neurons, heads
+        self._attention, self._mlp = dense.table.attention, dense.table.mlp
+        self.observed = [s for s, count in ((self._attention, heads), (self._mlp, neurons)) if count]
+        self._options: dict[str, Any] = {"dtype": torch.float64, "device": dense.device}
+        self.moment = torch.zeros(dense.width, dense.width, **self._options)
+        each = (dense.experts, neurons) if dense.experts else (neurons,)
+        self.energies = torch.zeros(dense.blocks if neurons else 0, *each, **self._options)
+        self.columns = torch.ones_like(self.energies)
+        self.shared = torch.zeros(dense.blocks if neurons and dense.shared else 0, dense.shared, **self._options)
+        self.order = torch.zeros(dense.blocks if heads else 0, heads, dtype=torch.int64, device=dense.device)
+        # Of the block that the stream passes
+        self._experts: Experts | None = None
+        self._shared_columns = torch.zeros(0, **self._options)
+        self._gram = torch.zeros(0, 0, **self._options)  # of what the attention's writer reads
+        self._writer = torch.zeros(0, 0, **self._options)  # the attention writer's weight
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all sums, as a saved state has them."""
+        sums = {"moment": self.moment, "energies": self.energies, "columns": self.columns}
+        return sums | {"shared": self.shared, "heads": self.order}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on with the sums of a saved state."""
+        names = ("moment", "energies", "columns", "shared", "heads")
+        saved = (tensors[name].to(self._dense.device) for name in names)
+        self.moment, self.energies, self.columns, self.shared, self.order = saved
+
+    def begin_block(self, site: Site) -> None:
+        """Take the weights of a block's writers, at its first site."""
+        dense, mlp = self._dense, self._mlp
+        if self._neurons and (not mlp.stacked or has_experts(site.layer, mlp)):
+            self.columns[site.block] = writer_weight(dense, mlp, site).square().sum(-2)
+            self._experts = Experts.of(dense.table, mlp, site.layer) if mlp.stacked else None
+            if mlp.shared_writer:
+                self._shared_columns = writer_weight(dense, mlp, site, mlp.shared_writer).square().sum(-2)
+        if self._heads:
+            self._writer = writer_weight(dense, self._attention, site)
+            self._gram = torch.zeros(self._writer.shape[1], self._writer.shape[1], **self._options)
+
+    def observe(self, block: int, sublayer: Sublayer, batch: Activations, inputs: Mapping[str, Any]) -> None:
+        """Add what a sublayer's writers read; see `Observer`."""
+        mlp = self._mlp
+        size = batch.rows(batch.hidden).square().mean(-1, keepdim=True) + self._dense.eps
+
+        def energy(writer: str) -> Tensor:
+            return (batch.rows(inputs[writer]).square() / size).sum(0).to(torch.float64)
+
+        if sublayer is self._attention:
+            self._gram = self._gram + gram_matrix(batch.rows(inputs[sublayer.writers[0]]) * size.rsqrt())
+        elif self._experts is None:
+            self.energies[block] += energy(mlp.writers[0])
+        else:
+            self.energies[block] += _experts_energies(self._experts, *Routing.of(batch, inputs[mlp.experts]), size)
+            if mlp.shared_writer:
+                self.shared[block] += energy(mlp.shared_writer) * self._shared_columns
+
+    def rank_heads(self, block: int) -> None:
+        """Rank the heads of a block that the stream has passed."""
+        if self._heads:
+            gram = self._ranks.sum(self._gram)
+            self.order[block] = self._ranks.decide(rank_groups(gram, self._writer, self._heads, DEFAULT_RIDGE))
 
 
 def _spectrum(run: Run, moment: Tensor) -> Spectrum:

@@ -30,7 +30,7 @@ ALLOCATION_STAGE = "allocating"
 
 @dataclass(frozen=True)
 class BlockLosses:
-    """What cutting one block's MLP costs.
+    """Losses of the model when one block's MLP is cut.
 
     Attributes:
         kl: For each block, KL(dense || dense with only this block cut), in nats per token, (blocks,), float64.
@@ -44,15 +44,15 @@ class BlockLosses:
     error: Tensor
 
     def allocate(self, mean: int, step: int, kept: Sequence[int] | None = None) -> tuple[int, ...]:
-        """How many neurons each block keeps so that together they lose least.
+        """Choose the number of neurons of each block so that the blocks together lose least.
 
         A block's loss is taken to be proportional to the error in what its MLP writes, and the blocks' losses to add
         up. For a price per neuron, each block then chooses for itself; the price is what the budget asks for.
 
         Args:
-            mean: Neurons that a block may keep on average.
-            step: What numbers of neurons are multiples of, where not all are kept.
-            kept: Numbers of the blocks that there will be; None are all.
+            mean: Average number of neurons that a block may keep.
+            step: Divisor of all numbers of neurons, where not all are kept.
+            kept: Numbers of the blocks that are kept; None is all.
         """
         rows = slice(None) if kept is None else list(kept)
         kl, error = self.kl[rows], self.error[rows]
@@ -111,9 +111,9 @@ def block_losses(run: Run, measurement: Measurement, neurons: int, batches: list
             error, weight = _cut(run, site, measurement.importance[site.block], neurons)
             errors.append(error)
             streams.append(run.offload.tensors())
-            for a in site.activations:
-                if a.group == HELD_OUT_GROUP:
-                    streams[-1].append(a.hidden)
+            for batch in site.activations:
+                if batch.group == HELD_OUT_GROUP:
+                    streams[-1].append(batch.hidden)
             with _replaced(dense, site, weight):
                 run_parted(site, streams[-1])
     head = dense_head(dense)
@@ -136,13 +136,13 @@ def _cut(run: Run, site: Site, importance: Tensor, neurons: int) -> tuple[Tensor
     """
     dense, ranks, mlp = run.dense, run.ranks, run.dense.table.mlp
     gram = torch.zeros(dense.neurons, dense.neurons, dtype=torch.float64, device=dense.device)
-    for a in site.activations:
-        if a.group != HELD_OUT_GROUP:
-            hidden = a.hidden
+    for batch in site.activations:
+        if batch.group != HELD_OUT_GROUP:
+            hidden = batch.hidden
             with captured_inputs(site.layer, mlp.writers[:1], stop=True) as inputs:
-                site.update(a, hidden)
-            weight = inverse_size(a.rows(hidden), site.eps)
-            gram += gram_matrix(a.rows(inputs[mlp.writers[0]]) * weight)
+                site.update(batch, hidden)
+            weight = inverse_size(batch.rows(hidden), site.eps)
+            gram += gram_matrix(batch.rows(inputs[mlp.writers[0]]) * weight)
     order = importance.argsort(descending=True)
     gram = ranks.sum(gram)[order][:, order]
     gram.diagonal().add_(DEFAULT_RIDGE * gram.diagonal().mean().clamp_min(1e-30))

@@ -66,8 +66,8 @@ def missed_least(run: Run, count: int, batches: list[Batch]) -> dict[int, float]
     read: dict[int, list[Tensor]] = {}  # by the last site's writers, for each batch
     parted: dict[int, tuple[float, OffloadedTensors]] = {}  # distance at the block's end, and held-out streams
 
-    def observe(block: int, sublayer: Sublayer, a: Activations, inputs: Mapping[str, Any]) -> None:
-        read.setdefault(a.number, []).append(inputs[sublayer.writers[0]])
+    def observe(block: int, sublayer: Sublayer, batch: Activations, inputs: Mapping[str, Any]) -> None:
+        read.setdefault(batch.number, []).append(inputs[sublayer.writers[0]])
 
     report = run.report(DEPTH_STAGE, sum(batch.tokens for batch in batches))
     for site in run.walk(held_out_first(batches), observe, observed):
@@ -82,10 +82,10 @@ def missed_least(run: Run, count: int, batches: list[Batch]) -> dict[int, float]
             gap = None
             if site.block:
                 gap = _Gap(site.block, run.offload.tensors(), run.offload.tensors())
-                for a in site.activations:
-                    gap.skipped.append(a.hidden)
+                for batch in site.activations:
+                    gap.skipped.append(batch.hidden)
                     if observed:
-                        gap.inputs.append(torch.cat(read.pop(a.number), dim=-1))
+                        gap.inputs.append(torch.cat(read.pop(batch.number), dim=-1))
         if site.layer is None:
             break
         for _, streams in parted.values():
@@ -114,22 +114,22 @@ def _bridge(run: Run, gap: _Gap, site: Site) -> tuple[float, OffloadedTensors]:
     if len(gap.inputs):
         inputs = gap.inputs[0].shape[-1]
         sums = NormalEquations.zeros(inputs, dense.width, dense.device)
-        for number, a in enumerate(site.activations):
-            if a.group != HELD_OUT_GROUP:
-                hidden = a.hidden
-                weight = inverse_size(a.rows(hidden), site.eps)
-                sums.add(a.rows(gap.inputs[number]) * weight, a.rows(hidden - gap.skipped[number]) * weight)
+        for number, batch in enumerate(site.activations):
+            if batch.group != HELD_OUT_GROUP:
+                hidden = batch.hidden
+                weight = inverse_size(batch.rows(hidden), site.eps)
+                sums.add(batch.rows(gap.inputs[number]) * weight, batch.rows(hidden - gap.skipped[number]) * weight)
         sums.add_up(ranks.sum)
         base = torch.zeros(dense.width, inputs, dtype=torch.float64, device=dense.device)
         change = ranks.decide(sums.solve(base, DEFAULT_RIDGE))
     far = torch.zeros(2, dtype=torch.float64, device=dense.device)
-    for number, a in enumerate(site.activations):
-        if a.group == HELD_OUT_GROUP:
-            hidden, without = a.hidden, gap.skipped[number]
+    for number, batch in enumerate(site.activations):
+        if batch.group == HELD_OUT_GROUP:
+            hidden, without = batch.hidden, gap.skipped[number]
             if change is not None:
                 without = without + gap.inputs[number] @ change.T.to(without.dtype)
             streams.append(without)
-            wrong, size = (a.rows(x).square().sum(-1) for x in (hidden - without, hidden))
+            wrong, size = (batch.rows(x).square().sum(-1) for x in (hidden - without, hidden))
             far += torch.stack([(wrong / (size + dense.width * site.eps)).sum().double(), far.new_tensor(len(size))])
     wrong, tokens = ranks.decide(ranks.sum(far)).tolist()
     return wrong / tokens, streams

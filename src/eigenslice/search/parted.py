@@ -9,7 +9,7 @@ TOKENS = 2_048
 
 
 def held_out_first(batches: list[Batch]) -> list[Batch]:
-    """The held-out sequences, shortened to about `TOKENS` together (not those with padding), and then the others."""
+    """Return the held-out sequences, shortened to about `TOKENS` together (not if padded), and then the others."""
     held_out = [batch for batch in batches if batch.group == HELD_OUT_GROUP]
     share = min(1.0, TOKENS / sum(batch.tokens for batch in held_out))
     shortened = []
@@ -22,5 +22,5 @@ def held_out_first(batches: list[Batch]) -> list[Batch]:
 
 def run_parted(site: Site, streams: OffloadedTensors) -> None:
     """Let held-out streams, which are the first ones, pass a site's sublayers."""
-    for number, a in enumerate(site.activations[: len(streams)]):
-        streams[number] = site.pass_on(a, streams[number])
+    for number, batch in enumerate(site.activations[: len(streams)]):
+        streams[number] = site.pass_on(batch, streams[number])

@@ -1,14 +1,16 @@
 """Plans tried on held-out calibration tokens: each is fitted on a few sequences and measured on others."""
 
+from collections import deque
+
 from eigenslice.algebra.refit import DEFAULT_RIDGE
-from eigenslice.cut.ends import global_basis
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
+from eigenslice.fit.beside import run_beside
+from eigenslice.fit.ridges import Fitting
 from eigenslice.fit.twin import SlicedTwin
 from eigenslice.measure.divergence import dense_head, divergences, sliced_head
 from eigenslice.measure.importance import Measurement
 from eigenslice.plan.plan import Plan
 from eigenslice.stream.run import Run
-from eigenslice.stream.walk import STREAMS
 
 PLANNING_STAGE = "planning"
 
@@ -32,42 +34,19 @@ def try_plans(
     finished = state.result(stage)
     if finished:
         return finished[1]["kl"]
-    bases = [global_basis(dense, plan, measurement.spectrum) for plan in plans]
-    groups = {batch.group for batch in batches if fits} - {HELD_OUT_GROUP}
-    position = state.position(stage)
-    sites = run.walk(batches, position=position, hold=True)
-    twins = [
-        SlicedTwin(
-            dense,
-            plan,
-            basis.site,
-            measurement.kept(plan),
-            run.dtype,
-            lambda block, tensors: None,
-            groups=groups,
-            ridge=DEFAULT_RIDGE,
-            offload=run.offload,
-            ranks=run.ranks,
-        )
-        for plan, basis in zip(plans, bases, strict=True)
-    ]
-    if position:
-        for index, twin in enumerate(twins):
-            twin.restore(position, f"plan-{index}", position.content[str(index)])
-    report = run.report(PLANNING_STAGE, sum(batch.tokens for batch in batches))
-    for site in sites:
-        report(site.block)
-        for twin in twins:
-            if not site.resumed:
-                twin.arrive(site)
-        if site.passed_block and not any(t.waits(site) for t in twins):
-            streams = {STREAMS: site.streams} | {f"plan-{n}": twin.streams for n, twin in enumerate(twins)}
-            state.save(stage, site.block, streams, {}, lambda: {str(n): twin.content() for n, twin in enumerate(twins)})
-        for twin in twins:
-            twin.leave(site)
-    heads = [
-        sliced_head(dense, plan, basis, twin.reading) for plan, basis, twin in zip(plans, bases, twins, strict=True)
-    ]
-    losses = divergences(dense_head(dense), site, [twin.streams for twin in twins], heads, run.ranks)
+    cuts = [measurement.cut(dense, plan) for plan in plans]
+    fitting = Fitting({batch.group for batch in batches if fits} - {HELD_OUT_GROUP}, ridge=DEFAULT_RIDGE)
+    twins = [SlicedTwin(run, cut, fitting, lambda block, tensors: None) for cut in cuts]
+    beside = run_beside(
+        run,
+        batches,
+        {f"plan-{index}": twin for index, twin in enumerate(twins)},
+        stage=stage,
+        position=state.position(stage),
+        report=run.report(PLANNING_STAGE, sum(batch.tokens for batch in batches)),
+    )
+    (before_head,) = deque(beside, maxlen=1)  # the twins are fitted meanwhile
+    heads = [sliced_head(dense, cut, twin.reading) for cut, twin in zip(cuts, twins, strict=True)]
+    losses = divergences(dense_head(dense), before_head, [twin.streams for twin in twins], heads, run.ranks)
     state.finish(stage, {}, {"kl": losses})
     return losses

@@ -16,22 +16,22 @@ from eigenslice.stream.walk import Activations
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts of a layer the tokens of a batch are given to; only those that count, as in `Activations.rows`.
+    """The experts that get the tokens of a batch; only tokens that count, as in `Activations.rows`.
 
     Attributes:
         index: Numbers of the experts, (tokens, k).
-        weights: What the outputs of these are multiplied by, (tokens, k).
+        weights: Factors of these experts' outputs, (tokens, k).
     """
 
     index: Tensor
     weights: Tensor
 
     @classmethod
-    def of(cls, a: Activations, arguments: tuple[Tensor, ...]) -> tuple[Tensor, "Routing"]:
-        """What experts read, (tokens, width), and the routing, from what transformers calls them with."""
+    def of(cls, batch: Activations, arguments: tuple[Tensor, ...]) -> tuple[Tensor, "Routing"]:
+        """Return what experts read, (tokens, width), and the routing, from the arguments of transformers' call."""
         hidden, index, weights = (x.reshape(-1, x.shape[-1]) for x in arguments)
-        if a.mask is not None:
-            hidden, index, weights = (x[a.mask.flatten()] for x in (hidden, index, weights))
+        if batch.mask is not None:
+            hidden, index, weights = (x[batch.mask.flatten()] for x in (hidden, index, weights))
         return hidden, cls(index, weights)
 
     def to(self, expert: int) -> tuple[Tensor, Tensor]:
@@ -47,7 +47,7 @@ class Experts:
     Attributes:
         module: transformers' module.
         reader: Gate and up projection, (experts, out, width).
-        bias: Theirs, (experts, out), or None.
+        bias: Bias of the reader, (experts, out), or None.
     """
 
     module: Any
@@ -56,14 +56,14 @@ class Experts:
 
     @classmethod
     def of(cls, table: Table, sublayer: Sublayer, layer: Any) -> "Experts":
-        """Those of a decoder layer."""
+        """Return the experts of a decoder layer."""
         reader = sublayer.stacked[0]
         name, module = sublayer.weight(reader), layer.get_submodule(sublayer.experts)
         bias = getattr(module, sublayer.bias(reader).rpartition(".")[2], None)
         return cls(module, table.turned({name: layer.get_parameter(name)})[name], bias)
 
     def inner(self, expert: int, hidden: Tensor) -> Tensor:
-        """What an expert's writer reads, (n, neurons), for tokens (n, width); in float32 or more."""
+        """Return what an expert's writer reads, (n, neurons), for tokens (n, width); in float32 or more."""
         gate_up = torch.nn.functional.linear(
             hidden, self.reader[expert], None if self.bias is None else self.bias[expert]
         )
@@ -72,38 +72,43 @@ class Experts:
 
 
 class WriterInputs:
-    """What the writers of a layer's experts, and of those that all tokens pass, read; batch by batch."""
+    """The inputs of the writers of a layer's experts, and of those that all tokens pass; batch by batch."""
 
     def __init__(self, experts: Experts, offload: Offload) -> None:
-        """Nothing is there yet; offload: where it lives."""
+        """Begin without a batch; offload: where the inputs live."""
         self._experts = experts
         self._hidden, self._shared = offload.tensors(), offload.tensors()
         self._routings: list[Routing] = []
 
-    def append(self, a: Activations, arguments: tuple[Tensor, ...], shared: Tensor | None) -> None:
+    def append(self, batch: Activations, arguments: tuple[Tensor, ...], shared: Tensor | None) -> None:
         """Add a batch.
 
         Args:
-            a: Its activations.
-            arguments: What transformers calls the experts with.
+            batch: The batch.
+            arguments: The arguments of transformers' call of the experts.
             shared: What the shared experts' writer reads, (B, T, n), if there are any.
         """
-        hidden, routing = Routing.of(a, arguments)
+        hidden, routing = Routing.of(batch, arguments)
         self._hidden.append(hidden)
         self._routings.append(routing)
         if shared is not None:
             self._shared.append(shared)
 
-    def read(self, number: int, a: Activations, expert: int | None) -> tuple[Tensor, Tensor]:
-        """Of a batch, what an expert's writer (None: the shared one) reads, times the router's weight, (n, neurons).
+    def read(self, number: int, batch: Activations, expert: int | None) -> tuple[Tensor, Tensor]:
+        """Return what an expert's writer reads of a batch, times the router's weight.
+
+        Args:
+            number: Number of the batch.
+            batch: The batch.
+            expert: Number of the expert; None is the shared one.
 
         Returns:
-            That, and the dense stream at these tokens, (n, D).
+            The inputs, (n, neurons), and the dense stream at these tokens, (n, D).
         """
         if expert is None:
-            return a.rows(self._shared[number]), a.rows(a.hidden)
+            return batch.rows(self._shared[number]), batch.rows(batch.hidden)
         tokens, weights = self._routings[number].to(expert)
-        return self._experts.inner(expert, self._hidden[number][tokens]) * weights, a.rows(a.hidden)[tokens]
+        return self._experts.inner(expert, self._hidden[number][tokens]) * weights, batch.rows(batch.hidden)[tokens]
 
     def clear(self) -> None:
         """Forget all of it."""

@@ -18,7 +18,7 @@ from eigenslice.stream.walk import Observer, Site, Stream
 
 @dataclass(frozen=True)
 class Run:
-    """What the passes of one run share.
+    """The model, the data and the machine of one run, which all its passes share.
 
     Attributes:
         dense: The dense model.

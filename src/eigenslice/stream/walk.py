@@ -59,9 +59,9 @@ class Site:
         block: Number of the block, or the number of blocks before the head.
         index: Number of the site within its block.
         layer: The block with its canonical weights, in the dtype of the stream; None before the head.
-        folded: Those weights, if the walk was asked to hold them.
-        activations: One per batch; their streams may be changed before the walk goes on.
-        streams: Those streams.
+        folded: The canonical weights, if the walk was asked to hold them.
+        activations: Activations, one per batch; their streams may be changed before the walk goes on.
+        streams: The streams of the activations.
         width, eps: The stream's width D and the norms' epsilon.
         resumed: Whether the walk goes on here after an interruption.
     """
@@ -84,25 +84,25 @@ class Site:
     def moment(self, *, normalized: bool) -> Tensor:
         """Second moment of the stream here (D, D), as it is or as the norm leaves it; of the texts, without padding."""
         moment = SecondMoment(self.width, self.streams.device)
-        for a in (a for a in self.activations if a.group != BESIDE_GROUP):
-            hidden = a.hidden
-            moment.add(a.rows(normalize(hidden, self.eps) if normalized else hidden))
+        for batch in (batch for batch in self.activations if batch.group != BESIDE_GROUP):
+            hidden = batch.hidden
+            moment.add(batch.rows(normalize(hidden, self.eps) if normalized else hidden))
         return moment.matrix
 
-    def update(self, a: Activations, hidden: Tensor) -> Tensor:
-        """What the sublayers here add to a stream (B, T, D) of the batch of some activations."""
-        return self.layer.update(self.index, self.layer.normalize(self.index, hidden), **a.kwargs[self.block])
+    def update(self, batch: Activations, hidden: Tensor) -> Tensor:
+        """Return what the sublayers here add to a stream (B, T, D) of a batch."""
+        return self.layer.update(self.index, self.layer.normalize(self.index, hidden), **batch.kwargs[self.block])
 
-    def pass_on(self, a: Activations, hidden: Tensor) -> Tensor:
-        """Let a stream (B, T, D) of the batch of some activations pass the sublayers here."""
-        return self.layer.pass_on(self.index, hidden + self.update(a, hidden))
+    def pass_on(self, batch: Activations, hidden: Tensor) -> Tensor:
+        """Let a stream (B, T, D) of a batch pass the sublayers here."""
+        return self.layer.pass_on(self.index, hidden + self.update(batch, hidden))
 
     def project(self, basis: Tensor) -> None:
         """Keep only the part of the stream in the span of a basis (D, width), in the same coordinates."""
         projector = basis @ basis.T
-        for a in self.activations:
-            hidden = a.hidden
-            a.put(hidden @ projector.to(hidden.dtype))
+        for batch in self.activations:
+            hidden = batch.hidden
+            batch.put(hidden @ projector.to(hidden.dtype))
 
 
 Observer = Callable[[int, Sublayer, Activations, Mapping[str, Any]], None]
@@ -118,7 +118,13 @@ class Stream:
     """
 
     def __init__(self, dense: DenseModel, dtype: torch.dtype, offload: Offload | None = None) -> None:
-        """dtype: in what precision blocks run; offload: where activations live between them, None is on the device."""
+        """Prepare to run blocks.
+
+        Args:
+            dense: The dense model.
+            dtype: The dtype of the forward pass.
+            offload: Where activations live between blocks; None is the device.
+        """
         self.dense, self.device, self.dtype = dense, dense.device, dtype
         self.offload = offload or Offload("device", dense.device)
         self._runner = BlockRunner(canonical_config(dense), dense.table.layers, self.device, dtype)
@@ -167,8 +173,8 @@ class Stream:
         Args:
             batches: The sequences.
             observe: Called for each batch with what an observed sublayer's writer reads, or its experts.
-            observed: Those with one writer, or with experts (in the layers that have them).
-            position: Where to go on, with the streams saved as `STREAMS`; None begins with the embeddings.
+            observed: Sublayers with one writer, or with experts (in the layers that have them).
+            position: The position to go on from, with the streams saved as `STREAMS`; None begins with the embeddings.
             hold: Whether a block's weights stay in memory, in float64's precision, while the stream passes it.
 
         Raises:
@@ -179,7 +185,7 @@ class Stream:
             following = reader.submit(dense.read_block, start) if start < dense.blocks else None
             streams = self.offload.tensors()
             activations = self._embed(batches, streams)
-            self._check([self._finite(a, a.hidden) for a in activations], "the embeddings give")
+            self._check([self._finite(batch, batch.hidden) for batch in activations], "the embeddings give")
             if position:
                 position.restore(STREAMS, streams)
             width, eps = dense.width, dense.eps
@@ -188,15 +194,15 @@ class Stream:
                 folded, layer = dense.block(block, following.result()), self._layers[block]
                 following = None
                 self._runner.assign(layer, dense.as_modules(folded.items(), dense.width))
-                held = folded if hold else None
+                weights = folded if hold else None
                 del folded
                 for site in range(len(layer.sites)):
                     resumed = position is not None and block == start and site == 0
-                    yield Site(block, site, layer, held, activations, streams, width, eps, resumed)
+                    yield Site(block, site, layer, weights, activations, streams, width, eps, resumed)
                     if site == 0 and block + 1 < dense.blocks:  # not before: the consumer may need memory, too
                         following = reader.submit(dense.read_block, block + 1)
                     trim_memory()
-                    finite = [self._pass(layer, block, site, a, observe, observed) for a in activations]
+                    finite = [self._pass(layer, block, site, batch, observe, observed) for batch in activations]
                 self._runner.release(layer)
                 trim_memory()
                 self._check(finite, f"block {block} (of 0 to {dense.blocks - 1}) gives")
@@ -207,26 +213,26 @@ class Stream:
         layer: Any,
         block: int,
         site: int,
-        a: Activations,
+        batch: Activations,
         observe: Observer | None,
         observed: Collection[Sublayer],
     ) -> Tensor:
-        """Let one batch pass a site's sublayers; whether it is finite then, a boolean on the device."""
+        """Let one batch pass a site's sublayers, and return whether it is finite then, a boolean on the device."""
         seen = [s for s in self._sites[site] if observe is not None and s in observed]
         seen = [s for s in seen if not s.stacked or has_experts(layer, s)]
-        hidden = a.hidden
+        hidden = batch.hidden
         with (
             captured_inputs(layer, [name for s in seen for name in s.observed]) as inputs,
             self._runs(f"block {block}"),
         ):
-            update = layer.update(site, layer.normalize(site, hidden), **a.kwargs[block])
+            update = layer.update(site, layer.normalize(site, hidden), **batch.kwargs[block])
         if observe is not None:
             for sublayer in seen:
-                observe(block, sublayer, a, inputs)
+                observe(block, sublayer, batch, inputs)
         hidden = layer.pass_on(site, hidden + update)
-        a.put(hidden)
+        batch.put(hidden)
         last = site == len(self._sites) - 1  # what isn't finite stays so: it is enough to look at the end of a block
-        return self._finite(a, hidden) if last else torch.tensor(True, device=self.device)
+        return self._finite(batch, hidden) if last else torch.tensor(True, device=self.device)
 
     @contextmanager
     def _runs(self, part: str) -> Iterator[None]:
@@ -248,8 +254,8 @@ class Stream:
                 next_step="check config.json; `eigenslice eval` shows whether transformers runs the model",
             ) from error
 
-    def _finite(self, a: Activations, hidden: Tensor) -> Tensor:
-        return all_finite(hidden if a.mask is None else hidden[a.mask])
+    def _finite(self, batch: Activations, hidden: Tensor) -> Tensor:
+        return all_finite(hidden if batch.mask is None else hidden[batch.mask])
 
     def _check(self, finite: list[Tensor], where: str) -> None:
         """Refuse what isn't finite; asked once a block, since a GPU has to be waited for."""

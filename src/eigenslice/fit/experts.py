@@ -1,0 +1,59 @@
+"""The writers of a mixture's experts, fitted so that the neurons that are kept do more of what all did."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from eigenslice.algebra.covariance import inverse_size
+from eigenslice.algebra.refit import Tokens
+from eigenslice.arch import Sublayer
+from eigenslice.cut.blocks import Kept
+from eigenslice.model.dense import Tensors
+from eigenslice.stream.experts import WriterInputs
+from eigenslice.stream.walk import Activations, Site
+
+TokensOf = Callable[[int, Activations], Tokens]
+"""Takes a batch and its number, and gives the inputs (T, n) and outputs (T, m) of a regression."""
+
+
+def fit_experts(
+    site: Site,
+    sublayer: Sublayer,
+    writers: Tensors,
+    kept: Kept,
+    inputs: WriterInputs,
+    regression: Callable[[Tensor, TokensOf], Tensor],
+) -> Tensors:
+    """Let the writer of each expert make up for the neurons that it loses.
+
+    Each is fitted, on the tokens that it is given, to what it writes with all of its neurons: which expert a token
+    is given to isn't smooth, so that the error before them isn't repaired here.
+
+    Args:
+        site: The site before the experts.
+        sublayer: The experts.
+        writers: Weights of their writers with all neurons, by name.
+        kept: Neurons that each expert keeps, and shared ones.
+        inputs: What their writers read.
+        regression: Regression towards known weights, (m, n), on tokens.
+
+    Returns:
+        Weights of the writers, by name.
+    """
+    assert kept.neurons is not None
+
+    def fit(writer: Tensor, neurons: Tensor, expert: int | None) -> Tensor:
+        def tokens(number: int, batch: Activations) -> Tokens:
+            rows, stream = inputs.read(number, batch, expert)
+            rows = rows * inverse_size(stream, site.eps)
+            return rows[:, neurons], rows @ writer.T.to(rows.dtype)
+
+        return regression(writer[:, neurons], tokens)
+
+    name, shared = sublayer.weight(sublayer.neuron_writer), sublayer.shared_writer
+    pairs = zip(writers[name], kept.neurons, strict=True)
+    fitted = {name: torch.stack([fit(writer, neurons, expert) for expert, (writer, neurons) in enumerate(pairs)])}
+    if shared and kept.shared is not None:
+        fitted[sublayer.weight(shared)] = fit(writers[sublayer.weight(shared)], kept.shared, None)
+    return fitted
