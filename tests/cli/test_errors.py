@@ -301,7 +301,7 @@ def test_token_ids_of_another_model(slice_fails: Failure, model: Path, tmp_path:
 def test_an_interruption_leaves_nothing_behind(
     command: Command, model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupt(*arguments: object) -> None:
+    def interrupt(*arguments: object, **named: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Stream, "walk", interrupt)

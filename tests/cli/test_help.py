@@ -95,6 +95,19 @@ def test_no_default_of_a_perplexity_has_changed(command: Command, monkeypatch: p
     assert calls[1] == [calls[0][0] | {"data": ["ptb"], "seqlen": 5}, None, "float16", False]
 
 
+def test_no_default_of_an_inspection_has_changed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    def called(*given: Any) -> None:
+        calls.append(given)
+        raise SystemExit(7)
+
+    monkeypatch.setattr("eigenslice.inspection.inspect.inspect_model", called)
+    assert command("inspect", "M").code == 7
+    assert command("inspect", "M", "--seqlen", 9, "--device", "cpu").code == 7
+    assert calls == [("M", False, 128, 2048, None), ("M", False, 128, 9, "cpu")]
+
+
 def test_no_range_has_changed() -> None:
     for kind, limits in RECORD["ranges"].items():
         found = {name: described(MODELS[kind], name, Range) for name in MODELS[kind].model_fields}
@@ -116,7 +129,7 @@ def test_help_shows_every_option_and_every_hint(shown: dict[str, str]) -> None:
         hint = f" [{flag.option.hint}]" if flag.option.hint else ""
         assert words(flag.option.help) + hint in text, (verb, flag)
         assert all(name in text for name in flag.names)
-        if not hint and flag.default not in (..., None, (), False, True):
+        if not hint and flag.default not in (..., None, ()) and not flag.is_switch:
             value = ", ".join(flag.default) if isinstance(flag.default, tuple) else flag.default
             assert f"{words(flag.option.help)} [default: {value}]" in text
 

@@ -48,7 +48,7 @@ class FinetuneOptions(Options):
     rank: Annotated[int, Option("Rank of the adapters.", ADAPTERS), Range(1, 65536, "1 to 65536")] = 32
     alpha: Annotated[
         float,
-        Option("Scale of the adapters times their rank.", ADAPTERS),
+        Option("Numerator of the adapters' scale, which is alpha / rank.", ADAPTERS),
         Range(1e-6, 1e6, "0.000001 to 1000000"),
     ] = 32.0
     dropout: Annotated[

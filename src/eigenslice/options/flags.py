@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from eigenslice.errors import OptionsError
 
 SIZE, CALIBRATION, RESULT, MACHINE, OUTPUT = "Size", "Calibration", "Result", "Machine", "Output"
-TRAINING, ADAPTERS, TEXT, TASKS, WORK = "Training", "Adapters", "Text", "Tasks", "Work"
-PANELS = (None, SIZE, TRAINING, TEXT, TASKS, WORK, ADAPTERS, CALIBRATION, RESULT, MACHINE, OUTPUT)
+TRAINING, ADAPTERS, TEXT, TASKS = "Training", "Adapters", "Text", "Tasks"
+WORK, MEASUREMENTS = "Work", "Measurements"
+PANELS = (None, SIZE, TRAINING, MEASUREMENTS, TEXT, TASKS, WORK, ADAPTERS, CALIBRATION, RESULT, MACHINE, OUTPUT)
 """Groups of options in --help, in their order; None is the group without a name of its own, for what is required."""
 Described = TypeVar("Described")
 

@@ -8,7 +8,7 @@ from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
 from eigenslice.options.common import GPU, LONGEST, TrustCheckpoints
-from eigenslice.options.flags import MACHINE, OUTPUT, TEXT, WORK, Option, Options, Range
+from eigenslice.options.flags import MACHINE, MEASUREMENTS, OUTPUT, TEXT, Option, Options, Range
 from eigenslice.options.paths import UserPath
 
 PROMPTS = (
@@ -32,10 +32,12 @@ class ReportOptions(Options):
         ),
     ] = None
     perplexity: Annotated[
-        UserPath | None, Option("JSON of eigenslice eval --json, or of benchmarks/quality.py.", WORK, "none")
+        UserPath | None, Option("JSON of eigenslice eval --json, or of benchmarks/quality.py.", MEASUREMENTS, "none")
     ] = None
-    tasks: Annotated[UserPath | None, Option("JSON of eigenslice eval --tasks ... --json.", WORK, "none")] = None
-    bench: Annotated[UserPath | None, Option("JSON of eigenslice bench --json.", WORK, "none")] = None
+    tasks: Annotated[UserPath | None, Option("JSON of eigenslice eval --tasks ... --json.", MEASUREMENTS, "none")] = (
+        None
+    )
+    bench: Annotated[UserPath | None, Option("JSON of eigenslice bench --json.", MEASUREMENTS, "none")] = None
     generate: Annotated[str | None, Option("The dense model: show text that both models write.", TEXT, "no text")] = (
         None
     )
