@@ -81,7 +81,7 @@ class SlicedTwin:
         self._ridges.restore(content)
 
     def is_dropped_at(self, site: Site) -> bool:
-        """Whether nothing happens at a site, since the result is without its block.
+        """Return whether the result is without a site's block, so that nothing happens there.
 
         The writers before the site are fitted to the stream behind that block, and so make up for it.
         """
@@ -134,7 +134,7 @@ class SlicedTwin:
         return batch.kwargs[self._plan.blocks[self._place]]
 
     def _turn(self, site: Site) -> int:
-        """Number of a site, which says whose turn it is to be held out."""
+        """Return the number of a site, which says which group is held out."""
         return site.block * len(self._sites) + site.index
 
     def _run_sublayers(self, site: Site, folded: FoldedBlock, reading: Tensor) -> None:

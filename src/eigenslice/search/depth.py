@@ -31,9 +31,9 @@ class _Gap:
     """A block that is left out.
 
     Attributes:
-        block: Its number.
-        inputs: For each batch, what the writer before it reads, (B, T, n); nothing where that can't be refitted.
-        skipped: For each batch, the stream before it, (B, T, D).
+        block: Number of the block.
+        inputs: For each batch, what the writer before the block reads, (B, T, n); empty if it can't be refitted.
+        skipped: For each batch, the stream before the block, (B, T, D).
     """
 
     block: int

@@ -22,9 +22,9 @@ from eigenslice.runtime.run_state import RunState
 from eigenslice.slicing.memory import room_for_model, whole_bytes
 
 OWN_LENGTH = 128
-"""Tokens of a text beside calibration texts: many short ones show more kinds, and cost less, than a few long ones."""
+"""Tokens of a text beside calibration texts. Many short texts show more kinds, and cost less, than a few long texts."""
 OWN_BATCH = 64
-"""Of them at once."""
+"""Number of texts that are written at once."""
 
 
 def add_sequences(
@@ -77,10 +77,10 @@ def add_own_text(
     Args:
         tokens: Calibration tokens of texts.
         dense: The model.
-        options: How many sequences, as a share of those of the texts.
-        dtype: Of the forward pass.
-        state: Where to keep the text, so that an interrupted run goes on with the same.
-        ranks: The first one writes for all.
+        options: The number of sequences, as a share of the number of the texts' sequences.
+        dtype: The dtype of the forward pass.
+        state: The saved state, which keeps the text for an interrupted run.
+        ranks: The processes that share the sequences. The first one writes the text for all.
         progress: Called as the text grows.
 
     Raises:
@@ -105,7 +105,7 @@ def add_own_text(
 def _write_own(
     tokens: Tokens, dense: DenseModel, options: SliceOptions, dtype: torch.dtype, count: int, progress: Progress
 ) -> Tensor:
-    """So many sequences of about the texts' length, each of several short ones, (count, T); none without room."""
+    """Return sequences of about the texts' length, each of several short ones, (count, T); none without room."""
     if not _has_room(tokens, dense, options.own_text, dtype):
         return torch.empty(0, 0, dtype=torch.long)
     # Slicing runs transformers' own classes, so that this does, too: no code of the checkpoint
@@ -120,9 +120,9 @@ def _write_own(
 
 
 def _has_room(tokens: Tokens, dense: DenseModel, share: float | None, dtype: torch.dtype) -> bool:
-    """Whether to load the model as a whole: asked to, or where that takes no more than the activations will.
+    """Return whether to load the model as a whole: if asked to, or if that takes no more than the activations.
 
-    Models larger than that are sliced because they don't fit.
+    Larger models are sliced because they don't fit.
     """
     needed, free = whole_bytes(dense, dtype), free_bytes(dense.device)
     size = f"as a whole, the model takes {needed / 1e9:.1f} GB"

@@ -31,5 +31,5 @@ def whole_bytes(dense: DenseModel, dtype: torch.dtype) -> int:
 
 
 def room_for_model(dense: DenseModel, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that the model as a whole may take, without being asked to, to write text: no more than slicing takes."""
+    """Bytes that the whole model may take to write text, unless it was asked for: no more than slicing takes."""
     return max(LITTLE_MEMORY, activation_bytes(dense, tokens, dtype))

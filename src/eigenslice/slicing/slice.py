@@ -54,7 +54,7 @@ def slice_model(options: SliceOptions, progress: Progress = no_progress) -> Slic
     process gives large tensors back to the system as soon as they are freed (`unmap_freed_tensors`).
 
     Args:
-        options: What to slice, how far and how.
+        options: The options of the command.
         progress: Called as the work goes on.
 
     Raises:
@@ -69,14 +69,14 @@ def slice_model(options: SliceOptions, progress: Progress = no_progress) -> Slic
 
 @dataclass(frozen=True)
 class _Job:
-    """Everything that is known before the first pass.
+    """The input of the passes, all of it known before the first one.
 
     Attributes:
-        options: What to slice, how far and how.
+        options: The options of the command.
         dense: The dense model.
         families: The plans to choose from, see `make_plans`.
         given: Tokens of the calibration texts.
-        identity: All that the result depends on.
+        identity: Everything that the result depends on.
         companions: A folder of files that join the result.
         card: Metadata of the dense model's card.
         ranks: The processes that share the sequences.
@@ -110,7 +110,7 @@ class _Job:
 
     @property
     def names(self) -> list[str]:
-        """Names that the result may have in it, beside the weight files'."""
+        """Names of files that the result may have beside its weight files."""
         return ["config.json", NAME, CARD, MODELING_FILE.name, *(path.name for path in self.companions.iterdir())]
 
 
@@ -139,9 +139,9 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
 
 
 def _stage(source: Source, folder: Path) -> dict[str, Any]:
-    """Write into a folder what joins the result; give the metadata of the dense model's card.
+    """Write the files that join the result into a folder, and return the metadata of the dense model's card.
 
-    What can't be read or written is an error now, not when the work is done.
+    A file that can't be read or written is an error now, not when the work is done.
     """
     stage_companions(source, folder)
     return {} if source.gguf else read_card_metadata(source.folder / CARD)

@@ -63,15 +63,22 @@ class _Recorder(nn.Module):
 
 
 def has_experts(layer: nn.Module, sublayer: Sublayer) -> bool:
-    """Whether a decoder layer has a sublayer's experts: in some models, only some layers are mixtures."""
+    """Return whether a decoder layer has a sublayer's experts: in some models, only some layers are mixtures."""
     return any(name == sublayer.experts for name, _ in layer.named_modules())
 
 
 class BlockRunner:
-    """A model in the custom class's form without weights, into which they are put for as long as they are needed."""
+    """A model of the custom class without weights. Layers get weights for as long as they run."""
 
     def __init__(self, config: SlicedConfig, layers: str, device: torch.device, dtype: torch.dtype) -> None:
-        """layers: name of the model's list of decoder layers; device, dtype: where and in what precision they run."""
+        """Make the model, without weights.
+
+        Args:
+            config: The config of the custom class.
+            layers: Name of the model's list of decoder layers.
+            device: The device that layers run on.
+            dtype: The dtype that layers run in.
+        """
         self.device, self.dtype = device, dtype
         with init_empty_weights(include_buffers=False), no_init_weights():
             self._whole: Any = SlicedForCausalLM(config).eval()

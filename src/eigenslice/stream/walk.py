@@ -78,7 +78,7 @@ class Site:
 
     @property
     def passed_block(self) -> bool:
-        """Whether the stream has just passed a block. False where a walk goes on after an interruption."""
+        """True where the stream has just passed a block. False where a walk goes on after an interruption."""
         return self.index == 0 and self.block > 0 and not self.resumed
 
     def moment(self, *, normalized: bool) -> Tensor:
