@@ -119,7 +119,8 @@ def pickled_shards(suffix: str) -> Attack:
 
 def half_pickled(folder: Path) -> None:
     """transformers reads all files as safetensors, or all as pickles, by the first one's name."""
-    shard(folder, **{"model.norm.weight": "0.bin"})
+    index: dict[str, Any] = {"model.norm.weight": "0.bin"}
+    shard(folder, **index)
     boom(folder, "0.bin")
 
 

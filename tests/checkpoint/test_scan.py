@@ -14,9 +14,9 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.weights import SINGLE
 from eigenslice.errors import CheckpointError
 from tests import tiny
+from tests.attacks.hostile import shard
 from tests.checkpoint.files import copy_of, rewrite
 from tests.checkpoint.gguf_file import write_gguf
-from tests.attacks.hostile import shard
 from tests.messages import check_message
 
 
