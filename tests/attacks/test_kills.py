@@ -19,7 +19,7 @@ from tests.checkpoint.files import copy_of
 from tests.conftest import Folders
 from tests.export import models
 
-KILLS = 5
+KILLS = 3
 
 
 @dataclass(frozen=True)
