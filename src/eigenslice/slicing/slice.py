@@ -38,6 +38,9 @@ from eigenslice.slicing.per_block import slice_per_block
 from eigenslice.slicing.result_files import ResultFiles
 from eigenslice.stream.run import Run
 
+LARGE_BLOCK = 64 * 1024**2
+"""Size of a block in float32, in bytes, from which on less memory is worth more time (`unmap_freed_tensors`)."""
+
 
 @dataclass(frozen=True)
 class SliceResult:
@@ -50,8 +53,8 @@ class SliceResult:
 def slice_model(options: SliceOptions, progress: Progress = no_progress) -> SliceResult:
     """Slice a checkpoint into a new folder.
 
-    Under torchrun, all processes call this; they share the sequences, and the first one writes. From then on, this
-    process gives large tensors back to the system as soon as they are freed (`unmap_freed_tensors`).
+    Under torchrun, all processes call this; they share the sequences, and the first one writes. If blocks are
+    large, this process from then on gives large tensors back to the system when they are freed (`unmap_freed_tensors`).
 
     Args:
         options: The options of the command.
@@ -62,7 +65,6 @@ def slice_model(options: SliceOptions, progress: Progress = no_progress) -> Slic
         IncompleteError: the disk is full, or the like; what is done is kept.
     """
     device = resolve_device(options.device)
-    unmap_freed_tensors()
     with join_ranks(device) as ranks:
         return _slice(options, device, ranks, progress if ranks.first else no_progress)
 
@@ -121,6 +123,8 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     source = open_source(options.model, options.trust_remote_code)
     refuse_overlap(options.output, [source.path])
     dense = DenseModel(source, device)
+    if dense.block_parameters * torch.float32.itemsize > LARGE_BLOCK:
+        unmap_freed_tensors()
     families = make_plans(dense, options)
     wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work
     given = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
