@@ -103,6 +103,8 @@ class ChatTemplate:
         if self._process is None:
             self._process = _start()
             self._answer(START_SECONDS)
+        if self._left <= 0:
+            raise _too_slow()
         assert self._process.stdin
         try:
             self._process.stdin.write(asked + "\n")
@@ -126,12 +128,16 @@ class ChatTemplate:
             timer.cancel()
         if line.endswith("\n"):
             return json.loads(line)
-        raise CalibrationError(
-            "the tokenizer's chat template takes too long, or too much memory",
-            allowed=f"a template that takes less than {SECONDS:g} seconds for a conversation, and "
-            f"{1000 * MORE_SECONDS:g} milliseconds on average",
-            next_step=NEXT,
-        )
+        raise _too_slow()
+
+
+def _too_slow() -> CalibrationError:
+    return CalibrationError(
+        "the tokenizer's chat template takes too long, or too much memory",
+        allowed=f"a template that takes less than {SECONDS:g} seconds for a conversation, and "
+        f"{1000 * MORE_SECONDS:g} milliseconds on average",
+        next_step=NEXT,
+    )
 
 
 def _start() -> subprocess.Popen[str]:
