@@ -146,7 +146,7 @@ class Runner:
         )
 
     def neurons(self) -> str:
-        if not self.table.mlp.neurons:
+        if not self.table.mlp.can_cut_neurons:
             return "none"
         count = 16 if self.table.mlp.stacked else 40  # some experts have 24
         result = self.slice(width=24, neurons=count)

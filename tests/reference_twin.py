@@ -75,7 +75,7 @@ class Fit:
             k: {blocks[k // len(at_site)] + name: 2 if name in table.mlp.gated else 1 for name in table.mlp.readers}
             for k in self.mlps
         }
-        self.first, self.head = blocks[0].rstrip("."), table.head
+        self.first, self.head = blocks[0].rstrip("."), table.lm_head
         self.gone = {k for k in range(len(self.writers)) if k // len(at_site) in twin.dropped}
 
         seen = self.inputs(model, [*self.norms, *self.mlps.values()])

@@ -230,7 +230,7 @@ FAMILIES = {
 
 CASES = CORE | FAMILIES
 MLPS = {case: TABLES[CASES[case].model_type].mlp for case in CASES}
-WITH_NEURONS = [case for case, mlp in MLPS.items() if mlp.neurons and not mlp.stacked]
+WITH_NEURONS = [case for case, mlp in MLPS.items() if mlp.can_cut_neurons and not mlp.stacked]
 """Whose neurons can be cut, and that have no experts (those are in tests/test_mixtures.py)."""
 
 

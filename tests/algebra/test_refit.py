@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from eigenslice.algebra.refit import RIDGES, NormalEquations, RidgeChoice, Tokens
+from eigenslice.algebra.refit import RIDGES, InputsOutputs, NormalEquations, RidgeChoice
 
 INPUTS, OUTPUTS = 9, 5
 
@@ -93,7 +93,7 @@ def test_many_float32_tokens_are_summed_in_float64() -> None:
     assert float(found.cross[0, 0]) == pytest.approx(parts * 64 * 0.77, rel=1e-6)
 
 
-def split(tokens: int, signal: float, seed: int) -> tuple[NormalEquations, list[Tokens]]:
+def split(tokens: int, signal: float, seed: int) -> tuple[NormalEquations, list[InputsOutputs]]:
     """Few tokens to fit on and others to hold out: outputs of noise, and of signal times true weights."""
     a, held = sample(tokens, seed), sample(400, seed + 1)
     y, held_y = (signal * x @ weights(3).T + noise(len(x), seed + 2 + len(x)) for x in (a, held))
@@ -158,7 +158,7 @@ def test_older_fits_fade() -> None:
     assert choice.errors == pytest.approx(steady, rel=1e-3, abs=1e-5)
 
 
-def fit_error(pair: tuple[NormalEquations, list[Tokens]], ridge: float) -> float:
+def fit_error(pair: tuple[NormalEquations, list[InputsOutputs]], ridge: float) -> float:
     """Error on what was held out as a share of that before the fit."""
     fitted, held = pair
     weight = NormalEquations(fitted.gram.clone(), fitted.cross).solve(ZERO, ridge)

@@ -78,7 +78,7 @@ def test_tables_are_found_by_their_own_model_type() -> None:
 def test_outer_names_exist(case: str) -> None:
     model, table = model_of(case), table_for(case)
     assert model.get_submodule(table.embeddings[0]) is model.get_input_embeddings()
-    assert model.get_submodule(table.head) is model.get_output_embeddings()
+    assert model.get_submodule(table.lm_head) is model.get_output_embeddings()
     assert all(isinstance(model.get_submodule(name), nn.Embedding) for name in table.embeddings)
     assert len(model.get_submodule(table.layers)) == model.config.num_hidden_layers
     assert "norm" in type(model.get_submodule(table.final_norm)).__name__.lower()
@@ -110,7 +110,7 @@ def test_every_parameter_of_a_layer_has_exactly_one_role(case: str) -> None:
 @cases
 def test_every_parameter_outside_of_the_layers_is_named(case: str) -> None:
     model, table = model_of(case), table_for(case)
-    outer = {*table.embeddings, table.final_norm, table.head} | {table.embedding_norm} - {None}
+    outer = {*table.embeddings, table.final_norm, table.lm_head} | {table.embedding_norm} - {None}
     names = {name.rpartition(".")[0] for name in model.state_dict() if not name.startswith(table.layers + ".")}
     assert names <= outer
     assert outer - {table.final_norm} <= names  # the final norm may be without parameters
@@ -123,9 +123,13 @@ def test_readers_and_writers_have_the_stream_at_their_end(case: str) -> None:
         state = layer.state_dict()
         for sublayer in table.sublayers:
             shapes = {name: tuple(state[w].shape) for name in sublayer.ends if (w := sublayer.weight(name)) in state}
-            assert {sublayer.turn(name, shapes[name])[-1] for name in sublayer.readers if name in shapes} == {width}
+            assert {
+                sublayer.transpose_shape(name, shapes[name])[-1] for name in sublayer.readers if name in shapes
+            } == {width}
             if not sublayer.post_norm:
-                assert {sublayer.turn(name, shapes[name])[-2] for name in sublayer.writers if name in shapes} == {width}
+                assert {
+                    sublayer.transpose_shape(name, shapes[name])[-2] for name in sublayer.writers if name in shapes
+                } == {width}
 
 
 @cases

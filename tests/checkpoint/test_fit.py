@@ -43,7 +43,7 @@ def refused(folder: Path) -> CheckpointError:
 def check_weights(folder: Path, model: Any) -> None:
     """Every tensor of transformers' model is found under its name, and no other."""
     dense, state = opened(folder), model.state_dict()
-    head = {f"{dense.table.head}.weight"} if dense.tied else set()
+    head = {f"{dense.table.lm_head}.weight"} if dense.tied else set()
     assert set(dense.shapes) == set(state) - head
     for name, tensor in state.items():
         assert torch.equal(weight_of(dense, name), tensor.double()), name
@@ -183,7 +183,7 @@ TIED = ["llama-tied", "qwen2-tied", "opt", "phi-tied", "gpt_neox-tied"]
 def ends(folder: Path) -> tuple[str, str]:
     """Names of embedding and head."""
     table = opened(folder).table
-    return f"{table.embeddings[0]}.weight", f"{table.head}.weight"
+    return f"{table.embeddings[0]}.weight", f"{table.lm_head}.weight"
 
 
 @pytest.mark.parametrize("case", TIED)

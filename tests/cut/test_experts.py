@@ -20,7 +20,7 @@ from tests import tiny
 from tests.conftest import Folders, Slicer
 from tests.results import load, relative, size, stored_tensors
 
-CUTTABLE = [case for case, mlp in tiny.MLPS.items() if mlp.neurons and mlp.stacked]
+CUTTABLE = [case for case, mlp in tiny.MLPS.items() if mlp.can_cut_neurons and mlp.stacked]
 STOCK = ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v3", "granitemoe", "gpt_oss", "llama4_text", "minimax_m2"]
 IDS = tiny.random_ids(2, 20, seed=5)
 

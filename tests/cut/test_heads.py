@@ -22,7 +22,7 @@ from tests.messages import check_message
 from tests.results import load
 from tests.runs import run_of
 
-CASES = [name for name, case in tiny.CASES.items() if TABLES[case.model_type].attention.heads]
+CASES = [name for name, case in tiny.CASES.items() if TABLES[case.model_type].attention.can_cut_heads]
 FORMS = [(name, form) for name in CASES for form in ("stock", "custom") if form == "custom" or tiny.CASES[name].stock]
 
 
@@ -37,7 +37,7 @@ def test_without_refit_it_is_the_dense_model_without_some_heads(
     case: str, form: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
 ) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
-    kept = dense.heads - 1
+    kept = dense.kv_head_count - 1
     assert kept > 0
     result = run_slice(case, recipe=recipe(key_value_heads=kept), refit=False, form=form)
     model, sliced = load(dense_folder(case)), load(result.output)
@@ -46,10 +46,10 @@ def test_without_refit_it_is_the_dense_model_without_some_heads(
         got = sliced(ids).logits
     before = [writer.weight.data.clone() for writer in writers(model, dense)]
     distances = []
-    for gone in itertools.product(range(dense.heads), repeat=dense.blocks):
+    for gone in itertools.product(range(dense.kv_head_count), repeat=dense.block_count):
         for writer, weight, head in zip(writers(model, dense), before, gone, strict=True):
             writer.weight.data = weight.clone()
-            writer.weight.data.unflatten(1, (dense.heads, -1))[:, head] = 0
+            writer.weight.data.unflatten(1, (dense.kv_head_count, -1))[:, head] = 0
         with torch.no_grad():
             expected = model(ids).logits
         distances.append(float((got - expected).abs().max() / expected.abs().max()))
@@ -58,9 +58,9 @@ def test_without_refit_it_is_the_dense_model_without_some_heads(
     config = result.manifest["plan"]
     assert config["key_value_heads"] == kept
     assert sliced.config.num_key_value_heads == kept
-    assert sliced.config.num_attention_heads == dense.config.num_attention_heads // dense.heads * kept
+    assert sliced.config.num_attention_heads == dense.config.num_attention_heads // dense.kv_head_count * kept
     cut = result.manifest["parameters"]["dense"] - result.manifest["parameters"]["stored"]
-    assert cut >= sum(weight.numel() for weight in before) // dense.heads
+    assert cut >= sum(weight.numel() for weight in before) // dense.kv_head_count
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3-tied"])
@@ -76,8 +76,8 @@ def test_the_heads_that_go_are_those_that_the_others_make_up_for(
             model(ids)
         x, a = (inputs.flatten(0, -2) for inputs in seen.values())
         a = a / (x.square().mean(-1, keepdim=True) + dense.eps).sqrt()
-        expected = rank_groups(a.T @ a, writer.weight.detach(), dense.heads, DEFAULT_RIDGE)
-        assert found.heads[index].tolist() == expected.tolist()
+        expected = rank_groups(a.T @ a, writer.weight.detach(), dense.kv_head_count, DEFAULT_RIDGE)
+        assert found.head_order[index].tolist() == expected.tolist()
 
 
 @pytest.mark.parametrize("heads", [0, 99])

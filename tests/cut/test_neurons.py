@@ -37,7 +37,7 @@ def mlp_shapes(model: Any) -> list[tuple[int, int]]:
         sizes = {}
         for name in (*table.mlp.readers, *table.mlp.writers):
             module = layer.get_submodule(name)
-            outputs, inputs = table.mlp.turn(name, tuple(module.weight.shape))
+            outputs, inputs = table.mlp.transpose_shape(name, tuple(module.weight.shape))
             assert module.bias is None or len(module.bias) == outputs
             if isinstance(module, torch.nn.Linear):
                 assert (outputs, inputs) == (module.out_features, module.in_features)

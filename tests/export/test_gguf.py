@@ -192,7 +192,7 @@ def test_what_llama_cpp_does_not_run_is_refused(
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "of type 'dynamic'",
         ),
-        ("llama", {"rope_parameters": tiny.ROPE | {"partial_rotary_factor": 0.5}}, "heads that are turned in part"),
+        ("llama", {"rope_parameters": tiny.ROPE | {"partial_rotary_factor": 0.5}}, "heads that are rotated in part"),
         ("qwen3", {"rope_parameters": models.LLAMA3}, "rotary angles of type 'llama3'"),
         ("phi3", {"sliding_window": 63}, "a sliding window of 63 tokens"),
         ("gemma", {"tie_word_embeddings": False}, "a head that isn't the embedding"),

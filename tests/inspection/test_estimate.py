@@ -25,8 +25,8 @@ def test_more_tokens_take_longer_and_refitting_more_still(dense_folder: Folders)
 def test_activations_are_two_streams_and_what_writers_read(dense_folder: Folders) -> None:
     """Width 32 and 64 neurons: 128 numbers of 4 bytes a token."""
     dense = DenseModel(open_source(str(dense_folder("llama"))))
-    assert activation_bytes(dense, 10, torch.float32) == 10 * 4 * (2 * dense.width + dense.neurons)
-    assert activation_bytes(dense, 10, torch.bfloat16) == 10 * 2 * (2 * dense.width + dense.neurons)
+    assert activation_bytes(dense, 10, torch.float32) == 10 * 4 * (2 * dense.width + dense.neuron_count)
+    assert activation_bytes(dense, 10, torch.bfloat16) == 10 * 2 * (2 * dense.width + dense.neuron_count)
 
 
 @pytest.mark.parametrize(("case", "kinds"), [("llama", 2), ("phi3", 2), ("opt", 1), ("gpt2", 1), ("mixtral", 0)])
@@ -34,7 +34,7 @@ def test_fitting_readers_keeps_slopes_and_what_they_read(case: str, kinds: int, 
     dense = DenseModel(open_source(str(dense_folder(case))))
     for tokens, some in ((40, 40), (100_000, 25_000)):  # the curvature is that of some of many tokens
         sizes = [activation_bytes(dense, tokens, torch.float32, refitted=refitted) for refitted in (True, False)]
-        assert sizes[0] - sizes[1] == (some * 4 * (dense.width + kinds * dense.neurons) if kinds else 0)
+        assert sizes[0] - sizes[1] == (some * 4 * (dense.width + kinds * dense.neuron_count) if kinds else 0)
 
 
 def test_results_in_the_custom_class_take_a_pass_more(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

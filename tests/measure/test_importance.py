@@ -70,8 +70,8 @@ def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folde
     moment, energies = formulas(load(dense_folder(case)), ids, mask)
     values, vectors = found.spectrum.values, found.spectrum.vectors
     torch.testing.assert_close(vectors @ values.diag() @ vectors.T, moment, rtol=1e-4, atol=1e-3)
-    assert len(found.importance) == 3
-    for actual, expected in zip(found.importance, energies, strict=True):
+    assert len(found.neuron_importance) == 3
+    for actual, expected in zip(found.neuron_importance, energies, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
     assert sorted(set(blocks)) == [0, 1, 2, 3]
 
@@ -98,5 +98,5 @@ def test_without_energies_all_are_kept() -> None:
 def test_heads_are_kept_in_their_order() -> None:
     ranked = [torch.tensor(order) for order in ([2, 0, 3, 1], [3, 1, 0, 2])]
     kept = Measurement(FLAT, [], ranked).kept(plan((0, 0), heads=2))
-    assert [some.heads.tolist() for some in kept if some.heads is not None] == [[0, 2], [1, 3]]
-    assert [some.of_heads for some in kept] == [4, 4]
+    assert [some.kv_heads.tolist() for some in kept if some.kv_heads is not None] == [[0, 2], [1, 3]]
+    assert [some.kv_head_count for some in kept] == [4, 4]

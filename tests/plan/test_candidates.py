@@ -43,7 +43,7 @@ def plans(dense_folder: Folders) -> Planner:
 
 def size(plan: Plan) -> tuple[int, int]:
     """The only width and the only number of neurons."""
-    (width,), (neurons,) = set(plan.site_widths), set(plan.neurons)
+    (width,), (neurons,) = set(plan.site_widths), set(plan.neurons_per_block)
     return width, neurons
 
 
@@ -58,7 +58,7 @@ def test_all_plans_are_of_the_size_that_was_asked_for(case: str, keep: float, pl
         width, neurons = size(plan)
         assert stored_parameters(dense, plan) <= budget
         assert plan == choose_form(dense, "global", width, dense.tied, "auto", neurons)
-        assert neurons >= dense.neurons / 4
+        assert neurons >= dense.neuron_count / 4
         more = [(width, min(56, neurons + 8))] if neurons < 56 else [(min(32, width + 8), 56)]
         for wider, additional in more:  # and a step more wouldn't fit
             if (wider, additional) != (width, neurons):
@@ -77,7 +77,7 @@ def test_plans_go_from_neurons_only_to_width_only(plans: Planner) -> None:
 @pytest.mark.parametrize("options", [{"mlp": False}, {"basis": "per-block"}], ids=["no-mlp", "per-block"])
 def test_neurons_stay_where_they_are_not_to_be_cut(options: dict, plans: Planner) -> None:
     (plan,) = plans("llama", keep=0.8, **options)[1]
-    assert plan.neurons == (56, 56, 56)
+    assert plan.neurons_per_block == (56, 56, 56)
     assert plan.site_widths[0] < 32
 
 
@@ -96,7 +96,7 @@ def test_no_plan_is_wider_than_the_model(width: int, heads: int, keep: float, pl
 def test_few_neurons_are_kept_by_at_least_eight(neurons: int, plans: Planner, tmp_path: Path) -> None:
     model = tiny.tiny_model("llama", tiny.LLAMA | {"intermediate_size": neurons})
     _, found = plans(tiny.save(model, tmp_path / "few"), keep=0.7)
-    assert all(min(plan.neurons) >= min(8, neurons) for plan in found)
+    assert all(min(plan.neurons_per_block) >= min(8, neurons) for plan in found)
 
 
 def test_options_that_fix_the_plan_give_one(plans: Planner) -> None:
@@ -346,7 +346,7 @@ def test_blocks_bear_a_part_of_the_cut(case: str, keep: float, numbers: list[int
     dense = DenseModel(open_source(str(dense_folder(case))))
     options = SliceOptions(model=case, output=Path("out"), keep=keep, heads=False)
     families = make_plans(dense, options)
-    assert [len(family[0].dropped) for family in families] == numbers
+    assert [len(family[0].dropped_blocks) for family in families] == numbers
     for plan in (plan for family in families for plan in family):
-        assert len(plan.blocks) == len(plan.neurons) == dense.blocks - len(plan.dropped)
+        assert len(plan.kept_blocks) == len(plan.neurons_per_block) == dense.block_count - len(plan.dropped_blocks)
         assert stored_parameters(dense, plan) <= keep * dense.parameters

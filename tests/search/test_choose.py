@@ -34,7 +34,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int | None, int]]]
     calls = []
 
     def try_plans(run: Any, plans: list[Plan], *others: Any, **options: Any) -> list[float]:
-        numbers = [(plan.heads, plan.site_widths[0]) for plan in plans]
+        numbers = [(plan.kv_heads, plan.site_widths[0]) for plan in plans]
         calls.append(numbers)
         return [10.0 * abs((kind or 0) - 2) + abs(width - 5) for kind, width in numbers]
 

@@ -81,13 +81,13 @@ def test_a_block_s_loss_is_that_of_the_model_with_the_writer_before_it_refitted(
     batches = [Batch(fit), Batch(held_out, group=HELD_OUT_GROUP)]
     found = missed_least(run_of(dense, [], tmp_path), 9, batches)
     assert list(found.values()) == sorted(found.values())
-    names = [f"{dense.table.layers}.{n}" for n in range(dense.blocks)]
+    names = [f"{dense.table.layers}.{n}" for n in range(dense.block_count)]
     norm, last = dense.table.attention.norm, dense.table.final_norm
     assert norm
     with torch.no_grad():
         dense_logits = model(held_out).logits.log_softmax(-1)
-        for block in range(1, dense.blocks):
-            follows = f"{names[block + 1]}.{norm}" if block + 1 < dense.blocks else last
+        for block in range(1, dense.block_count):
+            follows = f"{names[block + 1]}.{norm}" if block + 1 < dense.block_count else last
             writers = [f"{names[block - 1]}.{writer}" for writer in WRITERS[case]]
             skipped, behind = f"{names[block]}.{norm}", follows
             with captured_inputs(model, [*writers, skipped, behind]) as seen:

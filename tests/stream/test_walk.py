@@ -46,7 +46,9 @@ def norms(dense: DenseModel) -> list[str]:
     """Names of the norms at the dense model's sites."""
     sites = dense.table.sites(dense.config)
     blocks = [
-        f"{dense.table.layers}.{i}.{site[0].norm or site[0].modules[0]}" for i in range(dense.blocks) for site in sites
+        f"{dense.table.layers}.{i}.{site[0].norm or site[0].modules[0]}"
+        for i in range(dense.block_count)
+        for site in sites
     ]
     return [*blocks, dense.table.final_norm]
 

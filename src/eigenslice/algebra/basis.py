@@ -67,7 +67,7 @@ def kept_basis(spectrum: Spectrum, width: int, constant: bool = False) -> Tensor
 def layer_norm_basis(spectrum: Spectrum, width: int) -> Tensor:
     """Basis (D, width) in which a stock LayerNorm over `width` numbers subtracts nothing.
 
-    The first width-1 components of a centred stream, turned so that their coordinates sum to zero; this costs
+    The first width-1 components of a centred stream, rotated so that their coordinates sum to zero; this costs
     one dimension. The constant vector of R^D takes the constant direction of R^width, so that the columns are
     orthonormal.
     """
@@ -76,7 +76,7 @@ def layer_norm_basis(spectrum: Spectrum, width: int) -> Tensor:
 
 
 def tied_basis(basis: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn a kept basis so that one matrix can serve as embedding and as head.
+    """Rotate a kept basis so that one matrix can serve as embedding and as head.
 
     The head reads E diag(g) x. Within the kept subspace any rotation is free; the one that diagonalizes
     Q^T diag(g) Q = R L R^T makes the gain a diagonal again: the head is then E (Q R) with gain L. What is lost

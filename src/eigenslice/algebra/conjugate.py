@@ -24,8 +24,8 @@ def conjugate_gradients(product: Linear, right: Tensor, precondition: Linear, st
         x, of b's shape.
     """
     solution, residual = torch.zeros_like(right), right
-    turned = precondition(residual)
-    direction, size = turned, (residual * turned).sum()
+    preconditioned = precondition(residual)
+    direction, size = preconditioned, (residual * preconditioned).sum()
     for step in range(steps):
         image = product(direction)
         curvature = (direction * image).sum()
@@ -36,7 +36,7 @@ def conjugate_gradients(product: Linear, right: Tensor, precondition: Linear, st
         if step + 1 == steps:
             break
         residual = residual - length * image
-        turned = precondition(residual)
-        before, size = size, (residual * turned).sum()
-        direction = turned + size / before * direction
+        preconditioned = precondition(residual)
+        before, size = size, (residual * preconditioned).sum()
+        direction = preconditioned + size / before * direction
     return solution

@@ -18,7 +18,7 @@ COMBINATIONS = 64
 """Random combinations of outputs that ridges are compared on."""
 
 
-Tokens = tuple[Tensor, Tensor]
+InputsOutputs = tuple[Tensor, Tensor]
 """Inputs (T, n) and outputs (T, m) of some tokens."""
 
 
@@ -84,7 +84,7 @@ class RidgeChoice:
     def choose(
         self,
         fitted: NormalEquations,
-        held: Iterable[Tokens],
+        held_out: Iterable[InputsOutputs],
         base: Tensor,
         add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> float:
@@ -95,7 +95,7 @@ class RidgeChoice:
 
         Args:
             fitted: Sums over the tokens to fit on.
-            held: The tokens to measure on.
+            held_out: The tokens to measure on.
             base: (m, n) weights that the ridge pulls towards.
             add_up: Sums over several processes what each has measured.
         """
@@ -117,7 +117,7 @@ class RidgeChoice:
         change = torch.cat(changes, dim=1)
         # What the unfitted weights miss, all outputs' energy, and how much each ridge changes the former
         sums = torch.zeros(2 + len(self.errors), dtype=torch.float64, device=base.device)
-        for tokens in held:
+        for tokens in held_out:
             inputs, expected = (part.float() for part in tokens)
             residual = expected - inputs @ start
             sums[0] += residual.square().sum()

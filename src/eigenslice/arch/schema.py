@@ -35,10 +35,10 @@ class Sublayer:
     """An RMSNorm between the last linear layer and the stream. It doesn't commute with a rotation: gain * RMSN(W a), in
     a basis Q, is Q^T diag(gain) RMSN(W a), which needs W as it is. So W is inner, and the norm, in the custom class, is
     followed by a matrix: `POST_NORM.project` is the writer."""
-    neurons: bool = False
+    can_cut_neurons: bool = False
     """Whether its neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in
     between joins two of them. In a mixture, those of each expert (`stacked`); others but `shared` ones stay whole."""
-    heads: bool = False
+    can_cut_heads: bool = False
     """Whether its key/value heads can be cut, each with the query heads that share it: the rows of every reader and the
     columns of the writer are those of the first key/value head, then of the next, and nothing joins two of them."""
     gated: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class Sublayer:
 
     def has_neurons(self, name: str) -> bool:
         """Whether the neurons that can be cut are rows of a reader, or columns of a writer."""
-        return self.neurons and (not self.stacked or name in (*self.stacked, *self.shared))
+        return self.can_cut_neurons and (not self.stacked or name in (*self.stacked, *self.shared))
 
     def weight(self, name: str) -> str:
         """Name of the weight of a reader or writer."""
@@ -96,8 +96,8 @@ class Sublayer:
         """Name of the bias of a reader or writer, whether it has one or not."""
         return name + ("_bias" if name in self.stacked else ".bias")
 
-    def turn(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a weight from the module's orientation to out x in, or back."""
+    def transpose_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the shape of a weight from the module's orientation to out x in, or back."""
         return (*shape[:-2], shape[-1], shape[-2]) if name in self.transposed else shape
 
 
@@ -162,7 +162,7 @@ class Table:
     reshapes_output: bool = False
     """Whether transformers' model reshapes the last block's output to the embeddings' width."""
     final_norm: str
-    head: str
+    lm_head: str
     logit_scale: Callable[[Any], float] | None = None
     """What transformers multiplies the head's output by."""
     attention: Sublayer
@@ -206,7 +206,7 @@ class Table:
         """The sublayers at each site of a block, in the order in which the stream passes the sites."""
         return (self.sublayers,) if self.is_parallel(config) else ((self.attention,), (self.mlp,))
 
-    def turned(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A layer's weights (names relative to it) from its modules' orientation to out x in, or back."""
+    def transpose(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a layer's weights (names relative to the layer) from its modules' orientation to out x in, or back."""
         names = {s.weight(name) for s in self.sublayers for name in s.transposed}
         return {name: t.transpose(-1, -2) if name in names else t for name, t in tensors.items()}

@@ -43,15 +43,15 @@ def read_card_metadata(path: Path, warn: bool = True) -> dict[str, Any]:
         _left_out(f"{path} can't be read ({first_line(error)})", warn)
         return {}
     front = FRONT.match(text)
-    found: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     fields = {field[1]: field[0] for field in FIELD.finditer(front[1])} if front else {}  # the last one counts
     for name, field in fields.items():
         value = _value(field)
         if value is None:
             _left_out(f"{path} has {name} of another kind than a card's", warn)
         elif value:
-            found[name] = value
-    return found
+            metadata[name] = value
+    return metadata
 
 
 def _left_out(what: str, warn: bool) -> None:

@@ -157,9 +157,9 @@ def check_gguf(path: Path) -> GgufHeader:
         if field.startswith(header.architecture + "."):
             _check_field(path, header, field, value)
     blocks = header.of_architecture("block_count")
-    found = {int(match[1]) for name in header.tensors if (match := BLOCK.match(name))}
-    if not isinstance(blocks, int) or len(found) != blocks or found != set(range(len(found))):
-        raise _contradiction(path, f"its header says {blocks} blocks, its tensors are those of {len(found)}")
+    numbers = {int(match[1]) for name in header.tensors if (match := BLOCK.match(name))}
+    if not isinstance(blocks, int) or len(numbers) != blocks or numbers != set(range(len(numbers))):
+        raise _contradiction(path, f"its header says {blocks} blocks, its tensors are those of {len(numbers)}")
     embedding = header.tensors.get("token_embd.weight")
     if embedding:
         _check_embedding(path, header, embedding.shape)
@@ -200,9 +200,9 @@ def _check_embedding(path: Path, header: GgufHeader, shape: tuple[int, ...]) -> 
         raise _contradiction(path, f"its vocabulary has {len(tokens)} tokens, token_embd.weight is {shape}")
 
 
-def _contradiction(path: Path, found: str) -> CheckpointError:
+def _contradiction(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: {found}",
+        f"{path}: {problem}",
         allowed="a GGUF whose header and tensors belong together",
         next_step="convert or download the file again",
     )

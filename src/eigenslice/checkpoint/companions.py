@@ -70,21 +70,21 @@ def companions_of(name: str, source: Path, trust_remote_code: bool, result: bool
         CheckpointError: a config is broken, or the tokenizer needs code that isn't there or isn't trusted.
     """
     present = _present(source)
-    found = {file for file in present if names.is_companion(file)}
+    companions = {file for file in present if names.is_companion(file)}
     if names.CARD in present:
         check_file(source / names.CARD, source, LARGEST_VOCABULARY)
-        found |= {link for link in names.linked_licence(source) if (source / link).exists()}
+        companions |= {link for link in names.linked_licence(source) if (source / link).exists()}
     configs = [read_json(source / file, source, "a JSON object") for file in CONFIGS if file in present]
     code = set[str]().union(*map(names.code_named, configs))
     if code and not trust_remote_code:
         load_tokenizer(name, source, None, trust_remote_code=False)  # it works without, or the error names the option
     elif code:
-        found |= _with_named(source, code, present)
+        companions |= _with_named(source, code, present)
     if result:
         config = read_json(source / names.CONFIG, source, "a config.json as transformers saves it")
         own = names.code_named(config)
-        found |= _with_named(source, own - {MODELING_FILE.name}, present) | own & {MODELING_FILE.name}
-    return sorted(found)
+        companions |= _with_named(source, own - {MODELING_FILE.name}, present) | own & {MODELING_FILE.name}
+    return sorted(companions)
 
 
 def _present(source: Path) -> set[str]:
@@ -109,15 +109,15 @@ def _with_named(source: Path, code: set[str], present: set[str]) -> set[str]:
             allowed="a checkpoint with the code that it needs",
             next_step="download the missing files, or remove auto_map from the config that names them",
         )
-    found: set[str] = set()
-    while code - found:
-        new = code - found
-        found |= new
+    reached: set[str] = set()
+    while code - reached:
+        new = code - reached
+        reached |= new
         for file in new:
             if file.endswith(".py"):
                 check_file(source / file, source, LARGEST_VOCABULARY)
                 code = code | names.named_by_code(source / file, present)
-    return found
+    return reached
 
 
 def _copy(source: Path, folder: Path, file: str) -> None:

@@ -164,11 +164,11 @@ def _gguf(snapshot: _Snapshot, hub: HubName) -> str | None:
     if hub.file is None:
         return names.only_gguf(snapshot.name, snapshot.files)
     if hub.file not in snapshot.files:
-        found = sorted(file for file in snapshot.files if file.lower().endswith(".gguf"))
+        ggufs = sorted(file for file in snapshot.files if file.lower().endswith(".gguf"))
         raise CheckpointError(
             f"{snapshot.name}: {hub.repository} has no file {hub.file}",
-            allowed=f"its GGUF files: {', '.join(found[:6]) or 'there are none'}",
-            next_step="name one of them" if found else "pass the repository's own name",
+            allowed=f"its GGUF files: {', '.join(ggufs[:6]) or 'there are none'}",
+            next_step="name one of them" if ggufs else "pass the repository's own name",
         )
     return hub.file
 

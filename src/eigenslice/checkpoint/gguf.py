@@ -140,16 +140,16 @@ class GgufWeights:
     def _check_shape(self, name: str, parts: list[str]) -> None:
         """Compare a parameter of the model with its tensors, by zeros that take no memory."""
         shape: Any = self._shapes[name]
-        found: Any
+        actual: Any
         if len(parts) == 1 and len(shape) < 3:  # of experts, transformers makes copies
             zeros = np.broadcast_to(np.float32(0), self._stored[parts[0]].shape)
             done = self._processed(name, parts[0], zeros, {})
-            found = self._stored[parts[0]].shape if done is None else done.shape
+            actual = self._stored[parts[0]].shape if done is None else done.shape
         else:
-            found, shape = sum(math.prod(self._stored[part].shape) for part in parts), math.prod(shape)
-        if found != shape:
+            actual, shape = sum(math.prod(self._stored[part].shape) for part in parts), math.prod(shape)
+        if actual != shape:
             raise CheckpointError(
-                f"{self.files[0]}: {parts[0]} is {found}, the config says {shape}",
+                f"{self.files[0]}: {parts[0]} is {actual}, the config says {shape}",
                 allowed="weights that fit the config",
                 next_step="convert or download the file again",
             )

@@ -60,10 +60,10 @@ def with_revision(model: str, revision: str | None) -> str:
     """
     if revision is None:
         return model
-    found = f"--revision {revision} with {model}"
+    given = f"--revision {revision} with {model}"
     if "@" in model and hub_name(model):
         raise OptionsError(
-            f"{found}, which names a revision already",
+            f"{given}, which names a revision already",
             allowed="one of them: --revision, or MODEL@REVISION",
             next_step="leave --revision out",
         )
@@ -71,7 +71,7 @@ def with_revision(model: str, revision: str | None) -> str:
     if is_local(model) or not named:
         what = "which is a path here: only models on the hub have revisions" if is_local(model) else "which is no name"
         raise OptionsError(
-            f"{found}, {what}",
+            f"{given}, {what}",
             allowed="a branch, tag or commit of a model on the hub, such as OWNER/NAME --revision v1.0",
             next_step="leave --revision out, or name a model on the hub",
         )

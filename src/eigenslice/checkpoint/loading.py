@@ -71,7 +71,7 @@ def load_model(
 
 def _read(
     name: str,
-    found: tuple[Path, str | None],
+    located: tuple[Path, str | None],
     place: Path,
     dtype: DtypeName | torch.dtype | str,
     trust_remote_code: bool,
@@ -81,7 +81,7 @@ def _read(
 
     Args:
         name: As the user wrote it.
-        found: What `locate` gives.
+        located: What `locate` gives.
         place: The folder for transformers.
         dtype: As transformers takes it.
         trust_remote_code: Let the checkpoint run code.
@@ -90,7 +90,7 @@ def _read(
     Raises:
         CheckpointError: weights are missing, unknown or of other sizes than the config says.
     """
-    folder, gguf = found
+    folder, gguf = located
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
     config.return_dict = True  # it says what users' code gets, not what the model computes
     auto = AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
@@ -131,8 +131,8 @@ def _apply_adapter(name: str, folder: Path, model: Any) -> None:
         CheckpointError: the adapter isn't one of this model.
     """
     before = {parameter.data_ptr() for parameter in model.parameters()}
-    found = model.load_adapter(str(folder))
-    refuse_missing(name, found.to_dict())
+    adapter_info = model.load_adapter(str(folder))
+    refuse_missing(name, adapter_info.to_dict())
     for parameter in model.parameters():
         if parameter.data_ptr() not in before:
             parameter.data = parameter.data.to(model.dtype)

@@ -92,7 +92,7 @@ def origins(source: Source, model: Any) -> dict[str, Origin]:
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     ignored = [re.compile(pattern) for pattern in whole._keys_to_ignore_on_load_unexpected or ()]
-    found: dict[str, list[tuple[str, str | None]]] = {}
+    parts_of: dict[str, list[tuple[str, str | None]]] = {}
     unknown = []
     for stored in sorted(source.weights.names(), key=dot_natural_key):
         if source.gguf:
@@ -100,11 +100,11 @@ def origins(source: Source, model: Any) -> dict[str, Origin]:
         else:
             name, pattern = rename_source_key(stored, renamings, converters, whole.base_model_prefix, state)
         if name in state:
-            found.setdefault(name, []).append((stored, pattern))
+            parts_of.setdefault(name, []).append((stored, pattern))
         elif not LEFTOVERS.search(stored) and not any(pattern.search(name) for pattern in ignored):
             unknown.append(stored)
     names: dict[str, Origin] = {}
-    for name, parts in found.items():
+    for name, parts in parts_of.items():
         inner = name if source.whole is None else name_in_tower(name, source.whole, model.base_model_prefix)
         if inner is not None:
             names[inner] = Origin(
@@ -115,7 +115,7 @@ def origins(source: Source, model: Any) -> dict[str, Origin]:
                 whole,
             )
     table = lookup(source.config)
-    ends = [table.embeddings[0] + ".weight", table.head + ".weight"]
+    ends = [table.embeddings[0] + ".weight", table.lm_head + ".weight"]
     if source.config.tie_word_embeddings and any(name in names for name in ends):
         # Checkpoints of tied models hold the embedding, the head, or both
         present = next(name for name in ends if name in names)

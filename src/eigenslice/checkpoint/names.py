@@ -146,15 +146,15 @@ def only_gguf(name: str, names: Iterable[str]) -> str | None:
     """
     names = set(names)
     others = {"model.safetensors", "model.safetensors.index.json", *OTHER_WEIGHTS}
-    found = sorted(n for n in names if n.lower().endswith(".gguf") and not PurePosixPath(n).name.startswith("mmproj"))
-    if not found or others & names:
+    ggufs = sorted(n for n in names if n.lower().endswith(".gguf") and not PurePosixPath(n).name.startswith("mmproj"))
+    if not ggufs or others & names:
         return None
-    if len(found) > 1:
-        listed = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
+    if len(ggufs) > 1:
+        listed = ", ".join(ggufs[:6]) + (", ..." if len(ggufs) > 6 else "")
         place, at, revision = name.partition("@")
         raise CheckpointError(
-            f"{name} holds {len(found)} GGUF files: {listed}",
+            f"{name} holds {len(ggufs)} GGUF files: {listed}",
             allowed="a folder or repository with one model, or the name of one of its files",
-            next_step=f"name one of them: {place.rstrip('/')}/{found[0]}{at}{revision}",
+            next_step=f"name one of them: {place.rstrip('/')}/{ggufs[0]}{at}{revision}",
         )
-    return found[0]
+    return ggufs[0]

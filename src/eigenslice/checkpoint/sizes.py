@@ -128,15 +128,15 @@ def _check_divisions(name: str, text: Mapping[str, Any]) -> None:
         raise _impossible(name, "n_group", groups, f"a divisor of the {experts} experts")
     if groups and few is not None and not 0 < few <= groups:
         raise _impossible(name, "topk_group", few, f"a number from 1 to the {groups} groups")
-    width, turned = _whole(text, *WIDTHS), _whole(text, "rotary_dim")
-    if heads and width and turned is not None and not 0 < turned <= width // heads:
-        raise _impossible(name, "rotary_dim", turned, f"a number from 1 to the {width // heads} of a head")
+    width, rotary_dim = _whole(text, *WIDTHS), _whole(text, "rotary_dim")
+    if heads and width and rotary_dim is not None and not 0 < rotary_dim <= width // heads:
+        raise _impossible(name, "rotary_dim", rotary_dim, f"a number from 1 to the {width // heads} of a head")
 
 
 def _whole(config: Mapping[str, Any], *fields: str) -> int | None:
     """The first of these fields that is a whole number."""
-    found = (config.get(field) for field in fields)
-    return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), None)
+    values = (config.get(field) for field in fields)
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
 
 
 def _compare(name: str, config: Mapping[str, Any], text: Mapping[str, Any], shapes: Shapes, layers: int) -> None:
@@ -168,11 +168,11 @@ def _compare(name: str, config: Mapping[str, Any], text: Mapping[str, Any], shap
 
 def _most_layers(shapes: Shapes) -> int:
     """How many layers the language model's tensors have: numbers behind one name, such as layers.7."""
-    found: dict[str, set[int]] = {}
+    numbers_of: dict[str, set[int]] = {}
     for tensor in shapes:
         if not NO_TEXT.search(tensor) and (match := NUMBERED.search(tensor)):
-            found.setdefault(tensor[: match.start(2)], set()).add(int(match[2]))
-    return max((len(numbers) for numbers in found.values()), default=0)
+            numbers_of.setdefault(tensor[: match.start(2)], set()).add(int(match[2]))
+    return max((len(numbers) for numbers in numbers_of.values()), default=0)
 
 
 def check_total(name: str, announced: int, stored: int) -> None:

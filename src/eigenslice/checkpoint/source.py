@@ -110,8 +110,8 @@ class Source:
         hashes: dict[str, str] = {}
         extents: dict[str, Extent] = {}
         for file in self.weights.files:
-            hashes[file.name], found = scan(file, self.weights.spans(file))
-            extents |= found
+            hashes[file.name], extents_of_file = scan(file, self.weights.spans(file))
+            extents |= extents_of_file
         return hashes, extents
 
     @cached_property

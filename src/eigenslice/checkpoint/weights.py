@@ -136,13 +136,13 @@ def _no_weights(folder: Path) -> CheckpointError:
     """What is said of a folder without safetensors."""
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     ggufs = sorted(p.name for p in folder.iterdir() if p.suffix.lower() == ".gguf")
-    found = f", only {', '.join((ggufs or pickles)[:3])}" if ggufs or pickles else ""
+    others = f", only {', '.join((ggufs or pickles)[:3])}" if ggufs or pickles else ""
     step = "pass a folder with a complete checkpoint"
     if pickles:
-        found += ", and pickles can run code" if not ggufs else ""
+        others += ", and pickles can run code" if not ggufs else ""
         step = "save the checkpoint as safetensors: load it with transformers and save_pretrained it"
     return CheckpointError(
-        f"{folder} has no {SINGLE} and no {INDEX}{found}",
+        f"{folder} has no {SINGLE} and no {INDEX}{others}",
         allowed="safetensors weights",
         next_step=f"pass the GGUF file itself: {folder / ggufs[0]}" if ggufs else step,
     )
@@ -213,10 +213,10 @@ class SafetensorsWeights:
         with file.open("rb") as handle:
             length = struct.unpack("<Q", handle.read(8))[0]
             header: dict[str, Any] = json.loads(handle.read(length))  # safetensors has checked it
-        found = []
+        spans = []
         for name, dtype in ((name, self.dtype(name)) for name, place in self._file_of.items() if place == file):
             if dtype is not None and not LEFTOVERS.search(name):
                 start, end = header[name]["data_offsets"]
                 place = 8 + length + start, end - start
-                found.append(Span(name, self.shape(name), *place, dtype.itemsize, plain(dtype)))
-        return found
+                spans.append(Span(name, self.shape(name), *place, dtype.itemsize, plain(dtype)))
+        return spans

@@ -52,9 +52,9 @@ def _speedup(phase: str) -> Any:
     def cell(row: dict[str, Any]) -> str:
         if "speedup" not in row:
             return ""
-        found = row["speedup"][phase]
-        share = "" if found["share"] is None else f" ({100 * found['share']:.0f} %)"
-        return f"x{found['measured']:.2f}, ideal x{found['ideal']:.2f}{share}"
+        speedup = row["speedup"][phase]
+        share = "" if speedup["share"] is None else f" ({100 * speedup['share']:.0f} %)"
+        return f"x{speedup['measured']:.2f}, ideal x{speedup['ideal']:.2f}{share}"
 
     return cell
 

@@ -65,12 +65,12 @@ def _tasks(models: list[str], given: Given[TaskOptions], as_json: bool, quiet: b
     for key, score in scores[0].items():
         cells = []
         for row in scores:
-            found = row.get(key)
-            if found is None:  # it was NaN
+            score_of_row = row.get(key)
+            if score_of_row is None:  # it was NaN
                 cells.append("")
                 continue
-            error = "" if found["stderr"] is None else f" ± {found['stderr']:.4f}"
-            change = "" if row is scores[0] else f" ({found['value'] - score['value']:+.4f})"
-            cells.append(f"{found['value']:.4f}{error}{change}")
+            error = "" if score_of_row["stderr"] is None else f" ± {score_of_row['stderr']:.4f}"
+            change = "" if row is scores[0] else f" ({score_of_row['value'] - score['value']:+.4f})"
+            cells.append(f"{score_of_row['value']:.4f}{error}{change}")
         table.add_row(score["task"], score["metric"], *cells)
     output.print(table)

@@ -63,15 +63,15 @@ class Kept:
 
     Attributes:
         neurons: Neurons of the MLP, (kept,); in a mixture neurons of each expert, (experts, kept).
-        shared: Neurons of the shared experts that are cut with them, (kept,).
-        heads: Key/value heads of the attention, each with its query heads.
-        of_heads: Number of heads in the dense model.
+        shared_neurons: Neurons of the shared experts that are cut with them, (kept,).
+        kv_heads: Key/value heads of the attention, each with its query heads.
+        kv_head_count: Number of key/value heads in the dense model.
     """
 
     neurons: Tensor | None = None
-    shared: Tensor | None = None
-    heads: Tensor | None = None
-    of_heads: int = 0
+    shared_neurons: Tensor | None = None
+    kv_heads: Tensor | None = None
+    kv_head_count: int = 0
 
     def pick(self, sublayer: Sublayer, name: str, tensor: Tensor, axis: int) -> Tensor:
         """The kept part of a sublayer's weight or bias along one axis.
@@ -82,16 +82,16 @@ class Kept:
             tensor: Out x in, or (out,); one for each expert if it is stacked.
             axis: 0 for what readers give, 1 for what writers take.
         """
-        neurons = self.shared if name in sublayer.shared else self.neurons
+        neurons = self.shared_neurons if name in sublayer.shared else self.neurons
         if sublayer.has_neurons(name) and neurons is not None:
             gate = (1 if sublayer.interleaved else 0) if name in sublayer.gated else None
             if name in sublayer.stacked:
                 pairs = zip(tensor, neurons, strict=True)
                 return torch.stack([_pick_neurons(one, those, axis, gate) for one, those in pairs])
             return _pick_neurons(tensor, neurons, axis, gate)
-        if sublayer.heads and self.heads is not None:
-            parts = tensor.unflatten(axis, (self.of_heads, -1))
-            return parts.index_select(axis, self.heads).flatten(axis, axis + 1)
+        if sublayer.can_cut_heads and self.kv_heads is not None:
+            parts = tensor.unflatten(axis, (self.kv_head_count, -1))
+            return parts.index_select(axis, self.kv_heads).flatten(axis, axis + 1)
         return tensor
 
 
@@ -131,7 +131,7 @@ def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = AL
             yield part, tensor
 
 
-def turn_end(sublayer: Sublayer, part: str, tensor: Tensor, reading: Tensor, writing: SiteBasis) -> Tensor:
+def rotate_end(sublayer: Sublayer, part: str, tensor: Tensor, reading: Tensor, writing: SiteBasis) -> Tensor:
     """A weight or bias of a sublayer's reader or writer, for the stream in bases; computed in the tensor's dtype.
 
     Args:
@@ -175,7 +175,7 @@ def slice_block(
         for sublayer in sublayers:
             for name, tensor in keep_units(sublayer, folded, kept):
                 done.add(name)
-                yield name, turn_end(sublayer, name, tensor.to(torch.float32), basis.reading, following)
+                yield name, rotate_end(sublayer, name, tensor.to(torch.float32), basis.reading, following)
         if shortcuts:
             yield f"shortcuts.{index}.weight", basis.shortcut_to(following)
     for name in folded:

@@ -91,8 +91,8 @@ def slice_head(
         dtype: The dtype of an untied head.
         reading: What an untied head reads from the normalized stream, (D, width); None is Q / c.
     """
-    rows, bias = dense.head()
-    head, norm = dense.table.head, dense.table.final_norm
+    rows, bias = dense.lm_head()
+    head, norm = dense.table.lm_head, dense.table.final_norm
     if tied_gain is not None:
         scaled = plan.stock is not None and dense.table.width_scales_embedding
         gain = tied_gain / (basis.scale if scaled else basis.scale**2)

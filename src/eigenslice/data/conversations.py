@@ -140,12 +140,12 @@ def _content(content: Any, where: str, left_out: list[str]) -> str:
 
 
 def _tools(tools: Any) -> list[dict[str, Any]] | None:
-    found = _listed(tools)
-    if found and not all(isinstance(tool, dict) for tool in found):
+    listed = _listed(tools)
+    if listed and not all(isinstance(tool, dict) for tool in listed):
         raise UnusableError("has tools that are no objects")
-    if found is None and _full(tools):
+    if listed is None and _full(tools):
         raise UnusableError("has tools that are no list")
-    return found or None
+    return listed or None
 
 
 def _listed(value: Any) -> list[Any] | None:

@@ -181,18 +181,18 @@ def _listed(file: TextFile, value: Any, is_record: Callable[[dict[str, Any]], bo
     """The records of a JSON document: a list, a record, or an object with a single list of records."""
     if isinstance(value, list):
         return value
-    held = ""
+    content = ""
     if isinstance(value, dict):
         lists = {name: part for name, part in value.items() if isinstance(part, list)}
         if is_record(value):
             return [value]
         if len(lists) == 1:
             return next(iter(lists.values()))
-        held = f" with {'no list' if not lists else 'the lists ' + one_line(', '.join(lists))}"
+        content = f" with {'no list' if not lists else 'the lists ' + one_line(', '.join(lists))}"
         if not lists:
-            held += f", but {one_line(', '.join(value))}"
+            content += f", but {one_line(', '.join(value))}"
     raise CalibrationError(
-        f"{file.path} holds a {type(value).__name__}{held}",
+        f"{file.path} holds a {type(value).__name__}{content}",
         allowed="a list of strings or records, or an object that holds one such list",
         next_step="write the list alone; a file for each, if there are several",
     )

@@ -25,17 +25,19 @@ def hold_out(batches: list[Batch], least: int = 1) -> list[Batch]:
     for number, batch in enumerate(batches):
         if batch.group != BESIDE_GROUP:
             places.setdefault(batch.group, []).extend((number, row) for row in range(len(batch.input_ids)))
-    most, tokens, held = sum(map(len, places.values())) // HELD_OUT_SHARE, 0, set[tuple[int, int]]()
-    for place in (p for turn in zip_longest(*map(reversed, places.values())) for p in turn if p is not None):
-        if len(held) < most and tokens < HELD_OUT_TOKENS:
-            held.add(place)
+    most, tokens, held_out = sum(map(len, places.values())) // HELD_OUT_SHARE, 0, set[tuple[int, int]]()
+    for place in (
+        p for places_of_round in zip_longest(*map(reversed, places.values())) for p in places_of_round if p is not None
+    ):
+        if len(held_out) < most and tokens < HELD_OUT_TOKENS:
+            held_out.add(place)
             tokens += _rows(batches[place[0]], [place[1]]).tokens
     if tokens < least:
         return batches
     result = []
     for number, batch in enumerate(batches):
         rows = {
-            kind: [row for row in range(len(batch.input_ids)) if ((number, row) in held) == kind]
+            kind: [row for row in range(len(batch.input_ids)) if ((number, row) in held_out) == kind]
             for kind in (False, True)
         }
         result += [_rows(batch, rows[False])] if rows[False] else []
@@ -60,12 +62,12 @@ def trial_batches(batches: list[Batch]) -> list[Batch]:
                 queues.setdefault(batch.group, []).append(some)
     chosen: list[Batch] = []
     room = {False: FIT_TOKENS, True: TRIAL_TOKENS}
-    for turn in range(max(map(len, queues.values()))):
+    for round_number in range(max(map(len, queues.values()))):
         for group, queue in queues.items():
-            held = turn % 3 == 2 and group != BESIDE_GROUP
-            if turn < len(queue) and room[held] > 0:
-                room[held] -= queue[turn].tokens
-                chosen.append(replace(queue[turn], group=HELD_OUT_GROUP if held else group))
+            is_held_out = round_number % 3 == 2 and group != BESIDE_GROUP
+            if round_number < len(queue) and room[is_held_out] > 0:
+                room[is_held_out] -= queue[round_number].tokens
+                chosen.append(replace(queue[round_number], group=HELD_OUT_GROUP if is_held_out else group))
     if all(batch.group != HELD_OUT_GROUP for batch in chosen):
         *texts, last = [batch for batch in chosen if batch.group != BESIDE_GROUP]
         beside = [batch for batch in chosen if batch.group == BESIDE_GROUP]

@@ -21,7 +21,7 @@ from eigenslice.runtime.durable import write_whole
 from eigenslice.runtime.output import check_output
 from eigenslice.runtime.progress import Progress, no_progress
 
-STAGE = "sampling"
+SAMPLING_STAGE = "sampling"
 
 
 class Drawn(LogitsProcessor):
@@ -128,7 +128,7 @@ def draw(
     processors = LogitsProcessorList([Drawn(temperature, generator)])
     drawn: list[Tensor] = []
     for prompt in prompts.split(batch):
-        progress(STAGE, sum(map(len, drawn)), samples)
+        progress(SAMPLING_STAGE, sum(map(len, drawn)), samples)
         prompt = prompt.to(model.device)
         with torch.no_grad():
             ids = model.generate(
@@ -138,5 +138,5 @@ def draw(
                 logits_processor=processors,
             )
         drawn.append(ids.cpu())
-    progress(STAGE, samples, samples)
+    progress(SAMPLING_STAGE, samples, samples)
     return torch.cat(drawn)

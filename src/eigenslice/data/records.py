@@ -194,5 +194,5 @@ def _field(record: dict[str, Any], name: str) -> str:
         return value
     if isinstance(value, list) and value and all(isinstance(part, str) for part in value):
         return "\n".join(value)
-    held = kind_of(value) if name in record else "there is none"
-    raise UnusableError(f"has no text in field {name} ({held})")
+    content = kind_of(value) if name in record else "there is none"
+    raise UnusableError(f"has no text in field {name} ({content})")

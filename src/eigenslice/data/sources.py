@@ -32,15 +32,15 @@ class Source:
 def _named(options: CalibrationOptions) -> list[Source]:
     """All texts that the options name, in their order; a mixture's members in its place."""
     names, fields = tuple(options.data), tuple(options.field or ())
-    found: list[Source] = []
+    named: list[Source] = []
     for number, name in enumerate(names):
         if len(fields) == len(names):
             field = fields[number] or None
         else:
             own = name == BUILTIN or name in PRESETS or name in MIXTURES
             field = fields[0] if fields and not own else None
-        found += [Source(member, field) for member in MIXTURES.get(name, (name,))]
-    return found
+        named += [Source(member, field) for member in MIXTURES.get(name, (name,))]
+    return named
 
 
 def one_by_one(options: CalibrationOptions) -> list[CalibrationOptions]:
@@ -57,8 +57,8 @@ def sources(options: CalibrationOptions) -> list[Source]:
     Raises:
         CalibrationError: one of them twice, or token ids among others.
     """
-    found = _named(options)
-    twice = [source.data for number, source in enumerate(found) if source in found[:number]]
+    chosen = _named(options)
+    twice = [source.data for number, source in enumerate(chosen) if source in chosen[:number]]
     if twice:
         raise CalibrationError(
             f"{twice[0]} is there twice",
@@ -66,11 +66,11 @@ def sources(options: CalibrationOptions) -> list[Source]:
             + "".join(f", and {name} stands for {', '.join(members)}" for name, members in MIXTURES.items()),
             next_step=f"leave one {twice[0]} out",
         )
-    ids = next((source for source in found if source.token_ids), None)
-    if ids and len(found) > 1:
+    ids = next((source for source in chosen if source.token_ids), None)
+    if ids and len(chosen) > 1:
         raise CalibrationError(
-            f"{ids.data} holds token ids, and there are {len(found) - 1} other texts",
+            f"{ids.data} holds token ids, and there are {len(chosen) - 1} other texts",
             allowed="either one file of token ids, or any number of texts",
             next_step="mix the token ids when you write the file, or pass the texts alone",
         )
-    return found
+    return chosen

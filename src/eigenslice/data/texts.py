@@ -87,13 +87,15 @@ def _file(data: str, path: Path, reading: Reading, enough: int, chat: Chat) -> D
     file, notes = open_file(path), []
     if file.kind == "text":
         text, more = read_text(file, enough)
-        found = Texts([text] if text.strip() else [], more=more)
-        held = records_in(text)
-        if held:
-            notes.append(f"{data} holds {held}, and is read as plain text. To read records, name it .jsonl or .json.")
+        texts = Texts([text] if text.strip() else [], more=more)
+        records = records_in(text)
+        if records:
+            notes.append(
+                f"{data} holds {records}, and is read as plain text. To read records, name it .jsonl or .json."
+            )
     else:
-        found = Texts().read(read_records(file, reading.is_record), reading, enough)
-    return _documents(found, data, path.name, chat, enough, notes)
+        texts = Texts().read(read_records(file, reading.is_record), reading, enough)
+    return _documents(texts, data, path.name, chat, enough, notes)
 
 
 def _data_set(
@@ -102,31 +104,31 @@ def _data_set(
     split = getattr(hub, purpose)
     records = hub_records(hub, split, seed if purpose == "calibration" else None)
     enough, patience = (min(characters, LARGEST), PATIENCE) if hub.stream else (LARGEST, None)
-    found = Texts().read(records, _reading(name, hub.field, chat), enough, patience)
+    texts = Texts().read(records, _reading(name, hub.field, chat), enough, patience)
     description = f"{data} ({split})" if data in PRESETS else data
-    return _documents(found, data, description, chat, enough, [])
+    return _documents(texts, data, description, chat, enough, [])
 
 
-def _documents(found: Texts, data: str, description: str, chat: Chat, enough: int, notes: list[str]) -> Documents:
+def _documents(texts: Texts, data: str, description: str, chat: Chat, enough: int, notes: list[str]) -> Documents:
     """What was found, with all there is to say of it.
 
     Raises:
         CalibrationError: it is no text.
     """
-    found.require(data, chat.template)
-    notes = notes + found.notes(data, blanks_are_usual=data in PRESETS)
-    if found.conversations and chat.note:
+    texts.require(data, chat.template)
+    notes = notes + texts.notes(data, blanks_are_usual=data in PRESETS)
+    if texts.conversations and chat.note:
         notes.append(f"{data}: {chat.note}")
-    if found.more and enough == LARGEST:
+    if texts.more and enough == LARGEST:
         notes.append(
             f"{data} has more than {LARGEST} characters, of which only the first {LARGEST} are read. For others, pass "
             "a sample of it."
         )
-    more = found.more and enough < LARGEST
-    if chat.template and found.conversations == len(found.texts):
+    more = texts.more and enough < LARGEST
+    if chat.template and texts.conversations == len(texts.texts):
         description = f"{description}, chat template"
-        return Documents(found.texts, description, "", more, tuple(notes))  # templates end their texts
-    return Documents(found.texts, description, more=more, notes=tuple(notes))
+        return Documents(texts.texts, description, "", more, tuple(notes))  # templates end their texts
+    return Documents(texts.texts, description, more=more, notes=tuple(notes))
 
 
 def _reading(name: str | None, own: str, chat: Chat) -> Reading:

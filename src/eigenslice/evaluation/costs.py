@@ -66,21 +66,21 @@ def peak_memory(work: Callable[..., None], *arguments: Any) -> int:
         process.start()
     sender.close()
     try:
-        found = receiver.recv()
+        peak_or_error = receiver.recv()
     except EOFError:
-        found = "it was ended from outside: memory may have run out"
+        peak_or_error = "it was ended from outside: memory may have run out"
     except BaseException:
         process.kill()
         raise
     finally:
         process.join()
-    if isinstance(found, str):
+    if isinstance(peak_or_error, str):
         raise CheckpointError(
-            f"the process that memory was measured in failed ({found})",
+            f"the process that memory was measured in failed ({peak_or_error})",
             allowed="models that fit into memory once more, beside what is measured here",
             next_step="pass --no-memory",
         )
-    return found
+    return peak_or_error
 
 
 @contextmanager
@@ -99,10 +99,10 @@ def _deaf() -> Iterator[None]:
 def _measured(sender: Any, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     try:
         work(*arguments)
-        found: int | str = _high_water_mark()
+        peak_or_error: int | str = _high_water_mark()
     except BaseException as error:  # told by the process that waits, without a traceback
-        found = first_line(error)
-    sender.send(found)
+        peak_or_error = first_line(error)
+    sender.send(peak_or_error)
 
 
 def _high_water_mark() -> int:

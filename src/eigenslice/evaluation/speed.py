@@ -109,21 +109,21 @@ def bench(
     prompt = torch.randint(0, vocabulary, (options.batch, options.prompt), generator=generator).to(device)
     rounds: list[list[Generation]] = []
     total = len(models) * (options.runs + 1)
-    for turn in range(options.runs + 1):
+    for round_number in range(options.runs + 1):
         generations = []
         for number, runner in enumerate(runners):
-            progress("timing", turn * len(models) + number, total)
+            progress("timing", round_number * len(models) + number, total)
             generations.append(runner.generate(prompt))
         rounds.append(generations)
     progress("timing", total, total)
     rows = [
         {"model": name, "parameters": runner.model.num_parameters(), "disk_bytes": weight_bytes_on_disk(name)}
         | _costs(runner, rounds[0][number].cache, prompt)
-        | _speed([turn[number] for turn in rounds[1:]], options)
+        | _speed([of_round[number] for of_round in rounds[1:]], options)
         for number, (name, runner) in enumerate(zip(models, runners, strict=True))
     ]
     for number, row in enumerate(rows[1:], 1):
-        row["speedup"] = _speedup(rows[0], row, [(turn[0], turn[number]) for turn in rounds[1:]])
+        row["speedup"] = _speedup(rows[0], row, [(of_round[0], of_round[number]) for of_round in rounds[1:]])
     names = [str(r.model.dtype).removeprefix("torch.") for r in runners]
     del runners, rounds
     if options.memory:

@@ -117,14 +117,14 @@ def _evaluate(name: str, options: TaskOptions, manager: Any) -> dict[str, Any]:
             log_samples=False,
         )
         plain = json.loads(json.dumps(results, default=handle_non_serializable))
-    found = scores(plain)
-    if not found:
+    all_scores = scores(plain)
+    if not all_scores:
         raise CalibrationError(
             f"the tasks {', '.join(options.tasks)} give {name} no score",
             allowed="tasks with questions and metrics that are numbers",
             next_step="check the task's data, its metric_list and --limit",
         )
-    return {"scores": found, "lm_eval": plain}
+    return {"scores": all_scores, "lm_eval": plain}
 
 
 def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -132,7 +132,7 @@ def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
 
     Those that are NaN or infinite, such as means over no question, are left out with a warning.
     """
-    found = []
+    all_scores = []
     for task, metrics in results["results"].items():
         for key, value in metrics.items():
             metric, comma, chosen = key.partition(",")
@@ -144,5 +144,5 @@ def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
                 warnings.warn(f"{task}: {name} is {value}, and left out", EigensliceWarning, stacklevel=2)
                 continue
             stderr = error if isinstance(error, int | float) and math.isfinite(error) else None
-            found.append({"task": task, "metric": name, "value": value, "stderr": stderr})
-    return found
+            all_scores.append({"task": task, "metric": name, "value": value, "stderr": stderr})
+    return all_scores

@@ -93,17 +93,17 @@ def reference(model: Any, sequences: list[list[int]]) -> list[Tensor]:
         ActivationError: the model gives NaN, so that there is nothing to compare with.
     """
     with torch.no_grad():
-        found = [
+        logits = [
             model(input_ids=torch.tensor([ids], device=model.device)).logits[0].double().log_softmax(-1).cpu()
             for ids in sequences
         ]
-    if any(bool(rows.isnan().any()) for rows in found):
+    if any(bool(rows.isnan().any()) for rows in logits):
         raise ActivationError(
             "the model gives NaN in float32, so the exported file can't be checked",
             allowed="a model that gives numbers",
             next_step="nothing was written; measure the model with `eigenslice eval`",
         )
-    return found
+    return logits
 
 
 def compare(runtime: Runtime, sequences: list[list[int]], expected: Sequence[list[Tensor]]) -> list[Agreement]:
@@ -112,9 +112,9 @@ def compare(runtime: Runtime, sequences: list[list[int]], expected: Sequence[lis
     same = [0] * len(expected)
     for number, ids in enumerate(sequences):
         for last in range(len(ids)):
-            found = runtime.next_tokens(ids[: last + 1], LIKELY)
-            tokens = torch.tensor(list(found))
-            values = torch.tensor(list(found.values()), dtype=torch.float64)
+            next_tokens = runtime.next_tokens(ids[: last + 1], LIKELY)
+            tokens = torch.tensor(list(next_tokens))
+            values = torch.tensor(list(next_tokens.values()), dtype=torch.float64)
             for which, rows in enumerate(expected):
                 row = rows[number][last]
                 differences[which].append((values - row[tokens]).abs())

@@ -125,10 +125,10 @@ class OpenVino:
             }
         )
         self._seen = list(ids)
-        found = self._request.get_tensor(LOGITS).data
-        if found.shape[:2] != new.shape:
-            raise RuntimeError(f"logits of shape {found.shape} for {new.shape[1]} tokens")
-        return found[0]
+        logits = self._request.get_tensor(LOGITS).data
+        if logits.shape[:2] != new.shape:
+            raise RuntimeError(f"logits of shape {logits.shape} for {new.shape[1]} tokens")
+        return logits[0]
 
     def next_tokens(self, ids: Sequence[int], likely: int) -> dict[int, float]:
         """Log-probabilities, in nats, of the most likely tokens after these; the first one is the most likely."""

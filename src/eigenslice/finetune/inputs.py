@@ -60,8 +60,8 @@ class Input:
     @property
     def stamp(self) -> list[tuple[str, int, int, int]]:
         """What differs as soon as one of the files has been written to."""
-        found = ((file, file.stat()) for file in self.files)
-        return [(file.name, status.st_size, status.st_mtime_ns, status.st_ino) for file, status in found]
+        stats = ((file, file.stat()) for file in self.files)
+        return [(file.name, status.st_size, status.st_mtime_ns, status.st_ino) for file, status in stats]
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -132,8 +132,8 @@ class Sliced(Input):
 
     def dtype_of(self, name: str) -> torch.dtype:
         """The dtype that one of the model's tensors is stored in."""
-        found = self.stored.get(name, ((), None))[1]
-        return found or getattr(torch, self.manifest["dtype"])
+        dtype = self.stored.get(name, ((), None))[1]
+        return dtype or getattr(torch, self.manifest["dtype"])
 
     def check_saving(self, model: Any) -> None:
         """Refuse a model that transformers can't save, or not as it is stored.

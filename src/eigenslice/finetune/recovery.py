@@ -164,9 +164,10 @@ def _check_output(options: FinetuneOptions) -> bool:
 
 def _finished(output: Path, content: dict[str, Any]) -> FinetuneResult:
     """The result of an earlier run."""
-    found = content["finetune"]["perplexity"]
+    perplexity = content["finetune"]["perplexity"]
     before, after = (
-        Perplexity(found[when], math.log(found[when]), found["tokens"], {}) for when in ("before", "after")
+        Perplexity(perplexity[when], math.log(perplexity[when]), perplexity["tokens"], {})
+        for when in ("before", "after")
     )
     return FinetuneResult(output, content, before, after)
 

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.covariance import inverse_size
-from eigenslice.algebra.refit import Tokens
+from eigenslice.algebra.refit import InputsOutputs
 from eigenslice.arch import Sublayer
 from eigenslice.cut.blocks import Kept
 from eigenslice.model.dense import Tensors
 from eigenslice.stream.experts import WriterInputs
 from eigenslice.stream.walk import Activations, Site
 
-TokensOf = Callable[[int, Activations], Tokens]
+InputsOutputsOf = Callable[[int, Activations], InputsOutputs]
 """Takes a batch and its number, and gives the inputs (T, n) and outputs (T, m) of a regression."""
 
 
@@ -23,7 +23,7 @@ def fit_experts(
     writers: Tensors,
     kept: Kept,
     inputs: WriterInputs,
-    regression: Callable[[Tensor, TokensOf], Tensor],
+    regression: Callable[[Tensor, InputsOutputsOf], Tensor],
 ) -> Tensors:
     """Let the writer of each expert make up for the neurons that it loses.
 
@@ -44,16 +44,16 @@ def fit_experts(
     assert kept.neurons is not None
 
     def fit(writer: Tensor, neurons: Tensor, expert: int | None) -> Tensor:
-        def tokens(number: int, batch: Activations) -> Tokens:
+        def inputs_outputs(number: int, batch: Activations) -> InputsOutputs:
             rows, stream = inputs.read(number, batch, expert)
             rows = rows * inverse_size(stream, site.eps)
             return rows[:, neurons], rows @ writer.T.to(rows.dtype)
 
-        return regression(writer[:, neurons], tokens)
+        return regression(writer[:, neurons], inputs_outputs)
 
     name, shared = sublayer.weight(sublayer.neuron_writer), sublayer.shared_writer
     pairs = zip(writers[name], kept.neurons, strict=True)
     fitted = {name: torch.stack([fit(writer, neurons, expert) for expert, (writer, neurons) in enumerate(pairs)])}
-    if shared and kept.shared is not None:
-        fitted[sublayer.weight(shared)] = fit(writers[sublayer.weight(shared)], kept.shared, None)
+    if shared and kept.shared_neurons is not None:
+        fitted[sublayer.weight(shared)] = fit(writers[sublayer.weight(shared)], kept.shared_neurons, None)
     return fitted

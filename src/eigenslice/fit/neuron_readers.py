@@ -59,7 +59,7 @@ class Readers:
 
     def rows(self, name: str) -> int:
         """Number of a reader's outputs."""
-        return self.sublayer.turn(name, tuple(self.layer.get_submodule(name).weight.shape))[0]
+        return self.sublayer.transpose_shape(name, tuple(self.layer.get_submodule(name).weight.shape))[0]
 
     def linearize(self, normalized: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return what the readers read, (B, T, width), and the slopes of what neurons give by each reader's row.

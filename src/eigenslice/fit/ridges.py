@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, NormalEquations, RidgeChoice, Tokens
+from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, InputsOutputs, NormalEquations, RidgeChoice
 from eigenslice.data.batches import BESIDE_GROUP
 from eigenslice.runtime.device import trim_memory
 from eigenslice.runtime.ranks import Ranks
@@ -61,40 +61,42 @@ class RidgeFits:
     def fit(
         self,
         kind: str,
-        turn: int,
+        fit_number: int,
         activations: list[Activations],
         base: Tensor,
-        tokens: Callable[[int, Activations], Tokens],
+        inputs_outputs: Callable[[int, Activations], InputsOutputs],
     ) -> Tensor:
         """Solve a ridge regression towards known weights; once its ridge is chosen, on all tokens.
 
         Args:
             kind: The kind of the fit; each kind has a ridge of its own.
-            turn: Number of the fit, which says which group is held out.
+            fit_number: Number of the fit, which says which group is held out.
             activations: Activations, one per batch.
             base: The known weights, (m, n).
-            tokens: Function that gives a batch's inputs (T, n) and outputs (T, m).
+            inputs_outputs: Function that gives a batch's inputs (T, n) and outputs (T, m).
 
         Returns:
             The weights, (m, n), float64.
         """
         trim_memory()
         choosing = self._ridge is None and len(self._held_out) > 1
-        held_out = self._held_out[turn % len(self._held_out)] if choosing else None
+        held_out = self._held_out[fit_number % len(self._held_out)] if choosing else None
         batches = [(n, batch) for n, batch in enumerate(activations) if batch.group in self.groups]
         tried = [(n, batch) for n, batch in batches if batch.group == held_out]
         sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
         for n, batch in batches:
             if batch.group != held_out:
-                sums.add(*tokens(n, batch))
+                sums.add(*inputs_outputs(n, batch))
         sums.add_up(self._ranks.sum)
         ridge = DEFAULT_RIDGE if self._ridge is None else self._ridge
         if choosing:
-            ridge = self._choices[kind].choose(sums, (tokens(n, batch) for n, batch in tried), base, self._ranks.sum)
+            ridge = self._choices[kind].choose(
+                sums, (inputs_outputs(n, batch) for n, batch in tried), base, self._ranks.sum
+            )
             ridge = float(self._ranks.decide(torch.tensor(ridge, dtype=torch.float64, device=base.device)))
             if not self._ranks.first:
                 sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
             for n, batch in tried:
-                sums.add(*tokens(n, batch))
+                sums.add(*inputs_outputs(n, batch))
             sums.add_up(self._ranks.sum)
         return self._ranks.decide(sums.solve(base, ridge))

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.covariance import inverse_size, normalize
-from eigenslice.algebra.refit import Tokens
+from eigenslice.algebra.refit import InputsOutputs
 from eigenslice.arch import Sublayer
-from eigenslice.cut.blocks import Kept, keep_units, turn_end
+from eigenslice.cut.blocks import Kept, keep_units, rotate_end
 from eigenslice.cut.ends import GlobalCut
-from eigenslice.fit.experts import TokensOf, fit_experts
+from eigenslice.fit.experts import InputsOutputsOf, fit_experts
 from eigenslice.fit.neuron_readers import Errors, Readers, fit_readers, take_largest_step
 from eigenslice.fit.ridges import Fitting, RidgeFits
 from eigenslice.model.dense import Tensors
@@ -85,7 +85,7 @@ class SlicedTwin:
 
         The writers before the site are fitted to the stream behind that block, and so make up for it.
         """
-        return site.layer is not None and site.block not in self._plan.blocks
+        return site.layer is not None and site.block not in self._plan.kept_blocks
 
     def fit_writers_before(self, site: Site) -> None:
         """Fit what writes to a site; a block is done when the stream arrives at the next one."""
@@ -114,10 +114,12 @@ class SlicedTwin:
         def seen(stream: Tensor) -> Tensor:
             return normalize(stream, site.eps) if normed else stream
 
-        def tokens(number: int, batch: Activations) -> Tokens:
+        def inputs_outputs(number: int, batch: Activations) -> InputsOutputs:
             return batch.rows(seen(self.streams[number])), batch.rows(seen(batch.hidden))
 
-        reading = self._ridges.fit("read", self._turn(site), site.activations, self._basis.reading, tokens)
+        reading = self._ridges.fit(
+            "read", self._site_number(site), site.activations, self._basis.reading, inputs_outputs
+        )
         if site.folded is None:
             assert site.layer is None, "a twin needs the weights that the walk holds"
             self.reading = reading
@@ -131,27 +133,29 @@ class SlicedTwin:
 
     def _kwargs(self, batch: Activations) -> dict[str, Any]:
         """Return what that block is called with beside the stream."""
-        return batch.kwargs[self._plan.blocks[self._place]]
+        return batch.kwargs[self._plan.kept_blocks[self._place]]
 
-    def _turn(self, site: Site) -> int:
+    def _site_number(self, site: Site) -> int:
         """Return the number of a site, which says which group is held out."""
         return site.block * len(self._sites) + site.index
 
     def _run_sublayers(self, site: Site, folded: FoldedBlock, reading: Tensor) -> None:
         """Give a site's sublayers weights, and keep what their writers read."""
-        self._place = self._plan.blocks.index(site.block)
+        self._place = self._plan.kept_blocks.index(site.block)
         layer, kept = self._layer, self._kept[self._place]
         for sublayer in self._sites[site.index]:
             inner = {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}
 
-            def turned(units: Kept, sublayer: Sublayer = sublayer, inner: Tensors = inner) -> Tensors:
+            def rotated_weights(units: Kept, sublayer: Sublayer = sublayer, inner: Tensors = inner) -> Tensors:
                 ends = keep_units(sublayer, folded, units)
-                return {name: turn_end(sublayer, name, weight, reading, self._basis) for name, weight in ends} | inner
+                return {name: rotate_end(sublayer, name, weight, reading, self._basis) for name, weight in ends} | inner
 
             fitted: Tensors = {}
             if sublayer.stacked and kept.neurons is not None and has_experts(layer, sublayer):
-                fitted = self._fit_experts(site, sublayer, turned(replace(kept, neurons=None, shared=None)), kept)
-            weights = turned(kept) | fitted
+                fitted = self._fit_experts(
+                    site, sublayer, rotated_weights(replace(kept, neurons=None, shared_neurons=None)), kept
+                )
+            weights = rotated_weights(kept) | fitted
             self._runner.assign(layer, self._dense.as_modules(weights.items(), self._basis.width))
             self._block |= weights
         self._capture(site.activations, site.index, self._fitted_writers(site.index))
@@ -186,7 +190,7 @@ class SlicedTwin:
             with captured_inputs(layer, sublayer.observed, stop=True) as seen:
                 layer.update(site.index, layer.normalize(site.index, self.streams[number]), **self._kwargs(batch))
             inputs.append(batch, seen[sublayer.experts], seen[shared] if shared else None)
-        regression = partial(self._ridges.fit, "experts", self._turn(site), site.activations)
+        regression = partial(self._ridges.fit, "experts", self._site_number(site), site.activations)
         fitted = fit_experts(site, sublayer, writers, kept, inputs, regression)
         inputs.clear()
         return fitted
@@ -214,15 +218,17 @@ class SlicedTwin:
         if biases:
             parts.append(torch.stack([self._block[name] for name in biases]).sum(0)[:, None])
 
-        def tokens(number: int, batch: Activations) -> Tokens:
+        def inputs_outputs(number: int, batch: Activations) -> InputsOutputs:
             inputs = self._stacked(number, bias=bool(biases))
             target = self._basis.embed(batch.hidden)
             missing = (target if scale is None else target / scale) - self.streams[number]
             weight = inverse_size(batch.rows(batch.hidden), site.eps)
             return batch.rows(inputs) * weight, batch.rows(missing) * weight
 
-        kind = "neurons" if any(sublayer.neurons for sublayer in sublayers) else "write"
-        fitted = self._ridges.fit(kind, self._turn(site), site.activations, torch.cat(parts, dim=1), tokens)
+        kind = "neurons" if any(sublayer.can_cut_neurons for sublayer in sublayers) else "write"
+        fitted = self._ridges.fit(
+            kind, self._site_number(site), site.activations, torch.cat(parts, dim=1), inputs_outputs
+        )
         pieces = fitted.split([part.shape[1] for part in parts], dim=1)
         self._block |= {module + ".weight": piece for module, piece in zip(writers, pieces, strict=False)}
         if biases:
@@ -230,8 +236,8 @@ class SlicedTwin:
             self._block[biases[0]] = self._block[biases[0]] + pieces[-1][:, 0] - parts[-1][:, 0]
         if self._reader_stride:
             for sublayer in sublayers:
-                if sublayer.neurons and sublayer.neuron_writer in writers:
-                    self._fit_neuron_readers(site, before, sublayer, fitted, tokens)
+                if sublayer.can_cut_neurons and sublayer.neuron_writer in writers:
+                    self._fit_neuron_readers(site, before, sublayer, fitted, inputs_outputs)
         for number in range(len(self.streams)):
             inputs = self._stacked(number, bias=bool(biases))
             written = inputs @ fitted.T.to(inputs.dtype)
@@ -240,7 +246,7 @@ class SlicedTwin:
             inputs.clear()
 
     def _fit_neuron_readers(
-        self, site: Site, before: int, sublayer: Sublayer, fitted: Tensor, tokens: TokensOf
+        self, site: Site, before: int, sublayer: Sublayer, fitted: Tensor, inputs_outputs: InputsOutputsOf
     ) -> None:
         """Let an MLP's readers reach what its writer, as it has been fitted, can't; what writers read is kept anew.
 
@@ -249,14 +255,14 @@ class SlicedTwin:
             before: Number of the site before the MLP, in its block.
             sublayer: The MLP.
             fitted: Weights of all writers beside each other, and the bias.
-            tokens: Function that gives what writers read, and what was missing before they wrote, weighted.
+            inputs_outputs: Function that gives what writers read, and what was missing before they wrote, weighted.
         """
         layer, writers = self._layer, self._fitted_writers(before)
 
         def left() -> Iterator[tuple[int, Activations, Tensor]]:
             for number, batch in enumerate(site.activations):
                 if batch.group in self._ridges.groups:
-                    inputs, missing = tokens(number, batch)
+                    inputs, missing = inputs_outputs(number, batch)
                     yield number, batch, missing - inputs @ fitted.T.to(inputs.dtype)
 
         def batches() -> Iterator[Errors]:

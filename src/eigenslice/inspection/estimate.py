@@ -63,14 +63,14 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     ids = torch.zeros(PROBE_TOKENS // length, length, dtype=torch.long)
     item = torch.empty((), dtype=dtype).element_size()
     site = next(iter(Stream(dense, dtype).walk([Batch(ids)])))
-    sites, a = len(dense.table.sites(dense.config)), site.activations[0]
+    sites, batch = len(dense.table.sites(dense.config)), site.activations[0]
     rows = torch.randn(ids.numel(), dense.width, device=dense.device)
-    wide = torch.randn(ids.numel(), max(dense.width, dense.neurons), device=dense.device)
+    wide = torch.randn(ids.numel(), max(dense.width, dense.neuron_count), device=dense.device)
     readers = torch.randn(dense.neuron_rows, dense.width, device=dense.device)
 
     def run_block() -> None:
         for index in range(sites):
-            site.layer.update(index, site.layer.normalize(index, a.hidden), **a.kwargs[0])
+            site.layer.update(index, site.layer.normalize(index, batch.hidden), **batch.kwargs[0])
 
     def fold_block() -> None:
         for _ in dense.block(0).values():
@@ -81,8 +81,8 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
         fold = _seconds(fold_block, dense.device)
         read = _seconds(lambda: rows @ readers.T, dense.device)
-    share = dense.blocks * tokens / ids.numel()
-    write = dense.blocks * fold * 3  # folded to be run; folded again to be sliced, and written
+    share = dense.block_count * tokens / ids.numel()
+    write = dense.block_count * fold * 3  # folded to be run; folded again to be sliced, and written
     measuring = share * (block + sites * narrow)
     # The model's own text; plans tried on some of the tokens, in two passes; and a pass of two streams with their
     # products and solutions
@@ -93,18 +93,18 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     twin = block + 2 * sites * narrow + 2 * broad
     # What neurons read is fitted by products as large as that of their readers, three for each gradient; they run again
     twin_with_readers = twin + (3 + CONJUGATE_GRADIENTS / curvature_stride(tokens) * 3 + 4) * read
-    fit = more * share * (block + twin_with_readers) + dense.blocks * 2 * broad
+    fit = more * share * (block + twin_with_readers) + dense.block_count * 2 * broad
     plans = PLANS + (len(DROPS) if dense.blocks_alike else 0)
-    tried = dense.blocks * min(more * tokens, TRIED_TOKENS) / ids.numel()
+    tried = dense.block_count * min(more * tokens, TRIED_TOKENS) / ids.numel()
     trial = tried * (2 * block + plans * twin)
-    trial += (_allocation(dense) + _depth(dense)) * dense.blocks * block / ids.numel()
+    trial += (_allocation(dense) + _depth(dense)) * dense.block_count * block / ids.numel()
     weights = dense.block_parameters
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(dense, tokens, dtype)
     vocabulary = dense.shapes[dense.table.embeddings[0] + ".weight"]
     running = 2 * weights * max(4, item) + 6 * dense.width**2 * 8
     plain = rss + activations // 2 + max(running, torch.Size(vocabulary).numel() * item)
-    gram = max(dense.width, dense.neurons) ** 2 * 8
+    gram = max(dense.width, dense.neuron_count) ** 2 * 8
     more_activations = activation_bytes(dense, tokens, dtype, refitted=True) - activations
     refitted = plain + activations // 2 + more_activations + weights * 8 + 5 * gram // 2
     if writes:
@@ -127,11 +127,11 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
 
 def _allocation(dense: DenseModel) -> float:
     """Tokens that pass all blocks so that each block gets neurons of its own, for results in the custom class."""
-    if not dense.neurons or dense.experts:
+    if not dense.neuron_count or dense.expert_count:
         return 0.0
-    if choose_form(dense, "global", dense.width, True, "auto", dense.neurons // 2).stock:
+    if choose_form(dense, "global", dense.width, True, "auto", dense.neuron_count // 2).stock:
         return 0.0
-    return TRIED_TOKENS + ALLOCATION_TOKENS * dense.blocks / 2  # a stream more behind each block
+    return TRIED_TOKENS + ALLOCATION_TOKENS * dense.block_count / 2  # a stream more behind each block
 
 
 def _depth(dense: DenseModel) -> float:

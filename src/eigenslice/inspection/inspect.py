@@ -94,7 +94,7 @@ def inspect_model(
         model=name,
         model_type=dense.table.model_type,
         width=dense.width,
-        blocks=dense.blocks,
+        blocks=dense.block_count,
         sites=len(widths(dense, "global", dense.width)),
         tied=dense.tied,
         dtype=str(dense.dtype).removeprefix("torch."),

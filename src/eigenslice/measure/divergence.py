@@ -49,7 +49,7 @@ class Head:
 
 def dense_head(dense: DenseModel) -> Head:
     """Return the dense model's head."""
-    rows, bias = dense.head()
+    rows, bias = dense.lm_head()
     return Head(rows.to(torch.float32), None if bias is None else bias.float(), _scale(dense))
 
 
@@ -62,7 +62,7 @@ def sliced_head(dense: DenseModel, cut: GlobalCut, reading: Tensor | None) -> He
         reading: What an untied head reads, (D, width); None is what the basis says.
     """
     plan, basis = cut.plan, cut.basis
-    head, norm = dense.table.head, dense.table.final_norm
+    head, norm = dense.table.lm_head, dense.table.final_norm
     custom = replace(plan, stock=None)  # another class computes the same
     tensors = dict(slice_head(dense, custom, basis.site, basis.tied_gain, torch.float32, reading))
     if plan.tied:

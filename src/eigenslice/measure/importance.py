@@ -34,17 +34,18 @@ class Measurement:
 
     Attributes:
         spectrum: Principal components of the normalized stream, its second moment summed over sites.
-        importance: For each block, the energy that each MLP neuron adds to the stream, as a share of the stream's,
-            summed over tokens, (neurons,), or (experts, neurons). Empty where neurons aren't to be cut.
-        heads: For each block, its key/value heads, those first that are missed most, (heads,). Empty where heads aren't
-            to be cut.
-        shared: For each block, as `importance`, of shared experts' neurons, (neurons,). Empty where there are none.
+        neuron_importance: For each block, the energy that each MLP neuron adds to the stream, as a share of the
+            stream's, summed over tokens, (neurons,), or (experts, neurons). Empty where neurons aren't to be cut.
+        head_order: For each block, its key/value heads, most missed first, (heads,). Empty where heads aren't to be
+            cut.
+        shared_importance: For each block, the same as `neuron_importance` for the neurons of shared experts,
+            (neurons,). Empty where there are none.
     """
 
     spectrum: Spectrum
-    importance: list[Tensor]
-    heads: list[Tensor]
-    shared: list[Tensor] = field(default_factory=list)
+    neuron_importance: list[Tensor]
+    head_order: list[Tensor]
+    shared_importance: list[Tensor] = field(default_factory=list)
 
     def cut(self, dense: DenseModel, plan: Plan) -> GlobalCut:
         """Return the basis, neurons and heads that a plan with a global basis keeps."""
@@ -53,17 +54,17 @@ class Measurement:
     def kept(self, plan: Plan) -> list[Kept]:
         """The most important neurons and heads of each block that a plan keeps, as many as it keeps."""
         result = []
-        for block, count in zip(plan.blocks, plan.neurons, strict=True):
+        for block, count in zip(plan.kept_blocks, plan.neurons_per_block, strict=True):
             neurons, shared, heads = None, None, None
-            if self.importance and count < self.importance[block].shape[-1]:
-                whole = self.importance[block].shape[-1]
-                neurons = self.importance[block].topk(count).indices.sort().values
-                if self.shared:
-                    times = len(self.shared[block]) // whole
-                    shared = self.shared[block].topk(times * count).indices.sort().values
-            if self.heads and plan.heads is not None:
-                heads = self.heads[block][: plan.heads].sort().values
-            result.append(Kept(neurons, shared, heads, len(self.heads[block]) if self.heads else 0))
+            if self.neuron_importance and count < self.neuron_importance[block].shape[-1]:
+                whole = self.neuron_importance[block].shape[-1]
+                neurons = self.neuron_importance[block].topk(count).indices.sort().values
+                if self.shared_importance:
+                    times = len(self.shared_importance[block]) // whole
+                    shared = self.shared_importance[block].topk(times * count).indices.sort().values
+            if self.head_order and plan.kv_heads is not None:
+                heads = self.head_order[block][: plan.kv_heads].sort().values
+            result.append(Kept(neurons, shared, heads, len(self.head_order[block]) if self.head_order else 0))
         return result
 
 
@@ -86,7 +87,7 @@ def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measuremen
         saved = {name: tensor.to(dense.device) for name, tensor in finished[0].items()}
         lists = (list(saved[name]) for name in ("importance", "heads", "shared"))
         return Measurement(_spectrum(run, saved["moment"]), *lists)
-    sums = _Sums(run, dense.neurons if neurons else 0, dense.heads if heads else 0)
+    sums = _Sums(run, dense.neuron_count if neurons else 0, dense.kv_head_count if heads else 0)
     position = state.position(MEASURING_STAGE)
     if position:
         sums.restore(position.tensors)
@@ -100,7 +101,7 @@ def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measuremen
             sums.begin_block(site)
         sums.moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
     energies = ranks.sum(sums.energies)
-    if dense.experts:
+    if dense.expert_count:
         energies[energies.sum(-1) == 0] = 1.0
     importance = energies * sums.columns
     moment, order, shared = ranks.sum(sums.moment), sums.order, ranks.sum(sums.shared)
@@ -135,11 +136,15 @@ class _Sums:
         self.observed = [s for s, count in ((self._attention, heads), (self._mlp, neurons)) if count]
         self._options: dict[str, Any] = {"dtype": torch.float64, "device": dense.device}
         self.moment = torch.zeros(dense.width, dense.width, **self._options)
-        each = (dense.experts, neurons) if dense.experts else (neurons,)
-        self.energies = torch.zeros(dense.blocks if neurons else 0, *each, **self._options)
+        each = (dense.expert_count, neurons) if dense.expert_count else (neurons,)
+        self.energies = torch.zeros(dense.block_count if neurons else 0, *each, **self._options)
         self.columns = torch.ones_like(self.energies)
-        self.shared = torch.zeros(dense.blocks if neurons and dense.shared else 0, dense.shared, **self._options)
-        self.order = torch.zeros(dense.blocks if heads else 0, heads, dtype=torch.int64, device=dense.device)
+        self.shared = torch.zeros(
+            dense.block_count if neurons and dense.shared_neuron_count else 0,
+            dense.shared_neuron_count,
+            **self._options,
+        )
+        self.order = torch.zeros(dense.block_count if heads else 0, heads, dtype=torch.int64, device=dense.device)
         # Of the block that the stream passes
         self._experts: Experts | None = None
         self._shared_columns = torch.zeros(0, **self._options)
@@ -212,4 +217,4 @@ def _experts_energies(experts: Experts, hidden: Tensor, routing: Routing, size: 
 def writer_weight(dense: DenseModel, sublayer: Sublayer, site: Site, writer: str | None = None) -> Tensor:
     """Weight of a writer (None: of neurons or heads) in a site's block, (D, n) or (experts, D, n); float64."""
     name = sublayer.weight(writer or sublayer.neuron_writer)
-    return dense.table.turned({name: site.layer.get_parameter(name)})[name].to(torch.float64)
+    return dense.table.transpose({name: site.layer.get_parameter(name)})[name].to(torch.float64)

@@ -35,10 +35,10 @@ class DenseModel:
         source, table, config: The checkpoint, its table and its transformers config.
         shapes: Shape of every stored parameter by transformers' name; a tied head isn't stored.
         device: Where folding is computed (in float64).
-        neurons: Number of neurons in each MLP, or in each expert; 0 if the table doesn't say that they can be cut.
-        experts: Number of experts in each mixture; 0 if there are none, or their neurons can't be cut.
-        shared: Number of neurons in the shared experts that are cut with them; 0 if there are none.
-        heads: Number of key/value heads in each block; 0 if the table doesn't say that they can be cut.
+        neuron_count: Number of neurons in each MLP, or in each expert; 0 if the table doesn't say that they can be cut.
+        expert_count: Number of experts in each mixture; 0 if there are none, or their neurons can't be cut.
+        shared_neuron_count: Number of neurons in the shared experts that are cut with them; 0 if there are none.
+        kv_head_count: Number of key/value heads in each block; 0 if the table doesn't say that they can be cut.
         in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
         sinusoids: Tables of positions that no checkpoint holds, (positions, D).
         dtype: That the checkpoint is stored in; where several are, see `prevailing`.
@@ -54,15 +54,15 @@ class DenseModel:
         self._check()
         self.tied = self._is_tied()
         if self.tied:
-            del self.shapes[self.table.head + ".weight"]
+            del self.shapes[self.table.lm_head + ".weight"]
         self.width = self.shapes[self.table.embeddings[0] + ".weight"][1]
-        self.blocks = int(self.config.num_hidden_layers)
+        self.block_count = int(self.config.num_hidden_layers)
         self.eps = self.table.epsilon(self.config)
         self.layer_norm = self.table.norm == "layer"
-        *experts, self.neurons = self._columns(self.table.mlp.neuron_writer)
-        self.experts = experts[0] if experts else 0
-        self.shared = self._columns(self.table.mlp.shared_writer)[-1]
-        self.heads = self._count_heads()
+        *experts, self.neuron_count = self._columns(self.table.mlp.neuron_writer)
+        self.expert_count = experts[0] if experts else 0
+        self.shared_neuron_count = self._columns(self.table.mlp.shared_writer)[-1]
+        self.kv_head_count = self._count_heads()
         self.sinusoids = self._fixed_positions(model)
         self.in_float32 = frozenset(model._keep_in_fp32_modules_strict or ())
         self.dtype = self._choose_dtype()
@@ -89,7 +89,7 @@ class DenseModel:
 
     def _is_tied(self) -> bool:
         """As transformers decides it: the config says so, and the two are not stored with different values."""
-        ends = [self._origins[f"{module}.weight"] for module in (self.table.embeddings[0], self.table.head)]
+        ends = [self._origins[f"{module}.weight"] for module in (self.table.embeddings[0], self.table.lm_head)]
         if not self.config.tie_word_embeddings or ends[0].stored == ends[1].stored:
             return self.config.tie_word_embeddings
         embedding, head = (end.load(self.source.weights) for end in ends)
@@ -98,15 +98,17 @@ class DenseModel:
     def _columns(self, writer: str | None) -> list[int]:
         """Neurons that an MLP's writer reads, behind the number of experts; 0 if there are none that can be cut."""
         mlp = self.table.mlp
-        names = [f"{self.table.layers}.{block}.{mlp.weight(writer)}" for block in range(self.blocks)] if writer else []
-        found = next((self.shapes[name] for name in names if name in self.shapes), None)
-        if not mlp.neurons or writer is None or found is None:
+        names = (
+            [f"{self.table.layers}.{block}.{mlp.weight(writer)}" for block in range(self.block_count)] if writer else []
+        )
+        shape = next((self.shapes[name] for name in names if name in self.shapes), None)
+        if not mlp.can_cut_neurons or writer is None or shape is None:
             return [0]
-        *experts, _, neurons = mlp.turn(writer, found)
+        *experts, _, neurons = mlp.transpose_shape(writer, shape)
         return [*experts, neurons]
 
     def _count_heads(self) -> int:
-        if not self.table.attention.heads:
+        if not self.table.attention.can_cut_heads:
             return 0
         return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
 
@@ -167,23 +169,23 @@ class DenseModel:
         """Whether blocks can be left out: the config has one number of them, and says nothing of single ones."""
         if self.table.numbered and getattr(self.config, self.table.numbered):
             return False
-        parts = [{name: self.shapes[full] for name, full in self._names_in(n).items()} for n in range(self.blocks)]
-        lists = [v for v in self.config.to_dict().values() if isinstance(v, list) and len(v) == self.blocks]
+        parts = [{name: self.shapes[full] for name, full in self._names_in(n).items()} for n in range(self.block_count)]
+        lists = [v for v in self.config.to_dict().values() if isinstance(v, list) and len(v) == self.block_count]
         return all(part == parts[0] for part in parts) and all(v.count(v[0]) == len(v) for v in lists)
 
     @property
-    def all_neurons(self) -> tuple[int, ...]:
+    def neurons_per_block(self) -> tuple[int, ...]:
         """Number of MLP neurons in each block."""
-        return (self.neurons,) * self.blocks
+        return (self.neuron_count,) * self.block_count
 
     @property
     def neuron_rows(self) -> int:
         """Rows of all that an MLP's neurons read by, in the first block; 0 where they aren't fitted."""
         mlp, names = self.table.mlp, self._names_in(0)
-        if not mlp.neurons or mlp.stacked:
+        if not mlp.can_cut_neurons or mlp.stacked:
             return 0
         weights = {name: self.shapes[names[mlp.weight(name)]] for name in mlp.readers if mlp.weight(name) in names}
-        return sum(mlp.turn(name, shape)[0] for name, shape in weights.items())
+        return sum(mlp.transpose_shape(name, shape)[0] for name, shape in weights.items())
 
     @property
     def reader_bias(self) -> bool:
@@ -210,13 +212,13 @@ class DenseModel:
             width: Of the stream.
         """
         if not self.carries_shifts:
-            return (pair for named in tensors for pair in self.table.turned(dict([named])).items())
+            return (pair for named in tensors for pair in self.table.transpose(dict([named])).items())
         mlp, result = self.table.mlp, dict(tensors)
         for name in mlp.readers:
             bias = result.pop(mlp.bias(name), None)
             if bias is not None:
                 result[mlp.weight(name)] = carry(result[mlp.weight(name)], bias)
-        return self.table.turned(result).items()
+        return self.table.transpose(result).items()
 
     def raw(self, name: str) -> Tensor | None:
         """A tensor as the model has it, in float64 on the device; None if the model has none of this name."""
@@ -255,10 +257,10 @@ class DenseModel:
             result[name] = Rows(partial(torch.split, rows, ROWS), len(rows), self.device, changes)
         return result
 
-    def head(self) -> tuple["Rows", Tensor | None]:
+    def lm_head(self) -> tuple["Rows", Tensor | None]:
         """The head's weight (V, D) and bias (V,) with the final norm folded in."""
-        name = (self.table.embeddings[0] if self.tied else self.table.head) + ".weight"
-        bias, shift = self.raw(self.table.head + ".bias"), self.raw(self.table.final_norm + ".bias")
+        name = (self.table.embeddings[0] if self.tied else self.table.lm_head) + ".weight"
+        bias, shift = self.raw(self.table.lm_head + ".bias"), self.raw(self.table.final_norm + ".bias")
         if shift is not None:
             shifted = self._rows(name).map(lambda rows: (rows @ shift)[:, None], torch.float64)[:, 0]
             bias = shifted if bias is None else bias + shifted

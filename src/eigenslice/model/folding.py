@@ -110,7 +110,7 @@ class FoldedBlock(Mapping[str, Tensor]):
         if name not in self._stored:
             return None
         tensor = self._load(name).to(device=self._device, dtype=torch.float64, copy=True)
-        return self._table.turned({name: tensor})[name]
+        return self._table.transpose({name: tensor})[name]
 
     def _must(self, name: str) -> Tensor:
         tensor = self._raw(name)

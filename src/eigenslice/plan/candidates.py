@@ -45,7 +45,7 @@ def _step(dense: DenseModel, options: SliceOptions, heads: int | None = None) ->
     if not options.portable:
         return options.multiple
     queries = dense.config.num_attention_heads
-    return math.lcm(options.multiple, queries if heads is None else queries // dense.heads * heads)
+    return math.lcm(options.multiple, queries if heads is None else queries // dense.kv_head_count * heads)
 
 
 def _check_portable(dense: DenseModel, plan: Plan) -> None:
@@ -66,13 +66,13 @@ def _make_plans(dense: DenseModel, options: SliceOptions, tied: bool) -> list[li
     if options.recipe is not None:
         return [[_plan_of_recipe(dense, options, tied)]]
     if options.width is not None:
-        width, found = options.width, f"--width {options.width}"
+        width, given = options.width, f"--width {options.width}"
     else:
         assert options.slicing is not None  # SliceOptions checks that a size is given
         width = rounded((1 - options.slicing) * dense.width, _step(dense, options))
-        found = f"--slicing {options.slicing} leaves width {width}"
-    _check_width(dense, width, found)
-    neurons = dense.neurons if options.neurons is None else options.neurons
+        given = f"--slicing {options.slicing} leaves width {width}"
+    _check_width(dense, width, given)
+    neurons = dense.neuron_count if options.neurons is None else options.neurons
     _check_neurons(dense, options.basis, neurons, f"--neurons {neurons}")
     return [[choose_form(dense, options.basis, width, tied, options.form, neurons)]]
 
@@ -87,47 +87,49 @@ def _least_width(dense: DenseModel) -> int:
     return 2 if dense.layer_norm else 1
 
 
-def _check_width(dense: DenseModel, width: int, found: str) -> None:
+def _check_width(dense: DenseModel, width: int, given: str) -> None:
     least = _least_width(dense)
     if not least <= width <= dense.width:
         raise OptionsError(
-            f"{found}; the model's hidden width is {dense.width}",
+            f"{given}; the model's hidden width is {dense.width}",
             allowed=f"a width from {least} to {dense.width}",
             next_step=f"for example --width {rounded(0.75 * dense.width)}",
         )
 
 
-def _check_neurons(dense: DenseModel, basis: BasisKind, neurons: int, found: str) -> None:
-    if neurons != dense.neurons and basis == "per-block":
+def _check_neurons(dense: DenseModel, basis: BasisKind, neurons: int, given: str) -> None:
+    if neurons != dense.neuron_count and basis == "per-block":
         raise OptionsError(
-            f"{found} with --basis per-block",
+            f"{given} with --basis per-block",
             allowed="all neurons: per-block is the paper's algorithm, which cuts the hidden width only",
             next_step="drop one of them",
         )
-    if neurons != dense.neurons and not 1 <= neurons <= dense.neurons:
+    if neurons != dense.neuron_count and not 1 <= neurons <= dense.neuron_count:
         raise OptionsError(
-            f"{found}; the model has {dense.neurons} MLP neurons in each {'expert' if dense.experts else 'block'}",
-            allowed=f"1 to {dense.neurons}" if dense.neurons else "none: this architecture's can't be cut",
+            f"{given}; the model has {dense.neuron_count} MLP neurons in each "
+            + ("expert" if dense.expert_count else "block"),
+            allowed=f"1 to {dense.neuron_count}" if dense.neuron_count else "none: this architecture's can't be cut",
             next_step="leave it out to keep all of them",
         )
 
 
 def _check_heads(dense: DenseModel, basis: BasisKind, heads: int) -> None:
-    if heads != dense.heads and not (basis == "global" and 1 <= heads <= dense.heads):
+    if heads != dense.kv_head_count and not (basis == "global" and 1 <= heads <= dense.kv_head_count):
         raise OptionsError(
-            f"the recipe keeps {heads} key/value heads in each block; the model has {dense.heads} that can be cut",
-            allowed=f"1 to {dense.heads}" if dense.heads and basis == "global" else "all of them",
+            f"the recipe keeps {heads} key/value heads in each block; the model has {dense.kv_head_count} that can be "
+            "cut",
+            allowed=f"1 to {dense.kv_head_count}" if dense.kv_head_count and basis == "global" else "all of them",
             next_step="leave key_value_heads out to keep all of them",
         )
 
 
 def _check_dropped(dense: DenseModel, basis: BasisKind, dropped: list[Any]) -> None:
-    numbers = all(type(block) is int and 0 < block < dense.blocks for block in dropped)
+    numbers = all(type(block) is int and 0 < block < dense.block_count for block in dropped)
     if dropped and not (numbers and len({*dropped}) == len(dropped) and basis == "global" and dense.blocks_alike):
         can = basis == "global" and dense.blocks_alike
         raise OptionsError(
-            f"the recipe leaves out the blocks {dropped}; the model has {dense.blocks}",
-            allowed=f"numbers from 1 to {dense.blocks - 1}, each once"
+            f"the recipe leaves out the blocks {dropped}; the model has {dense.block_count}",
+            allowed=f"numbers from 1 to {dense.block_count - 1}, each once"
             if can
             else "none: blocks are left out with --basis global, of models whose blocks are all alike",
             next_step="correct dropped_blocks" if can else "leave dropped_blocks out",
@@ -140,8 +142,8 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions, tied: bool) -> Pla
     recipe = read_recipe(options.recipe)
     dropped = recipe.get("dropped_blocks", [])
     _check_dropped(dense, options.basis, dropped)
-    blocks = dense.blocks - len(dropped)
-    counts = recipe.get("neurons", dense.neurons)
+    blocks = dense.block_count - len(dropped)
+    counts = recipe.get("neurons", dense.neuron_count)
     counts = tuple(counts) if isinstance(counts, list) else (counts,) * blocks
     basis = recipe.get("basis", options.basis)
     wrong = [f"neurons (the result has {blocks} blocks)"] if len(counts) != blocks else []
@@ -157,7 +159,7 @@ def _plan_of_recipe(dense: DenseModel, options: SliceOptions, tied: bool) -> Pla
             allowed="tied: false here: the model's are not, or can't stay so with --basis per-block or --untie",
             next_step="leave tied out of the recipe",
         )
-    heads = recipe.get("key_value_heads", dense.heads)
+    heads = recipe.get("key_value_heads", dense.kv_head_count)
     _check_heads(dense, options.basis, heads)
     tied = tied and recipe.get("tied", True)
     return choose_form(dense, basis, recipe["width"], tied, options.form, counts, heads, tuple(sorted(dropped)))
@@ -168,8 +170,8 @@ def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> lis
     assert options.keep is not None
     budget = int(options.keep * dense.parameters)
     more = options.mlp and options.fits and options.basis == "global"
-    cuts_heads, drops = more and options.heads and dense.heads, more and options.depth and dense.blocks_alike
-    numbers = [math.ceil(share * dense.heads) for share in HEADS] if cuts_heads else [None]
+    cuts_heads, drops = more and options.heads and dense.kv_head_count, more and options.depth and dense.blocks_alike
+    numbers = [math.ceil(share * dense.kv_head_count) for share in HEADS] if cuts_heads else [None]
     kinds = [(heads, 0) for heads in numbers]
     if drops:
         cut = (dense.parameters - budget) / dense.block_parameters
@@ -191,10 +193,10 @@ def _family(
     dense: DenseModel, options: SliceOptions, tied: bool, budget: int, heads: int | None, drop: int
 ) -> list[Plan]:
     """Plans with so many key/value heads and so many blocks less: first those that cut no width, last no neurons."""
-    dropped = tuple(range(dense.blocks - drop, dense.blocks))
+    dropped = tuple(range(dense.block_count - drop, dense.block_count))
     narrow = _widest(dense, options, tied, budget, heads, dropped)
     plans: list[Plan] = []
-    if options.mlp and options.basis == "global" and dense.neurons:
+    if options.mlp and options.basis == "global" and dense.neuron_count:
         step = _step(dense, options, heads)
         least = narrow.site_widths[0] if narrow else step
         for share in SHARES:
@@ -245,11 +247,11 @@ def _most_neurons(
         return choose_form(dense, options.basis, width, tied, options.form, count, heads, dropped)
 
     step = options.multiple
-    sizes = [stored_parameters(dense, plan(count)) for count in (dense.neurons, step)]
+    sizes = [stored_parameters(dense, plan(count)) for count in (dense.neuron_count, step)]
     if sizes[0] <= budget:
-        return plan(dense.neurons)
-    each = (sizes[0] - sizes[1]) / (dense.neurons - step) if dense.neurons > step else 0
+        return plan(dense.neuron_count)
+    each = (sizes[0] - sizes[1]) / (dense.neuron_count - step) if dense.neuron_count > step else 0
     count = rounded((budget - sizes[1]) / each + step, step) if each else 0
-    if count < max(step, FEWEST_NEURONS * dense.neurons):
+    if count < max(step, FEWEST_NEURONS * dense.neuron_count):
         return None
     return plan(count)

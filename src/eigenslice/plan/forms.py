@@ -55,7 +55,7 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
         "embeddings": list(table.embeddings),
         "layers": table.layers,
         "final_norm": table.final_norm,
-        "head": table.head,
+        "head": table.lm_head,
         "parallel": table.is_parallel(dense.config),
         "dropout": table.dropout,
         "sinusoids": table.sinusoids,
@@ -76,10 +76,10 @@ def _dense_config(dense: DenseModel, blocks: int) -> dict[str, Any]:
         for key, value in dense.config.to_dict().items()
         if key not in OWN_FIELDS and (key not in common or common[key] != value)
     }
-    if blocks == dense.blocks:
+    if blocks == dense.block_count:
         return values
     for key, value in values.items():
-        if isinstance(value, list) and len(value) == dense.blocks:  # an entry for each block, all alike
+        if isinstance(value, list) and len(value) == dense.block_count:  # an entry for each block, all alike
             values[key] = value[:blocks]
     name = "num_hidden_layers"
     return values | {type(dense.config).attribute_map.get(name, name): blocks}
@@ -89,15 +89,15 @@ def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedCo
     """Config of the custom class."""
     values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
     return SlicedConfig(
-        text_config=_dense_config(dense, len(plan.neurons)) | {"tie_word_embeddings": plan.tied},
+        text_config=_dense_config(dense, len(plan.neurons_per_block)) | {"tie_word_embeddings": plan.tied},
         architecture=architecture(dense),
         site_widths=list(plan.site_widths),
-        neurons=list(plan.neurons) if set(plan.neurons) != {dense.neurons} else None,
-        key_value_heads=plan.heads,
+        neurons=list(plan.neurons_per_block) if set(plan.neurons_per_block) != {dense.neuron_count} else None,
+        key_value_heads=plan.kv_heads,
         shortcuts=plan.shortcuts,
         norm_eps=dense.eps,
         reader_bias=dense.reader_bias,
-        head_bias=dense.keeps_bias(dense.table.head + ".bias", stock=False),
+        head_bias=dense.keeps_bias(dense.table.lm_head + ".bias", stock=False),
         centered_embedding=plan.tied and dense.layer_norm,
         tie_word_embeddings=plan.tied,
         dtype=dtype,
@@ -135,10 +135,10 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
     """
     form = plan.stock
     assert form is not None
-    values = _dense_config(dense, len(plan.neurons)) | {"head_dim": _head_dim(dense.config)}
-    if plan.heads is not None:  # and as many query heads for each as before
-        queries = dense.config.num_attention_heads // dense.heads * plan.heads
-        values |= {"num_attention_heads": queries, "num_key_value_heads": plan.heads}
+    values = _dense_config(dense, len(plan.neurons_per_block)) | {"head_dim": _head_dim(dense.config)}
+    if plan.kv_heads is not None:  # and as many query heads for each as before
+        queries = dense.config.num_attention_heads // dense.kv_head_count * plan.kv_heads
+        values |= {"num_attention_heads": queries, "num_key_value_heads": plan.kv_heads}
     if form.model_type != dense.table.model_type:
         fields = AutoConfig.for_model(form.model_type).to_dict()
         values = {key: value for key, value in values.items() if key in fields}
@@ -148,8 +148,8 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
         "hidden_size": plan.site_widths[0],
         "tie_word_embeddings": plan.tied,
     }
-    if dense.table.mlp.neurons:
-        values[dense.table.neurons_field] = plan.neurons[0]
+    if dense.table.mlp.can_cut_neurons:
+        values[dense.table.neurons_field] = plan.neurons_per_block[0]
     checked_config(values)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[form.model_type]
     name = str(dtype).removeprefix("torch.")
@@ -177,7 +177,7 @@ def misfit(dense: DenseModel, plan: Plan) -> str | None:
         return "the type can't express this variant of the architecture"
     if plan.tied and dense.layer_norm:
         return "tied embeddings behind LayerNorms need the custom class (--untie gives the stock form)"
-    if len(set(plan.neurons)) > 1:
+    if len(set(plan.neurons_per_block)) > 1:
         return "stock configs have one number of MLP neurons for all blocks"
     try:
         values = stock_config(dense, plan, torch.float32)
@@ -185,7 +185,7 @@ def misfit(dense: DenseModel, plan: Plan) -> str | None:
         return first_line(error).partition(": ")[2] or first_line(error)
     state = {name: tuple(p.shape) for name, p in empty_model(checked_config(values)).state_dict().items()}
     if plan.tied:
-        state.pop(dense.table.head + ".weight", None)
+        state.pop(dense.table.lm_head + ".weight", None)
     ours = {name: shape for name, (_, shape) in layout(dense, plan).items()}
     different = sorted(name for name in state.keys() | ours.keys() if state.get(name) != ours.get(name))
     if different:
@@ -221,10 +221,10 @@ def choose_form(
     Raises:
         OptionsError: a stock result was asked for and none fits.
     """
-    blocks = dense.blocks - len(dropped)
+    blocks = dense.block_count - len(dropped)
     site_widths = widths(dense, basis, width, blocks)
-    counts = neurons if isinstance(neurons, tuple) else (neurons or dense.neurons,) * blocks
-    custom = Plan(basis, site_widths, tied, None, counts, None if heads == dense.heads else heads, dropped)
+    counts = neurons if isinstance(neurons, tuple) else (neurons or dense.neuron_count,) * blocks
+    custom = Plan(basis, site_widths, tied, None, counts, None if heads == dense.kv_head_count else heads, dropped)
     if choice == "custom":
         return custom
     reasons: list[str] = []

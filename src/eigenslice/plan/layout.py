@@ -26,9 +26,9 @@ def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     if plan.tied and dense.layer_norm:
         result[table.embeddings[0] + ".center"] = ("embedding", (plan.site_widths[0],))
     sites = len(table.sites(dense.config))
-    for index in range(len(plan.neurons)):  # blocks are left out only where all are alike
+    for index in range(len(plan.neurons_per_block)):  # blocks are left out only where all are alike
         ends = plan.site_widths[index * sites : (index + 1) * sites + 1]
-        result |= _block_layout(dense, plan, f"{table.layers}.{index}.", ends, plan.neurons[index])
+        result |= _block_layout(dense, plan, f"{table.layers}.{index}.", ends, plan.neurons_per_block[index])
     final = plan.site_widths[-1]
     for kind in ("weight", "bias"):
         name = f"{table.final_norm}.{kind}"
@@ -36,9 +36,9 @@ def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
             result[name] = ("norm", (final,))
     vocabulary = dense.shapes[table.embeddings[0] + ".weight"][0]
     if not plan.tied:
-        result[table.head + ".weight"] = ("head", (vocabulary, final))
-    if dense.keeps_bias(table.head + ".bias", stock is not None):
-        result[table.head + ".bias"] = ("head", (vocabulary,))
+        result[table.lm_head + ".weight"] = ("head", (vocabulary, final))
+    if dense.keeps_bias(table.lm_head + ".bias", stock is not None):
+        result[table.lm_head + ".bias"] = ("head", (vocabulary,))
     return result
 
 
@@ -57,26 +57,26 @@ def _block_layout(
                 if sublayer.post_norm and name in sublayer.writers:
                     *experts, outputs, inputs = dense.width, dense.width
                 elif weight in dense.shapes:
-                    *experts, outputs, inputs = sublayer.turn(name, dense.shapes[weight])
+                    *experts, outputs, inputs = sublayer.transpose_shape(name, dense.shapes[weight])
                 else:
                     continue  # this layer is of another kind
-                heads = plan.heads if sublayer.heads else None
+                heads = plan.kv_heads if sublayer.can_cut_heads else None
                 if name in sublayer.readers:
                     inputs = width
                     if heads is not None:
-                        outputs = outputs // dense.heads * heads
+                        outputs = outputs // dense.kv_head_count * heads
                     if sublayer.has_neurons(name):
-                        outputs = outputs // dense.neurons * neurons  # gate and up in one, or shared: a multiple
+                        outputs = outputs // dense.neuron_count * neurons  # gate and up in one, or shared: a multiple
                     biased = dense.keeps_bias(bias, stock or (dense.carries_shifts and bool(sublayer.stacked)))
                 else:
                     outputs = following
                     if sublayer.has_neurons(name):
-                        inputs = inputs // dense.neurons * neurons
+                        inputs = inputs // dense.neuron_count * neurons
                     if heads is not None:
-                        inputs = inputs // dense.heads * heads
+                        inputs = inputs // dense.kv_head_count * heads
                     zero = plan.stock is not None and name in plan.stock.zero_biases
                     biased = zero or bias in dense.shapes
-                result[weight] = (role, sublayer.turn(name, (*experts, outputs, inputs)))
+                result[weight] = (role, sublayer.transpose_shape(name, (*experts, outputs, inputs)))
                 if biased:
                     result[bias] = (role, (*experts, outputs))
             result |= {

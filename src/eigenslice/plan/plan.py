@@ -20,24 +20,26 @@ class Plan:
         site_widths: Width of the stream at each site; the last one is before the head.
         tied: Whether embedding and head stay one matrix.
         stock: The config class that holds it, None for the custom class.
-        neurons: Number of MLP neurons in each block, or in each of its experts. Stock configs hold one number for all.
-        heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
-        dropped: Numbers of the dense model's blocks that are left out. `neurons` and `site_widths` are of the others.
+        neurons_per_block: Number of MLP neurons in each block, or in each of its experts. Stock configs hold one
+            number for all blocks.
+        kv_heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
+        dropped_blocks: Numbers of the dense model's blocks that are left out. `neurons_per_block` and `site_widths`
+            are of the other blocks.
     """
 
     basis: BasisKind
     site_widths: tuple[int, ...]
     tied: bool
     stock: StockForm | None
-    neurons: tuple[int, ...]
-    heads: int | None = None
-    dropped: tuple[int, ...] = ()
+    neurons_per_block: tuple[int, ...]
+    kv_heads: int | None = None
+    dropped_blocks: tuple[int, ...] = ()
 
     @property
-    def blocks(self) -> tuple[int, ...]:
+    def kept_blocks(self) -> tuple[int, ...]:
         """Numbers of the dense model's blocks that are kept, in order."""
-        count = len(self.neurons) + len(self.dropped)
-        return tuple(block for block in range(count) if block not in self.dropped)
+        count = len(self.neurons_per_block) + len(self.dropped_blocks)
+        return tuple(block for block in range(count) if block not in self.dropped_blocks)
 
     @property
     def shortcuts(self) -> bool:
@@ -46,21 +48,21 @@ class Plan:
 
     def cuts(self, dense: DenseModel) -> bool:
         """Whether anything is smaller than in the dense model."""
-        fewer = self.heads is not None and self.heads < dense.heads
-        fewer = fewer or bool(self.dropped)
-        return fewer or min(self.site_widths) < dense.width or min(self.neurons) < dense.neurons
+        fewer = self.kv_heads is not None and self.kv_heads < dense.kv_head_count
+        fewer = fewer or bool(self.dropped_blocks)
+        return fewer or min(self.site_widths) < dense.width or min(self.neurons_per_block) < dense.neuron_count
 
     def describe(self) -> dict[str, Any]:
         """The plan in numbers, as the manifest and recipe files hold it."""
-        width, neurons = self.site_widths[0], sorted(set(self.neurons))
+        width, neurons = self.site_widths[0], sorted(set(self.neurons_per_block))
         numbers: dict[str, Any] = {
             "basis": self.basis,
             "width": width,
-            "neurons": neurons[0] if len(neurons) == 1 else list(self.neurons),
+            "neurons": neurons[0] if len(neurons) == 1 else list(self.neurons_per_block),
             "tied": self.tied,
         }
-        numbers |= {} if self.heads is None else {"key_value_heads": self.heads}
-        return numbers | ({"dropped_blocks": list(self.dropped)} if self.dropped else {})
+        numbers |= {} if self.kv_heads is None else {"key_value_heads": self.kv_heads}
+        return numbers | ({"dropped_blocks": list(self.dropped_blocks)} if self.dropped_blocks else {})
 
 
 def widths(dense: DenseModel, basis: BasisKind, width: int, blocks: int | None = None) -> tuple[int, ...]:
@@ -72,10 +74,10 @@ def widths(dense: DenseModel, basis: BasisKind, width: int, blocks: int | None =
         width: That is kept.
         blocks: How many are kept; None is all.
     """
-    sites = (dense.blocks if blocks is None else blocks) * len(dense.table.sites(dense.config))
+    sites = (dense.block_count if blocks is None else blocks) * len(dense.table.sites(dense.config))
     return (width,) * sites + (width if basis == "global" or dense.table.one_width else dense.width,)
 
 
 def full_plan(dense: DenseModel, tied: bool) -> Plan:
     """The plan that cuts nothing, in the custom class."""
-    return Plan("global", widths(dense, "global", dense.width), tied, None, (dense.neurons,) * dense.blocks)
+    return Plan("global", widths(dense, "global", dense.width), tied, None, (dense.neuron_count,) * dense.block_count)

@@ -110,9 +110,9 @@ def manifest(
         "basis": plan.basis,
         "plan": plan.describe(),
         "dense_width": dense.width,
-        "dense_neurons": dense.neurons,
-        "dense_heads": dense.heads,
-        "dense_blocks": dense.blocks,
+        "dense_neurons": dense.neuron_count,
+        "dense_heads": dense.kv_head_count,
+        "dense_blocks": dense.block_count,
         "site_widths": list(plan.site_widths),
         "tied": plan.tied,
         "dtype": str(dtype).removeprefix("torch."),
@@ -169,7 +169,7 @@ def _warning(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> str:
     """What is known to go wrong with a result elsewhere; empty where nothing is."""
     texts = [plan.stock.warning] if plan.stock and plan.stock.warning else []
     numbers = ROW_BYTES // dtype.itemsize
-    sizes = (*plan.site_widths, *plan.neurons)
+    sizes = (*plan.site_widths, *plan.neurons_per_block)
     if dense.table.mlp.stacked and any(size % numbers for size in sizes):
         texts.append(
             "grouped_mm, transformers' default for most types' experts, refuses widths and numbers of neurons in "

@@ -78,8 +78,8 @@ def is_hub_id(name: str) -> bool:
 
 def base_model(name: str) -> str | None:
     """The hub id in a model's name, without its revision; None of a path."""
-    found = HUB_ID.fullmatch(name) if is_hub_id(name) else None
-    return found[1] if found else None
+    match = HUB_ID.fullmatch(name) if is_hub_id(name) else None
+    return match[1] if match else None
 
 
 def custom_note(manifest: dict[str, Any]) -> str:

@@ -65,10 +65,10 @@ class OffloadedTensors:
         return (self[index] for index in range(len(self)))
 
     def __getitem__(self, index: int) -> Tensor:
-        held = self._tensors[index]
-        if isinstance(held, Tensor):
-            return held.to(self.device)
-        with safe_open(held, framework="pt") as file:
+        entry = self._tensors[index]
+        if isinstance(entry, Tensor):
+            return entry.to(self.device)
+        with safe_open(entry, framework="pt") as file:
             return file.get_tensor(KEY).to(self.device, copy=True)
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
@@ -80,9 +80,9 @@ class OffloadedTensors:
 
     def clear(self) -> None:
         """Forget all tensors."""
-        for held in self._tensors:
-            if isinstance(held, Path):
-                held.unlink()
+        for entry in self._tensors:
+            if isinstance(entry, Path):
+                entry.unlink()
         self._tensors = []
 
     def _put(self, index: int, tensor: Tensor) -> Tensor | Path:
@@ -100,11 +100,11 @@ class OffloadedTensors:
     def save(self, folder: Path) -> None:
         """Keep what is here now in a folder, which is made; files are linked, not copied."""
         folder.mkdir(parents=True)
-        held = {f"{index:06d}": t for index, t in enumerate(self._tensors)}
-        memory = {name: t for name, t in held.items() if isinstance(t, Tensor)}
+        entries = {f"{index:06d}": t for index, t in enumerate(self._tensors)}
+        memory = {name: t for name, t in entries.items() if isinstance(t, Tensor)}
         if memory:
             save_tensors(memory, folder / "memory")
-        for name, path in held.items():
+        for name, path in entries.items():
             if isinstance(path, Path):
                 os.link(path, folder / f"{name}.safetensors")
 

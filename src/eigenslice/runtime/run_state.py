@@ -63,21 +63,21 @@ class RunState:
     _earliest: float = 0.0
 
     def __post_init__(self) -> None:
-        found = self.ranks.on_first(self._read)
-        if found is not None:
-            self._current = found
+        current = self.ranks.on_first(self._read)
+        if current is not None:
+            self._current = current
 
     def result(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """What a stage gave, if it is finished."""
-        found = self._current["finished"].get(stage)
-        if found is None:
+        finished = self._current["finished"].get(stage)
+        if finished is None:
             return None
         path = self._file_of(stage)
-        if not self.ranks.on_first(lambda: path.is_file() and _sha256(path) == found["sha256"]):
+        if not self.ranks.on_first(lambda: path.is_file() and _sha256(path) == finished["sha256"]):
             del self._current["finished"][stage]
             self._warn(path, stage)
             return None
-        return load_file(path), found["content"]
+        return load_file(path), finished["content"]
 
     def finish(self, stage: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
         """Keep what a stage gave, the same on all ranks, and forget its position."""
@@ -135,8 +135,8 @@ class RunState:
         shutil.rmtree(folder, ignore_errors=True)  # of a run that ended while it saved this
         folder.mkdir(parents=True)
         save_tensors(tensors, folder / "tensors.safetensors")
-        for name, held in activations.items():
-            held.save(folder / name)
+        for name, streams in activations.items():
+            streams.save(folder / name)
         flush_all(folder)
         at = {"stage": stage, "block": block, "content": dict(content()), "digests": self._digests(folder)}
         self._current = self.ranks.on_first(lambda: self._commit(at, self._current["finished"]))

@@ -100,7 +100,7 @@ def block_losses(run: Run, measurement: Measurement, neurons: int, batches: list
     mlp, sites = dense.table.mlp, dense.table.sites(dense.config)
     errors: list[Tensor] = []
     streams: list[OffloadedTensors] = []
-    report = run.report(ALLOCATION_STAGE, TOKENS * dense.blocks // 2)
+    report = run.report(ALLOCATION_STAGE, TOKENS * dense.block_count // 2)
     for site in run.walk(held_out_first(batches)):
         report(site.block)
         if site.layer is None:
@@ -108,7 +108,7 @@ def block_losses(run: Run, measurement: Measurement, neurons: int, batches: list
         for parted in streams:
             run_parted(site, parted)
         if mlp in sites[site.index]:
-            error, weight = _cut(run, site, measurement.importance[site.block], neurons)
+            error, weight = _cut(run, site, measurement.neuron_importance[site.block], neurons)
             errors.append(error)
             streams.append(run.offload.tensors())
             for batch in site.activations:
@@ -135,7 +135,7 @@ def _cut(run: Run, site: Site, importance: Tensor, neurons: int) -> tuple[Tensor
         (D, neurons), zero where they are cut; both float64.
     """
     dense, ranks, mlp = run.dense, run.ranks, run.dense.table.mlp
-    gram = torch.zeros(dense.neurons, dense.neurons, dtype=torch.float64, device=dense.device)
+    gram = torch.zeros(dense.neuron_count, dense.neuron_count, dtype=torch.float64, device=dense.device)
     for batch in site.activations:
         if batch.group != HELD_OUT_GROUP:
             hidden = batch.hidden
@@ -161,7 +161,7 @@ def _replaced(dense: DenseModel, site: Site, weight: Tensor) -> Iterator[None]:
     name = dense.table.mlp.weight(dense.table.mlp.writers[0])
     parameter = site.layer.get_parameter(name)
     before = parameter.data
-    parameter.data = dense.table.turned({name: weight.to(before.dtype)})[name].contiguous()
+    parameter.data = dense.table.transpose({name: weight.to(before.dtype)})[name].contiguous()
     try:
         yield
     finally:

@@ -65,12 +65,13 @@ def choose_plan(
 
 def _leave_out(run: Run, families: list[list[Plan]], batches: list[Batch]) -> list[list[Plan]]:
     """The plans without those blocks that are missed least, as many as each one leaves out."""
-    most = max(len(plan.dropped) for family in families for plan in family)
+    most = max(len(plan.dropped_blocks) for family in families for plan in family)
     if not most:
         return families
     order = list(missed_least(run, 2 * most + CANDIDATES, batches))
     return [
-        [replace(plan, dropped=tuple(sorted(order[: len(plan.dropped)]))) for plan in family] for family in families
+        [replace(plan, dropped_blocks=tuple(sorted(order[: len(plan.dropped_blocks)]))) for plan in family]
+        for family in families
     ]
 
 
@@ -84,9 +85,9 @@ def _allocate(
     dense = run.dense
 
     def uneven(plan: Plan) -> bool:
-        return plan.stock is None and plan.neurons[0] < dense.neurons and not dense.experts
+        return plan.stock is None and plan.neurons_per_block[0] < dense.neuron_count and not dense.expert_count
 
-    fewer = [plan.neurons[0] for family in families for plan in family if uneven(plan)]
+    fewer = [plan.neurons_per_block[0] for family in families for plan in family if uneven(plan)]
     if not fewer:
         return families
     losses = block_losses(run, measurement, min(fewer), batches)
@@ -94,7 +95,9 @@ def _allocate(
     for family in families:
         first = [plan for plan in family[:1] if uneven(plan)]
         plans = [
-            replace(plan, neurons=losses.allocate(plan.neurons[0], step, plan.blocks)) if uneven(plan) else plan
+            replace(plan, neurons_per_block=losses.allocate(plan.neurons_per_block[0], step, plan.kept_blocks))
+            if uneven(plan)
+            else plan
             for plan in family
         ]
         result.append([*plans[:1], *first, *plans[1:]])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eigenslice.checkpoint.loading import load_model
 from eigenslice.data import beginnings, random_sequences
-from eigenslice.data.own_text import STAGE as SAMPLING_STAGE
+from eigenslice.data.own_text import SAMPLING_STAGE as SAMPLING_STAGE
 from eigenslice.data.own_text import draw
 from eigenslice.data.tokens import Tokens
 from eigenslice.errors import EigensliceWarning, OptionsError

@@ -73,7 +73,7 @@ def slice_globally(files: ResultFiles, measurement: Measurement, *, fits: bool) 
     else:
         _cut_blocks(files, cut)
     files.write(slice_head(dense, plan, basis.site, tied_gain, files.dtype, reading))
-    run.progress(SLICING_STAGE, dense.blocks, dense.blocks)
+    run.progress(SLICING_STAGE, dense.block_count, dense.block_count)
     return entries
 
 
@@ -88,8 +88,8 @@ def _cut_blocks(files: ResultFiles, cut: GlobalCut) -> None:
     run, dense = files.run, files.run.dense
     sites = dense.table.sites(dense.config)
     bases = [cut.basis.site] * (len(sites) + 1)
-    for index, block in enumerate(cut.plan.blocks):
-        run.progress(SLICING_STAGE, block, dense.blocks)
+    for index, block in enumerate(cut.plan.kept_blocks):
+        run.progress(SLICING_STAGE, block, dense.block_count)
         _write_block(files, index, slice_block(sites, dense.block(block), bases, shortcuts=False, kept=cut.kept[index]))
         trim_memory()
 

@@ -17,7 +17,7 @@ def activation_bytes(dense: DenseModel, tokens: int, dtype: torch.dtype, *, refi
     Where layers are refitted, what MLP neurons read and the slopes of what they make of it, too, at some of the tokens.
     """
     item = torch.empty((), dtype=dtype).element_size()
-    inner = 0 if dense.experts else dense.neurons  # what experts write is kept, not what their writers read
+    inner = 0 if dense.expert_count else dense.neuron_count  # what experts write is kept, not what their writers read
     read = (dense.width + dense.neuron_rows) / curvature_stride(tokens) if refitted and dense.neuron_rows else 0
     return int(tokens * (2 * dense.width + max(dense.width, inner) + read)) * item
 

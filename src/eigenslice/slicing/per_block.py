@@ -55,5 +55,5 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
             bases = []
         bases.append(basis)
     files.write(slice_head(dense, plan, bases[-1], None, files.dtype))
-    run.progress(SLICING_STAGE, dense.blocks, dense.blocks)
+    run.progress(SLICING_STAGE, dense.block_count, dense.block_count)
     return {"spectra": summaries}

@@ -216,5 +216,5 @@ def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Pat
 
 def _measure(run: Run, plans: list[Plan]) -> Measurement:
     """Measure what these plans need to know of the dense model."""
-    neurons = any(plan.neurons != run.dense.all_neurons for plan in plans)
-    return measure(run, neurons=neurons, heads=any(plan.heads is not None for plan in plans))
+    neurons = any(plan.neurons_per_block != run.dense.neurons_per_block for plan in plans)
+    return measure(run, neurons=neurons, heads=any(plan.kv_heads is not None for plan in plans))

@@ -60,7 +60,7 @@ class Experts:
         reader = sublayer.stacked[0]
         name, module = sublayer.weight(reader), layer.get_submodule(sublayer.experts)
         bias = getattr(module, sublayer.bias(reader).rpartition(".")[2], None)
-        return cls(module, table.turned({name: layer.get_parameter(name)})[name], bias)
+        return cls(module, table.transpose({name: layer.get_parameter(name)})[name], bias)
 
     def inner(self, expert: int, hidden: Tensor) -> Tensor:
         """Return what an expert's writer reads, (n, neurons), for tokens (n, width); in float32 or more."""

@@ -70,4 +70,4 @@ class Run:
             tokens: Tokens that pass all blocks; None is all calibration tokens.
         """
         count = self.tokens.count if tokens is None else tokens
-        return lambda block: self.progress(stage, block, self.dense.blocks, count)
+        return lambda block: self.progress(stage, block, self.dense.block_count, count)

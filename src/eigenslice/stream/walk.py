@@ -182,14 +182,14 @@ class Stream:
         """
         dense, start = self.dense, position.block if position else 0
         with torch.no_grad(), ThreadPoolExecutor(1) as reader:
-            following = reader.submit(dense.read_block, start) if start < dense.blocks else None
+            following = reader.submit(dense.read_block, start) if start < dense.block_count else None
             streams = self.offload.tensors()
             activations = self._embed(batches, streams)
             self._check([self._finite(batch, batch.hidden) for batch in activations], "the embeddings give")
             if position:
                 position.restore(STREAMS, streams)
             width, eps = dense.width, dense.eps
-            for block in range(start, dense.blocks):
+            for block in range(start, dense.block_count):
                 assert following is not None
                 folded, layer = dense.block(block, following.result()), self._layers[block]
                 following = None
@@ -199,14 +199,14 @@ class Stream:
                 for site in range(len(layer.sites)):
                     resumed = position is not None and block == start and site == 0
                     yield Site(block, site, layer, weights, activations, streams, width, eps, resumed)
-                    if site == 0 and block + 1 < dense.blocks:  # not before: the consumer may need memory, too
+                    if site == 0 and block + 1 < dense.block_count:  # not before: the consumer may need memory, too
                         following = reader.submit(dense.read_block, block + 1)
                     trim_memory()
                     finite = [self._pass(layer, block, site, batch, observe, observed) for batch in activations]
                 self._runner.release(layer)
                 trim_memory()
-                self._check(finite, f"block {block} (of 0 to {dense.blocks - 1}) gives")
-            yield Site(dense.blocks, 0, None, None, activations, streams, width, eps, start == dense.blocks)
+                self._check(finite, f"block {block} (of 0 to {dense.block_count - 1}) gives")
+            yield Site(dense.block_count, 0, None, None, activations, streams, width, eps, start == dense.block_count)
 
     def _pass(
         self,

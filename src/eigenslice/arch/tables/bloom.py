@@ -12,7 +12,7 @@ TABLES = (
         layers="transformer.h",
         layers_give_tuples=True,
         final_norm="transformer.ln_f",
-        head="lm_head",
+        lm_head="lm_head",
         attention=Sublayer(
             norm="input_layernorm",
             modules=("self_attention",),
@@ -25,7 +25,7 @@ TABLES = (
             modules=("mlp",),
             readers=("mlp.dense_h_to_4h",),
             writers=("mlp.dense_4h_to_h",),
-            neurons=True,
+            can_cut_neurons=True,
             adds_stream=True,
         ),
         refusals=(

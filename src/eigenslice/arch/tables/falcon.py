@@ -15,7 +15,7 @@ MLP = Sublayer(
     modules=("mlp",),
     readers=("mlp.dense_h_to_4h",),
     writers=("mlp.dense_4h_to_h",),
-    neurons=True,
+    can_cut_neurons=True,
 )
 
 TABLES = (
@@ -27,7 +27,7 @@ TABLES = (
         layers="transformer.h",
         layers_give_tuples=True,
         final_norm="transformer.ln_f",
-        head="lm_head",
+        lm_head="lm_head",
         attention=ATTENTION,
         mlp=MLP,
         parallel=True,

@@ -12,7 +12,7 @@ BIGCODE = Table(
     layers="transformer.h",
     reshapes_output=True,
     final_norm="transformer.ln_f",
-    head="lm_head",
+    lm_head="lm_head",
     attention=Sublayer(
         norm="ln_1",
         modules=("attn",),
@@ -24,7 +24,7 @@ BIGCODE = Table(
         modules=("mlp",),
         readers=("mlp.c_fc",),
         writers=("mlp.c_proj",),
-        neurons=True,
+        can_cut_neurons=True,
     ),
     refusals=(Refusal(when=lambda c: c.add_cross_attention, reason="add_cross_attention=true adds a third sublayer"),),
 )

@@ -9,7 +9,7 @@ TABLE = Table(
     embeddings=("gpt_neox.embed_in",),
     layers="gpt_neox.layers",
     final_norm="gpt_neox.final_layer_norm",
-    head="lm_head",
+    lm_head="lm_head",
     attention=Sublayer(
         norm="input_layernorm",
         modules=("attention",),
@@ -21,7 +21,7 @@ TABLE = Table(
         modules=("mlp",),
         readers=("mlp.dense_h_to_4h",),
         writers=("mlp.dense_4h_to_h",),
-        neurons=True,
+        can_cut_neurons=True,
     ),
     parallel="use_parallel_residual",
     dropout="hidden_dropout",

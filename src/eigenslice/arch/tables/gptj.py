@@ -13,7 +13,7 @@ TABLE = Table(
     layers_give_tuples=True,
     reshapes_output=True,
     final_norm="transformer.ln_f",
-    head="lm_head",
+    lm_head="lm_head",
     attention=Sublayer(
         norm="ln_1",
         modules=("attn",),
@@ -25,7 +25,7 @@ TABLE = Table(
         modules=("mlp",),
         readers=("mlp.fc_in",),
         writers=("mlp.fc_out",),
-        neurons=True,
+        can_cut_neurons=True,
     ),
     parallel=True,
 )

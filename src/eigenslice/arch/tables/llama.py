@@ -15,7 +15,7 @@ MLP = Sublayer(
     modules=("mlp",),
     readers=("mlp.gate_proj", "mlp.up_proj"),
     writers=("mlp.down_proj",),
-    neurons=True,
+    can_cut_neurons=True,
 )
 LLAMA = StockForm(model_type="llama", applies=lambda c: not getattr(c, "sliding_window", None), portable=True)
 MISTRAL = StockForm(
@@ -32,8 +32,8 @@ TABLE = Table(
     embeddings=("model.embed_tokens",),
     layers="model.layers",
     final_norm="model.norm",
-    head="lm_head",
-    attention=replace(ATTENTION, heads=True),
+    lm_head="lm_head",
+    attention=replace(ATTENTION, can_cut_heads=True),
     mlp=MLP,
     stock=(LLAMA, MISTRAL),
 )

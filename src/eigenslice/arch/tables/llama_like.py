@@ -27,14 +27,16 @@ TABLES = (
     replace(
         TABLE,
         model_type="hunyuan_v1_dense",
-        attention=replace(ATTENTION, inner=("self_attn.query_layernorm", "self_attn.key_layernorm"), heads=True),
+        attention=replace(
+            ATTENTION, inner=("self_attn.query_layernorm", "self_attn.key_layernorm"), can_cut_heads=True
+        ),
         stock=stays("hunyuan_v1_dense"),
     ),
     replace(
         TABLE,
         model_type="apertus",
         attention=replace(
-            ATTENTION, norm="attention_layernorm", inner=("self_attn.q_norm", "self_attn.k_norm"), heads=True
+            ATTENTION, norm="attention_layernorm", inner=("self_attn.q_norm", "self_attn.k_norm"), can_cut_heads=True
         ),
         mlp=replace(UP_DOWN, norm="feedforward_layernorm", inner=("mlp.act_fn",)),
         stock=stays("apertus"),

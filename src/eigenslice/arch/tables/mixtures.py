@@ -22,7 +22,7 @@ def mixture(
     shared: str = "",
     more: Iterable[str] = (),
     inner: tuple[str, ...] = (),
-    neurons: bool = True,
+    can_cut_neurons: bool = True,
     together: bool = False,
 ) -> Sublayer:
     """An MLP that is a mixture.
@@ -34,7 +34,7 @@ def mixture(
         shared: Name of the experts that all tokens pass, in it; none if empty.
         more: Names of further readers in it.
         inner: Names of what is kept as it is, in it.
-        neurons: Whether the experts' neurons can be cut.
+        can_cut_neurons: Whether the experts' neurons can be cut.
         together: Whether the shared experts' number of neurons is a multiple of theirs.
     """
     plain = [f"{block}.{name}" for name in GATED] if dense else []
@@ -52,7 +52,7 @@ def mixture(
         writers=(*(name for name in plain if name.endswith("down_proj")), experts[1]),
         inner=tuple(f"{block}.{name}" for name in inner),
         stacked=experts,
-        neurons=neurons,
+        can_cut_neurons=can_cut_neurons,
         gated=experts[:1],
         shared=tuple(beside) if together else (),
     )
@@ -72,7 +72,7 @@ LATENT = replace(
 )
 """DeepSeek's attention: keys and values pass a narrow layer with a norm of its own."""
 GPT_OSS = mixture(router="router")
-LLAMA4 = mixture("feed_forward", router="router", dense=True, shared="shared_expert", neurons=False)
+LLAMA4 = mixture("feed_forward", router="router", dense=True, shared="shared_expert", can_cut_neurons=False)
 
 TABLES = (
     replace(llama.TABLE, model_type="mixtral", mlp=mixture(), stock=stays("mixtral")),

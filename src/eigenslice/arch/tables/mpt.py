@@ -11,7 +11,7 @@ TABLES = (
         layers="transformer.blocks",
         layers_give_tuples=True,
         final_norm="transformer.norm_f",
-        head="lm_head",
+        lm_head="lm_head",
         attention=Sublayer(
             norm="norm_1",
             modules=("attn",),
@@ -24,7 +24,7 @@ TABLES = (
             modules=("ffn",),
             readers=("ffn.up_proj",),
             writers=("ffn.down_proj",),
-            neurons=True,
+            can_cut_neurons=True,
             adds_stream=True,
         ),
     ),

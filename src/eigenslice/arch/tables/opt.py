@@ -9,7 +9,7 @@ TABLE = Table(
     embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
     layers="model.decoder.layers",
     final_norm="model.decoder.final_layer_norm",
-    head="lm_head",
+    lm_head="lm_head",
     attention=Sublayer(
         norm="self_attn_layer_norm",
         modules=("self_attn",),
@@ -21,7 +21,7 @@ TABLE = Table(
         modules=("fc1", "activation_fn", "fc2"),
         readers=("fc1",),
         writers=("fc2",),
-        neurons=True,
+        can_cut_neurons=True,
     ),
     neurons_field="ffn_dim",
     dropout="dropout",

@@ -10,7 +10,7 @@ TABLES = (
         embeddings=("model.embed_tokens",),
         layers="model.layers",
         final_norm="model.final_layernorm",
-        head="lm_head",
+        lm_head="lm_head",
         attention=Sublayer(
             norm="input_layernorm",
             modules=("self_attn",),
@@ -23,7 +23,7 @@ TABLES = (
             modules=("mlp",),
             readers=("mlp.dense_h_to_4h",),
             writers=("mlp.dense_4h_to_h",),
-            neurons=True,
+            can_cut_neurons=True,
         ),
         dropout="hidden_dropout",
     ),

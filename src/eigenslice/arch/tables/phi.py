@@ -9,7 +9,7 @@ TABLE = Table(
     embeddings=("model.embed_tokens",),
     layers="model.layers",
     final_norm="model.final_layernorm",
-    head="lm_head",
+    lm_head="lm_head",
     attention=Sublayer(
         norm="input_layernorm",
         modules=("self_attn",),
@@ -22,7 +22,7 @@ TABLE = Table(
         modules=("mlp",),
         readers=("mlp.fc1",),
         writers=("mlp.fc2",),
-        neurons=True,
+        can_cut_neurons=True,
     ),
     parallel=True,
     dropout="resid_pdrop",

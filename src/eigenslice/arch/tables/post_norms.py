@@ -17,8 +17,8 @@ def followed(sublayer: Sublayer, norm: str | None, post_norm: str, inner: tuple[
         modules=(*sublayer.modules, post_norm),
         writers=(post_norm + ".project",),
         inner=(*sublayer.writers, *inner),
-        neurons=False,
-        heads=False,
+        can_cut_neurons=False,
+        can_cut_heads=False,
     )
 
 

@@ -16,14 +16,14 @@ TABLE = Table(
     embeddings=("model.embed_tokens",),
     layers="model.layers",
     final_norm="model.norm",
-    head="lm_head",
+    lm_head="lm_head",
     attention=ATTENTION,
     mlp=Sublayer(
         norm="post_attention_layernorm",
         modules=("mlp",),
         readers=("mlp.c_fc",),
         writers=("mlp.c_proj",),
-        neurons=True,
+        can_cut_neurons=True,
     ),
     stock=(StockForm(model_type="starcoder2", warning=NOT_LLAMA_CPP),),
 )

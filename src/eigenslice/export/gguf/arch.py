@@ -15,14 +15,14 @@ from gguf import MODEL_ARCH
 
 from eigenslice.errors import UnsupportedModelError
 from eigenslice.export.gguf.config import dense_config, head_dim, is_custom, neurons_of
-from eigenslice.export.gguf.rope import rope_type, turned_dim
+from eigenslice.export.gguf.rope import rope_type, rotary_dim
 from eigenslice.export.gguf.table import ARCHITECTURES, OWN, Architecture
 
 ALLOWED = (
     "results saved as "
     + ", ".join(ARCHITECTURES)
     + ", or as eigenslice's class from "
-    + ", ".join(kind for kind, held in ARCHITECTURES.items() if held.custom)
+    + ", ".join(kind for kind, architecture in ARCHITECTURES.items() if architecture.custom)
 )
 ELSEWHERE = "run it with transformers or vLLM, or export --to openvino (docs/serving.md)"
 
@@ -35,8 +35,8 @@ def architecture_of(config: Any) -> Architecture:
     """
     dense = dense_config(config)
     kind = dense.model_type
-    found = ARCHITECTURES.get(kind)
-    if found is None or (is_custom(config) and not found.custom):
+    architecture = ARCHITECTURES.get(kind)
+    if architecture is None or (is_custom(config) and not architecture.custom):
         of = f" of a {kind!r} model" if is_custom(config) else ""
         raise UnsupportedModelError(
             f"llama.cpp can't run results saved as {config.model_type!r}{of}, or eigenslice doesn't write them for it",
@@ -45,11 +45,11 @@ def architecture_of(config: Any) -> Architecture:
         )
     own: list[str] = []
     if is_custom(config):
-        found = _holder(config, found)
-        own = list(_custom_variants(config, kind, found))
-    reasons = list(_variants(dense, found))
+        architecture = _holder(config, architecture)
+        own = list(_custom_variants(config, kind, architecture))
+    reasons = list(_variants(dense, architecture))
     width = config.num_attention_heads * head_dim(config)
-    if not found.any_width and config.hidden_size != width:
+    if not architecture.any_width and config.hidden_size != width:
         raise UnsupportedModelError(
             f"llama.cpp refuses {kind!r} at hidden width {config.hidden_size}, other than heads x head_dim = {width}",
             allowed=ALLOWED,
@@ -60,49 +60,49 @@ def architecture_of(config: Any) -> Architecture:
         )
     if reasons or own:
         raise UnsupportedModelError(
-            f"llama.cpp's {found.name!r} lacks a part of this {kind!r} model: " + "; ".join(reasons + own),
-            allowed=f"full attention, the activation {' or '.join(found.activations)}, rotary angles of type "
-            + ", ".join(found.rope_types)
+            f"llama.cpp's {architecture.name!r} lacks a part of this {kind!r} model: " + "; ".join(reasons + own),
+            allowed=f"full attention, the activation {' or '.join(architecture.activations)}, rotary angles of type "
+            + ", ".join(architecture.rope_types)
             + ("; a global basis, in qwen3 one number of MLP neurons" if is_custom(config) else ""),
             next_step=("slice with --basis global --form stock, or " if own and not reasons else "") + ELSEWHERE,
         )
-    return found
+    return architecture
 
 
-def _holder(config: Any, found: Architecture) -> Architecture:
-    """The architecture for a result of eigenslice's class, whose dense type has `found`.
+def _holder(config: Any, architecture: Architecture) -> Architecture:
+    """The architecture for a result of eigenslice's class, whose dense type has `architecture`.
 
     Llama's takes biases of queries, keys and values at any width, as Qwen2's doesn't.
     """
-    if not found.any_width:
-        found = OWN
+    if not architecture.any_width:
+        architecture = OWN
     counted = len(set(neurons_of(config))) > 1
-    return replace(found, arch=MODEL_ARCH.DECI, counted=True) if counted else found
+    return replace(architecture, arch=MODEL_ARCH.DECI, counted=True) if counted else architecture
 
 
-def _variants(config: Any, found: Architecture) -> Iterator[str]:
+def _variants(config: Any, architecture: Architecture) -> Iterator[str]:
     """What a type's architecture has no place for, of a stock or dense config."""
     layers = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in layers if layers else window is not None
     if windowed and window < config.max_position_embeddings:
         yield f"a sliding window of {window} tokens"
-    if config.hidden_act not in found.activations:
+    if config.hidden_act not in architecture.activations:
         yield f"the activation {config.hidden_act!r}"
-    if rope_type(config) not in found.rope_types:
+    if rope_type(config) not in architecture.rope_types:
         yield f"rotary angles of type {rope_type(config)!r}"
-    if turned_dim(config) != head_dim(config) and not found.partly_turned:
-        yield "heads that are turned in part"
-    for refusal in found.refusals:
+    if rotary_dim(config) != head_dim(config) and not architecture.partly_rotary:
+        yield "heads that are rotated in part"
+    for refusal in architecture.refusals:
         if refusal.when(config):
             yield refusal.reason
 
 
-def _custom_variants(config: Any, kind: str, found: Architecture) -> Iterator[str]:
+def _custom_variants(config: Any, kind: str, architecture: Architecture) -> Iterator[str]:
     """What an architecture has no place for, of a config of eigenslice's class and a dense type."""
     if config.shortcuts or len(set(config.site_widths or ())) > 1:
         yield "matrices between the bases of its blocks (--basis per-block)"
     if config.reader_bias or config.head_bias or config.centered_embedding:
         yield "shifts of LayerNorms"
-    if found.counted and kind == "qwen3":
+    if architecture.counted and kind == "qwen3":
         yield "norms of queries and keys (its blocks have different numbers of MLP neurons)"

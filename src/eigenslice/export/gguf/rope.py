@@ -1,8 +1,8 @@
 """Rotary angles in a GGUF: factors of the frequencies, and the order of rows in queries and keys.
 
-llama.cpp turns pair i of a head by position x theta^(-2i / head_dim), over a factor if there are any. So types of
+llama.cpp rotates pair i of a head by position x theta^(-2i / head_dim), over a factor if there are any. So types of
 angles that it doesn't know become factors: the ratio of this and what transformers computes. A pair that transformers
-doesn't turn gets a factor so large that the angle is zero.
+doesn't rotate gets a factor so large that the angle is zero.
 """
 
 from typing import Any
@@ -22,14 +22,14 @@ def rope_type(config: Any) -> str:
     return dense_config(config).rope_parameters.get("rope_type", "default")
 
 
-def turned_dim(config: Any) -> int:
-    """How many of a head's numbers are turned: the first ones."""
+def rotary_dim(config: Any) -> int:
+    """How many of a head's numbers are rotated: the first ones."""
     return int(head_dim(config) * dense_config(config).rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def frequencies(config: Any, length: int | None = None) -> tuple[Tensor, float]:
-    """Angle per position of each pair, (turned / 2,), and what sines and cosines are multiplied by; at a length."""
-    dense, dim = dense_config(config), turned_dim(config)
+    """Angle per position of each pair, (rotary / 2,), and what sines and cosines are multiplied by; at a length."""
+    dense, dim = dense_config(config), rotary_dim(config)
     kind = rope_type(config)
     if kind in ("llama3", "longrope"):
         angles, factor = ROPE_INIT_FUNCTIONS[kind](dense, torch.device("cpu"), length)
@@ -52,36 +52,36 @@ def rope_factors(config: Any, whole: bool) -> dict[str, Tensor]:
 
     Args:
         config: The model's.
-        whole: Whether llama.cpp turns whole heads, so that it is the factors which leave a part as it is.
+        whole: Whether llama.cpp rotates whole heads, so that it is the factors which leave a part as it is.
     """
     kind = rope_type(config)
     if kind == "longrope":
         length = dense_config(config).rope_parameters["original_max_position_embeddings"]
         return {SHORT: _factors(config), LONG: _factors(config, length + 1)}
-    if kind == "llama3" or (whole and turned_dim(config) != head_dim(config)):
+    if kind == "llama3" or (whole and rotary_dim(config) != head_dim(config)):
         return {FREQUENCIES: _factors(config)}
     return {}
 
 
-def interleave(rows: Tensor, heads: int, turned: int | None = None) -> Tensor:
+def interleave(rows: Tensor, heads: int, rotary: int | None = None) -> Tensor:
     """Rows of a query or key projection (or its bias) in the order of interleaved angles, (heads * head_dim, ...).
 
     Args:
-        rows: In transformers' order, where a pair lies half of the turned numbers apart.
+        rows: In transformers' order, where a pair lies half of the rotated numbers apart.
         heads: Their number.
-        turned: How many of a head's numbers are turned, the first ones; None for all.
+        rotary: How many of a head's numbers are rotated, the first ones; None for all.
     """
     split = rows.unflatten(0, (heads, -1))
-    turned = split.shape[1] if turned is None else turned
-    pairs = split[:, :turned].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
-    return torch.cat([pairs, split[:, turned:]], dim=1).flatten(0, 1)
+    rotary = split.shape[1] if rotary is None else rotary
+    pairs = split[:, :rotary].unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+    return torch.cat([pairs, split[:, rotary:]], dim=1).flatten(0, 1)
 
 
-def scale_turned(rows: Tensor, heads: int, turned: int, factor: float) -> Tensor:
+def scale_rotary(rows: Tensor, heads: int, rotary: int, factor: float) -> Tensor:
     """Rows of a query or key projection with what transformers multiplies sines and cosines by.
 
-    llama.cpp can multiply by it, too, but then also what isn't turned.
+    llama.cpp can multiply by it, too, but then also what isn't rotated.
     """
     scaled = rows.unflatten(0, (heads, -1)).clone()
-    scaled[:, :turned] *= factor
+    scaled[:, :rotary] *= factor
     return scaled.flatten(0, 1)

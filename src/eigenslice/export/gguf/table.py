@@ -28,12 +28,12 @@ class Architecture:
     Attributes:
         arch: Its architecture there.
         interleaved: Whether rows of queries and keys are put in the order in which the two numbers that a rotary angle
-            turns lie side by side (transformers has them half a head apart).
+            rotates lie side by side (transformers has them half a head apart).
         any_width: Whether it runs hidden widths other than heads x head_dim.
         counted: Whether heads and neurons are given for each block.
         custom: Whether it holds results of eigenslice's class, too.
         rope_types: Types of rotary angles that it computes.
-        partly_turned: Whether the type turns a part of each head, and it does, too.
+        partly_rotary: Whether the type rotates a part of each head, and it does, too.
         biases: Linear layers of a block whose bias it reads, if there is one.
         activations: transformers' names of what it computes in the MLP.
         epsilon: Field of the config with the norms' epsilon.
@@ -50,7 +50,7 @@ class Architecture:
     counted: bool = False
     custom: bool = False
     rope_types: tuple[str, ...] = SCALED
-    partly_turned: bool = False
+    partly_rotary: bool = False
     biases: tuple[str, ...] = INPUTS
     activations: tuple[str, ...] = ("silu",)
     epsilon: str = "rms_norm_eps"
@@ -90,7 +90,7 @@ ARCHITECTURES = {
     "phi3": replace(
         OWN,
         rope_types=(*DIVIDED, "longrope"),
-        partly_turned=True,
+        partly_rotary=True,
         fused={"qkv_proj": INPUTS, "gate_up_proj": GATED},
     ),
     "gemma": Architecture(
@@ -162,7 +162,7 @@ ARCHITECTURES = {
         MODEL_ARCH.PHI2,
         interleaved=False,
         any_width=False,
-        partly_turned=True,
+        partly_rotary=True,
         biases=(*INPUTS, "dense", "fc1", "fc2", "lm_head"),
         activations=TANH_GELU,
         epsilon="layer_norm_eps",

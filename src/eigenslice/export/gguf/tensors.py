@@ -17,7 +17,7 @@ from eigenslice.checkpoint.weights import SafetensorsWeights
 from eigenslice.errors import UnsupportedModelError
 from eigenslice.export.gguf.arch import ALLOWED
 from eigenslice.export.gguf.config import dense_config, head_dim, is_custom
-from eigenslice.export.gguf.rope import frequencies, interleave, rope_factors, scale_turned, turned_dim
+from eigenslice.export.gguf.rope import frequencies, interleave, rope_factors, rotary_dim, scale_rotary
 from eigenslice.export.gguf.table import Architecture
 from eigenslice.export.gguf.types import GgufType, format_of
 
@@ -148,8 +148,8 @@ def _converted(source: Source, config: Any, arch: Architecture) -> Tensor:
     tensor = source.load().float()
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(source.module)
     if heads and arch.interleaved:
-        turned, (_, factor) = turned_dim(config), frequencies(config)
-        tensor = interleave(tensor if factor == 1 else scale_turned(tensor, heads, turned, factor), heads, turned)
+        rotary, (_, factor) = rotary_dim(config), frequencies(config)
+        tensor = interleave(tensor if factor == 1 else scale_rotary(tensor, heads, rotary, factor), heads, rotary)
     if len(source.shape) == 1 and source.name.endswith(".weight"):
         tensor = tensor + arch.gain_offset
     return tensor

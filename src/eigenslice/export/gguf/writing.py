@@ -20,7 +20,7 @@ from gguf import GGUFWriter, RopeScalingType
 from eigenslice.checkpoint.weights import SafetensorsWeights
 from eigenslice.export.gguf.arch import architecture_of
 from eigenslice.export.gguf.config import dense_config, head_dim, is_custom, neurons_of
-from eigenslice.export.gguf.rope import rope_type, turned_dim
+from eigenslice.export.gguf.rope import rope_type, rotary_dim
 from eigenslice.export.gguf.table import Architecture
 from eigenslice.export.gguf.tensors import entries
 from eigenslice.export.gguf.tokenizer import write_tokenizer
@@ -49,8 +49,8 @@ def _write_parameters(writer: GGUFWriter, config: Any, arch: Architecture, kind:
     (writer.add_layer_norm_eps if arch.layer_norm else writer.add_layer_norm_rms_eps)(epsilon)
     for method, field in arch.keys.items():
         getattr(writer, method)(getattr(dense, field))
-    # Interleaved heads are turned as a whole, by factors that leave a part as it is
-    writer.add_rope_dimension_count(dim if arch.interleaved else turned_dim(config))
+    # Interleaved heads are rotated as a whole, by factors that leave a part as it is
+    writer.add_rope_dimension_count(dim if arch.interleaved else rotary_dim(config))
     rope = dense.rope_parameters
     writer.add_rope_freq_base(rope["rope_theta"])
     if rope_type(config) == "linear":
