@@ -231,7 +231,7 @@ FAMILIES = {
 CASES = CORE | FAMILIES
 MLPS = {case: TABLES[CASES[case].model_type].mlp for case in CASES}
 WITH_NEURONS = [case for case, mlp in MLPS.items() if mlp.can_cut_neurons and not mlp.stacked]
-"""Whose neurons can be cut, and that have no experts (those are in tests/test_mixtures.py)."""
+"""Cases with neurons that can be cut, and without experts."""
 
 
 def tiny_model(model_type: str, config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Any:

@@ -1,23 +1,20 @@
-"""Mixtures of experts: how their experts are stored, and what is fitted."""
+"""Mixtures of experts: how experts are stored, and which neurons are cut."""
 
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eigenslice.algebra.refit import RIDGES
-from eigenslice.arch import Sublayer, Table, lookup
+from eigenslice.arch import lookup
 from eigenslice.checkpoint.source import open_source
 from eigenslice.errors import CheckpointError
 from eigenslice.model.dense import DenseModel
-from eigenslice.modeling import SlicedForCausalLM
-from eigenslice.stream.runner import has_experts
 from tests import tiny
 from tests.conftest import Folders, Slicer
+from tests.mixtures import ends, experts_of, neurons_of, shared_of
 from tests.results import load, relative, size, stored_tensors
 
 CUTTABLE = [case for case, mlp in tiny.MLPS.items() if mlp.can_cut_neurons and mlp.stacked]
@@ -80,59 +77,6 @@ def test_a_custom_result_survives_saving_it_again(case: str, run_slice: Slicer, 
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
 
 
-@pytest.mark.parametrize("case", ["mixtral", "deepseek_v3", "gpt_oss"])
-def test_fitted_readers_and_attention_lose_less(
-    case: str, run_slice: Slicer, dense_folder: Folders, tmp_path: Path
-) -> None:
-    """Experts are only rotated, and yet, on text with a structure, the fit gets nearer to the dense model."""
-    data = tmp_path / "structured.safetensors"
-    save_file({"calibration": tiny.structured_ids(48, 24, seed=1)}, data)
-    ids = tiny.structured_ids(8, 24, seed=2)
-    errors = []
-    for refit in (False, True):
-        options = {"calibration": {"data": str(data)}, "width": 24, "refit": refit}
-        with torch.no_grad():
-            result = load(run_slice(case, **options).output)(ids).logits
-            errors.append(relative(result, load(dense_folder(case))(ids).logits))
-    assert errors[1] < 0.95 * errors[0]
-
-
-def table_of(model: Any) -> Table:
-    return lookup(getattr(model.config, "text_config", model.config))
-
-
-def inside_mixtures(model: Any, name: str) -> list[Any]:
-    """A module of each layer that has experts."""
-    table, inner = table_of(model), model.model if isinstance(model, SlicedForCausalLM) else model
-    layers = inner.get_submodule(table.layers)
-    return [layer.get_submodule(name) for layer in layers if has_experts(layer, table.mlp)]
-
-
-def experts_of(model: Any) -> list[Any]:
-    """Experts of the layers that have them."""
-    return inside_mixtures(model, table_of(model).mlp.experts)
-
-
-def shared_of(model: Any) -> list[Any]:
-    """Writers of the shared experts that lose neurons together with the others."""
-    name = table_of(model).mlp.shared_writer
-    return inside_mixtures(model, name) if name else []
-
-
-def ends(experts: Any, mlp: Sublayer) -> tuple[torch.Tensor, torch.Tensor]:
-    """Readers (experts, 2 x neurons, width) and writers (experts, width, neurons), as views."""
-    weights = (getattr(experts, name.rpartition(".")[2]).data for name in mlp.stacked)
-    reader, writer = (weight.transpose(-1, -2) if mlp.transposed else weight for weight in weights)
-    return reader, writer
-
-
-def neurons_of(model: Any) -> set[int]:
-    """Neurons of all experts, by what their readers give and what their writers take."""
-    mlp = table_of(model).mlp
-    pairs = [ends(experts, mlp) for experts in experts_of(model)]
-    return {count for reader, writer in pairs for count in (reader.shape[1] // 2, writer.shape[2])}
-
-
 @pytest.mark.parametrize("case", CUTTABLE)
 def test_experts_lose_neurons(case: str, run_slice: Slicer, dense_folder: Folders) -> None:
     """The result is as stock as with all of them; what isn't an expert stays whole."""
@@ -172,65 +116,6 @@ def test_idle_neurons_of_experts_are_cut_first(case: str, refit: bool, run_slice
     assert "numbers of neurons in float32 that aren't multiples of 4" in fewer.manifest["warning"]
     model = load(fewer.output, experts_implementation="eager")
     assert (logits(model) - dense).abs().max() > 1e-3 * dense.abs().max()
-
-
-def check_fitted(actual: torch.Tensor, inner: torch.Tensor, writer: torch.Tensor, count: int) -> None:
-    """A writer W (width, count) against the formula, in float64; a basis leaves W^T W as it is.
-
-    Args:
-        actual: What was stored.
-        inner: What the dense writer reads, (n, neurons), each token as it counts.
-        writer: The dense one.
-        count: Neurons that are kept.
-    """
-    kept = (inner.square().sum(0) * writer.square().sum(0)).topk(count).indices.sort().values
-    gram = inner[:, kept].T @ inner[:, kept]
-    missing = inner[:, kept].T @ inner @ writer.T - gram @ writer[:, kept].T
-    errors = []
-    for ridge in RIDGES:  # which one is chosen, the tests of the fits look at
-        regular = gram + ridge * gram.diagonal().mean() * torch.eye(len(gram))
-        expected = writer[:, kept] + torch.linalg.solve(regular, missing).T
-        errors.append(relative(actual.T @ actual, expected.T @ expected))
-    assert min(errors) < 1e-4
-    assert relative(actual.T @ actual, writer[:, kept].T @ writer[:, kept]) > 5e-3
-
-
-@pytest.mark.parametrize("case", ["mixtral", "gpt_oss", "qwen2_moe", "deepseek_v3"])
-def test_neurons_and_writers_are_those_of_a_formula(case: str, run_slice: Slicer, dense_folder: Folders) -> None:
-    """From hooks on transformers' first block with experts: at full width nothing is lost before it."""
-    ids = load_file(tiny.calibration_file(dense_folder(case)))["calibration"]
-    model = load(dense_folder(case), dtype=torch.float64, experts_implementation="eager")
-    table, seen = lookup(model.config), {}
-    layers, mlp, experts = model.get_submodule(table.layers), table.mlp, experts_of(model)[0]
-    number, layer = next((n, layer) for n, layer in enumerate(layers) if has_experts(layer, mlp))
-    layer.get_submodule(mlp.norm).register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
-    experts.register_forward_pre_hook(lambda module, args: seen.update(routed=args))
-    for module in shared_of(model)[:1]:
-        module.register_forward_pre_hook(lambda module, args: seen.update(shared=args[0]))
-    with torch.no_grad():
-        model(ids)
-    x, (hidden, index, weights) = seen["x"].flatten(0, 1), seen["routed"]
-    size = (x.square().mean(-1, keepdim=True) + table.epsilon(model.config)).sqrt()
-    count = neurons_of(model).pop() - 8
-    result = load_file(run_slice(case, width=tiny.WIDTH, neurons=count, form="custom").output / "model.safetensors")
-    names = [name for name in (mlp.neuron_writer, mlp.shared_writer) if name]
-    stored = {name: result[f"model.{table.layers}.{number}.{mlp.weight(name)}"].double() for name in names}
-    for expert, (reader, writer) in enumerate(zip(*ends(experts, mlp), strict=True)):
-        tokens, place = torch.where(index == expert)
-        rows = hidden[tokens] @ reader.T
-        if case == "gpt_oss":
-            rows = rows + experts.gate_up_proj_bias[expert]
-            gate, up = rows[:, ::2].clamp(max=experts.limit), rows[:, 1::2].clamp(-experts.limit, experts.limit)
-            inner = (up + 1) * gate * torch.sigmoid(gate * experts.alpha)
-        else:
-            gate, up = rows.chunk(2, dim=-1)
-            inner = experts.act_fn(gate) * up
-        actual = stored[mlp.neuron_writer][expert]
-        inner = (inner * weights[tokens, place, None] / size[tokens]).detach()
-        check_fitted(actual.T if mlp.transposed else actual, inner, writer, count)
-    if mlp.shared_writer:
-        module, inner = shared_of(model)[0], seen["shared"].flatten(0, 1) / size
-        check_fitted(stored[mlp.shared_writer], inner, module.weight.detach(), 2 * count)
 
 
 @pytest.mark.parametrize("case", ["mixtral", "qwen3_moe"])
