@@ -1,0 +1,1 @@
+"""The vocabulary cut: which tokens stay, the tokenizer's files, and the checkpoint with the remaining rows."""
