@@ -18,7 +18,7 @@ INTERRUPTED = 130
 
 
 def _is_command_line() -> bool:
-    """Whether this process is `eigenslice ...` or `python -m eigenslice ...`, not a program that imports eigenslice."""
+    """True if this process is `eigenslice ...` or `python -m eigenslice ...`, not a program that imports eigenslice."""
     if sys.argv[:1] == ["-m"]:  # the package is being imported, so that it can be run
         words = sys.orig_argv
         return "-meigenslice" in words or ("-m", "eigenslice") in pairwise(words)
@@ -44,7 +44,7 @@ def let_it_end_at_once() -> None:
 
 
 def let_it_be_caught() -> None:
-    """From now on, Ctrl-C raises KeyboardInterrupt, so that what was begun is tidied up."""
+    """Let Ctrl-C raise KeyboardInterrupt from now on, so that unfinished work is tidied up."""
     if signal.getsignal(signal.SIGINT) is leave_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

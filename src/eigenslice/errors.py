@@ -12,7 +12,7 @@ EigensliceError                  base: the command line prints it and exits with
 └── RankError                    another process of the same run has failed
     └── EchoedError              the first one, which says itself why
 
-Every message says what was found, what is allowed, and what to do next, each on one line.
+Every message names the cause, the allowed values and the next step, each on one line.
 """
 
 import re
@@ -72,7 +72,7 @@ class OutputError(EigensliceError):
 
 
 class IncompleteError(OutputError):
-    """A run that can't go on now, such as on a full disk; what is done is kept, to go on with --resume."""
+    """A run that can't go on now, such as on a full disk. Finished work is kept, to go on with --resume."""
 
 
 class RankError(EigensliceError):
@@ -86,7 +86,7 @@ class EchoedError(RankError):
 def first_line(error: BaseException) -> str:
     """The type of any error and, on one line, the cause that its text tells.
 
-    Headings ("Class validation error for validator ...:"), empty and decorative lines are passed over, colours and
+    Headings ("Class validation error for validator ...:"), empty and decorative lines are passed over. Colours and
     control characters are taken out, and long lines are cut.
     """
     if type(error).__name__ in WRAPPERS and error.__cause__ is not None:
@@ -98,7 +98,7 @@ def first_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """A text on one line, with an escape in the place of each character that has no shape of its own.
 
-    These are line breaks, control characters, those that change the direction of writing, and broken Unicode.
+    Such characters are line breaks, control characters, changes of the writing direction, and broken Unicode.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -118,7 +118,7 @@ def _reason(error: BaseException) -> str:
         if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):  # pydantic's
             first = special.errors(include_url=False)[0]
             return f"{'.'.join(map(str, first['loc']))}: {first['msg']}".removeprefix(": ")
-        if getattr(error, "problem_mark", None) is not None:  # yaml's, whose first line says what was being read
+        if getattr(error, "problem_mark", None) is not None:  # yaml's first line only names its input
             mark = special.problem_mark
             return f"{special.problem} (line {mark.line + 1}, column {mark.column + 1})"
         text = str(error)[:LONGEST_TEXT]

@@ -78,9 +78,9 @@ def layer_norm_basis(spectrum: Spectrum, width: int) -> Tensor:
 def tied_basis(basis: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate a kept basis so that one matrix can serve as embedding and as head.
 
-    The head reads E diag(g) x. Within the kept subspace any rotation is free; the one that diagonalizes
-    Q^T diag(g) Q = R L R^T makes the gain a diagonal again: the head is then E (Q R) with gain L. What is lost
-    is only the part of diag(g) x outside of the subspace.
+    The head reads E diag(g) x. Within the kept subspace any rotation is free. Let Q^T diag(g) Q = R L R^T. The rotation
+    R makes the gain a diagonal again: the head is then E (Q R) with gain L. The only loss is the part of diag(g) x
+    outside of the subspace.
 
     Args:
         basis: Q, (D, width).

@@ -9,19 +9,21 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def conjugate_gradients(product: Linear, right: Tensor, precondition: Linear, steps: int) -> Tensor:
-    """What some steps of preconditioned conjugate gradients make of A x = b, from x = 0.
+    """Approximate the solution of A x = b by some steps of preconditioned conjugate gradients from x = 0.
 
-    After k steps, x minimizes x^T A x / 2 - b^T x over the span of M b, M A M b, ..., (M A)^(k-1) M b, M being the
-    preconditioner (Saad, Iterative Methods for Sparse Linear Systems, algorithm 9.1): few steps regularize, too.
+    After k steps, x minimizes x^T A x / 2 - b^T x over the span of M b, M A M b, ..., (M A)^(k-1) M b, where M is the
+    preconditioner. So few steps regularize, too. Source: Saad, Iterative Methods for Sparse Linear Systems, algorithm
+    9.1.
 
     Args:
-        product: A x, A symmetric and positive definite.
-        right: b, of any shape.
-        precondition: M x, M symmetric and positive definite; the nearer to A^-1, the fewer steps are needed.
-        steps: How many. They end where nothing is left to do.
+        product: Function that gives A x; A is symmetric and positive definite.
+        right: The right side b, of any shape.
+        precondition: Function that gives M x; M is symmetric and positive definite. The nearer M is to A^-1, the fewer
+            steps are needed.
+        steps: Number of steps. They end early at the exact solution.
 
     Returns:
-        x, of b's shape.
+        The approximation of x, with the shape of b.
     """
     solution, residual = torch.zeros_like(right), right
     preconditioned = precondition(residual)

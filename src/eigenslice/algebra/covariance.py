@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 STRIPS = 6
-STRIP = 64  # columns; narrower ones are not worth it
+STRIP = 64  # columns; narrower strips are not worth it
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:
@@ -24,7 +24,7 @@ def inverse_size(x: Tensor, eps: float) -> Tensor:
 
 
 def gram_matrix(rows: Tensor) -> Tensor:
-    """A^T A (n, n) of rows A (T, n); what lies below the diagonal is mirrored, strip by strip, not multiplied."""
+    """A^T A (n, n) of rows A (T, n). The part below the diagonal is mirrored, strip by strip, not multiplied."""
     n = rows.shape[1]
     if n < STRIPS * STRIP:
         return rows.T @ rows
@@ -39,9 +39,8 @@ def gram_matrix(rows: Tensor) -> Tensor:
 class SecondMoment:
     """Sum of x^T x over tokens, kept in float64.
 
-    The product of each chunk is taken in float32, where it is exact enough for one chunk's few thousand tokens,
-    and the chunks are added in float64: with a float32 sum, the small eigenvectors drown (section 4 of the paper
-    reports the loss).
+    The product of each chunk is taken in float32, which is exact enough for a few thousand tokens. The chunks are added
+    in float64. In a float32 sum, the small eigenvectors drown; section 4 of the paper reports the loss.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:

@@ -1,25 +1,25 @@
-"""Which groups of inputs a linear layer can best do without."""
+"""Ranking of the input groups of a linear layer by the loss that leaving a group out costs."""
 
 import torch
 from torch import Tensor
 
 
 def rank_groups(gram: Tensor, weight: Tensor, groups: int, ridge: float) -> Tensor:
-    """Groups of a linear layer's inputs, those first that are missed most.
+    """Rank the groups of a linear layer's inputs, the most missed group first.
 
-    Backward elimination: of those that are left, the group goes whose removal, the weights of the others refitted,
-    raises |Y - W A|^2 + r |W - W0|^2 least. With P = (G + r I)^-1, taking inputs g away costs tr(W_g P_gg^-1 W_g^T); W
-    becomes W - W_g P_gg^-1 P_g, and P becomes P - P_g^T P_gg^-1 P_g (the Optimal Brain Surgeon; for blocks of weights
-    arXiv 2203.07259, section 3).
+    Backward elimination: each step removes the group that raises |Y - W A|^2 + r |W - W0|^2 least, with the weights of
+    the remaining groups refitted. Let P = (G + r I)^-1. Removing inputs g costs tr(W_g P_gg^-1 W_g^T). Then W_g P_gg^-1
+    P_g is subtracted from W, and P_g^T P_gg^-1 P_g from P. This is the Optimal Brain Surgeon; for blocks of weights see
+    arXiv 2203.07259, section 3.
 
     Args:
         gram: Gram matrix G of the inputs, (n, n).
         weight: W0, (m, n).
-        groups: How many of n / groups inputs each there are.
-        ridge: r, as a share of the mean diagonal of G.
+        groups: Number of groups; each has n / groups inputs.
+        ridge: The ridge r, as a share of the mean diagonal of G.
 
     Returns:
-        Their numbers, (groups,), int64.
+        Numbers of the groups, (groups,), int64.
     """
     size = len(gram) // groups
     level = ridge * gram.diagonal().mean().clamp_min(1e-30)

@@ -1,13 +1,14 @@
-"""Whether numbers are finite."""
+"""A check for NaN and infinite numbers."""
 
 import torch
 from torch import Tensor
 
 
 def all_finite(tensor: Tensor) -> Tensor:
-    """Whether a tensor has no NaN and no infinity, as a boolean on its device.
+    """Return whether a tensor has no NaN and no infinity, as a boolean on its device.
 
-    Least and greatest number tell: a NaN makes both NaN. On CPU that is ten times faster than `isfinite` everywhere.
+    The least and the greatest number are enough: a NaN makes both NaN. On CPU this is ten times faster than `isfinite`
+    everywhere.
     """
     if tensor.numel() == 0:
         return torch.tensor(True, device=tensor.device)

@@ -1,4 +1,4 @@
-"""Folding norms into what reads and writes the residual stream (SliceGPT, sections 3.1 and 3.2)."""
+"""Folding norms into the readers and writers of the residual stream (SliceGPT, sections 3.1 and 3.2)."""
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ def fold_into_reader(
         shift: beta, (D,); None is all zeros.
 
     Returns:
-        The folded weight (..., out, D) and bias (..., out); the bias is None only where both `bias` and `shift` are.
+        The folded weight (..., out, D) and bias (..., out). Without `bias` and `shift`, the bias is None.
     """
     if shift is not None:
         folded = weight @ shift
@@ -31,7 +31,7 @@ def centre_rows(rows: Tensor) -> Tensor:
 
 
 def centre_writer(weight: Tensor) -> Tensor:
-    """M W: what a writer (..., D, in) adds to the stream gets zero mean."""
+    """Return M W for a writer (..., D, in): its output gets zero mean over the stream's coordinates."""
     return weight - weight.mean(-2, keepdim=True)
 
 

@@ -11,7 +11,7 @@ from eigenslice.algebra.covariance import gram_matrix
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Ridges to choose from, as shares of the inputs' mean energy per dimension."""
 DEFAULT_RIDGE = 0.1
-"""Where there are too few sequences to hold some out."""
+"""The ridge for too few sequences to hold some out."""
 ROUNDING = 1e-5
 """Errors below this share of the outputs' energy are float32 rounding, and say nothing about the ridge."""
 COMBINATIONS = 64
@@ -58,11 +58,11 @@ class NormalEquations:
 
             W = base + (cross - gram base^T)^T (gram + r I)^-1
 
-        The Gram matrix is used up: there is no room for a second one of a wide MLP.
+        The Gram matrix is overwritten, because a second Gram matrix of a wide MLP may not fit into memory.
 
         Args:
-            base: (m, n).
-            ridge: As a share of the mean diagonal.
+            base: The known weights, (m, n).
+            ridge: The ridge, as a share of the mean diagonal.
         """
         level = ridge * self.gram.diagonal().mean().clamp_min(1e-30)
         missing = self.cross - self.gram @ base.T
@@ -72,10 +72,10 @@ class NormalEquations:
 
 @dataclass
 class RidgeChoice:
-    """The ridge that errs least on held-out tokens, over all fits of a kind so far.
+    """The ridge with the least error on held-out tokens, over all fits of a kind so far.
 
-    One fit's held-out tokens are few, and the best ridge changes little from block to block: errors relative to
-    the unfitted weights' are summed up, older ones fading.
+    A single fit has few held-out tokens, and the best ridge changes little from block to block. So errors are divided
+    by the error of the unfitted weights and summed over fits. Older errors fade.
     """
 
     fading: float = 0.8
@@ -88,16 +88,16 @@ class RidgeChoice:
         base: Tensor,
         add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
     ) -> float:
-        """Try all ridges on the fit of some tokens, measured on others.
+        """Fit with all ridges on some tokens, and return the best ridge on other tokens.
 
-        Errors are estimated on random combinations of the outputs, and in float32: enough to compare ridges, at a
+        Errors are estimated on random combinations of the outputs, in float32. This is enough to compare ridges, at a
         tenth of the cost.
 
         Args:
             fitted: Sums over the tokens to fit on.
             held_out: The tokens to measure on.
-            base: (m, n) weights that the ridge pulls towards.
-            add_up: Sums over several processes what each has measured.
+            base: The weights that the ridge pulls towards, (m, n).
+            add_up: Function that sums the measurements of several processes.
         """
         outputs = base.shape[0]
         combine = torch.eye(outputs, device=base.device)
@@ -115,7 +115,7 @@ class RidgeChoice:
             level = ridge
             changes.append(torch.cholesky_solve(missing, torch.linalg.cholesky(regular)))
         change = torch.cat(changes, dim=1)
-        # What the unfitted weights miss, all outputs' energy, and how much each ridge changes the former
+        # Error of the unfitted weights, energy of all outputs, and the change of the error by each ridge
         sums = torch.zeros(2 + len(self.errors), dtype=torch.float64, device=base.device)
         for tokens in held_out:
             inputs, expected = (part.float() for part in tokens)

@@ -29,7 +29,7 @@ REFUSED = {
     "jamba": RECURRENT,
     "falcon_h1": RECURRENT,
 }
-"""Why some types have no table."""
+"""Reasons why some types have no table."""
 
 KINDS = (
     (
@@ -42,7 +42,7 @@ KINDS = (
     ("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", "is a vision model, not a language model"),
     ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "has no architecture table yet"),
 )
-"""transformers' lists of types, and what they say about one that has no table."""
+"""transformers' lists of types, and for each list the reason why its types have no table."""
 
 
 def register_table(table: Table) -> None:
@@ -72,7 +72,7 @@ def _find(model_type: Any) -> Table | None:
 
 
 def has_table(model_type: Any) -> bool:
-    """Whether models of a `model_type` can be sliced."""
+    """Return whether models of a `model_type` can be sliced."""
     return _find(model_type) is not None
 
 

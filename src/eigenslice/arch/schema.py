@@ -1,8 +1,8 @@
-"""What a table says about an architecture: who reads the residual stream, who writes it, where it is normed.
+"""The fields of a table: the readers and writers of the residual stream, and its norms.
 
-Names are module paths as transformers builds the model: relative to the model for the outer ones, relative to
-a decoder layer for a sublayer's. A name that a layer doesn't have is skipped there: layers of one model may differ
-(dense and mixture-of-experts ones), and variants of a family, too. A parameter that no name covers is an error.
+Names are module paths as transformers builds the model. Names of a `Sublayer` are relative to a decoder layer, all
+other names to the model. A name that a layer doesn't have is skipped there, because layers of one model may differ
+(dense layers and mixtures of experts), and so may variants of a family. A parameter that no name covers is an error.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,7 @@ def always(config: Any) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Sublayer:
-    """Attention or MLP: what stands between a norm and the addition to the residual stream."""
+    """Attention or MLP: the modules between a norm and the addition to the residual stream."""
 
     norm: str | None
     """The norm whose output the sublayer reads; None if it reads the stream as it is."""
@@ -36,27 +36,27 @@ class Sublayer:
     a basis Q, is Q^T diag(gain) RMSN(W a), which needs W as it is. So W is inner, and the norm, in the custom class, is
     followed by a matrix: `POST_NORM.project` is the writer."""
     can_cut_neurons: bool = False
-    """Whether its neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in
-    between joins two of them. In a mixture, those of each expert (`stacked`); others but `shared` ones stay whole."""
+    """True if neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in between
+    joins two neurons. In a mixture, the neurons of each expert (`stacked`) are cut, and of `shared` experts."""
     can_cut_heads: bool = False
-    """Whether its key/value heads can be cut, each with the query heads that share it: the rows of every reader and the
-    columns of the writer are those of the first key/value head, then of the next, and nothing joins two of them."""
+    """True if key/value heads can be cut, each with its query heads. The rows of every reader and the columns of the
+    writer belong to the first key/value head, then to the next, and nothing joins two heads."""
     gated: tuple[str, ...] = ()
-    """Readers that are gate and up projection in one: their rows are those of the gate, then those of the other."""
+    """Readers that are gate and up projection in one: rows of the gate first, then rows of the up projection."""
     interleaved: bool = False
-    """Whether the rows of gate and up projection take turns instead."""
+    """True if the rows of gate and up projection take turns instead."""
     transposed: tuple[str, ...] = ()
     """Readers and writers that hold their weights as in x out (transformers' Conv1D; some experts)."""
     stacked: tuple[str, ...] = ()
     """Readers and writers that are no modules, but one parameter for all experts, (experts, out, in); a bias, if there
     is one, is called NAME_bias. They don't repair the error before them, as other writers do."""
     shared: tuple[str, ...] = ()
-    """Readers and the writer of experts that all tokens pass, where configs say how many times as many neurons as each
-    other expert they have: they lose as large a share of them."""
+    """Readers and writer of shared experts, which all tokens pass, if configs give their neurons as a multiple of an
+    expert's neurons. Shared experts then lose the same share of neurons."""
     renames: Mapping[str, Mapping[str, str | None]] = field(default_factory=dict)
     """For a module of the attention: arguments of the layer that it takes under another name, or (None) doesn't get."""
     adds_stream: bool = False
-    """Whether the modules take the stream as an argument `residual` and add it themselves."""
+    """True if the modules take the stream as an argument `residual` and add it themselves."""
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -65,17 +65,17 @@ class Sublayer:
 
     @property
     def experts(self) -> str:
-        """Name of the module that holds what is stacked."""
+        """Name of the module that holds the stacked parameters."""
         return self.stacked[0].rpartition(".")[0]
 
     @property
     def shared_writer(self) -> str | None:
-        """Name of the writer among the shared ones."""
+        """Name of the shared experts' writer, if there is one."""
         return next((name for name in self.writers if name in self.shared), None)
 
     @property
     def observed(self) -> tuple[str, ...]:
-        """Modules whose inputs say what the writer of its neurons or heads reads: experts, in a mixture."""
+        """Modules whose inputs show the input of the writer of neurons or heads: experts, in a mixture."""
         shared = (self.shared_writer,) if self.shared_writer else ()
         return (self.experts, *shared) if self.stacked else self.writers[:1]
 
@@ -85,7 +85,7 @@ class Sublayer:
         return self.stacked[-1] if self.stacked else self.writers[0]
 
     def has_neurons(self, name: str) -> bool:
-        """Whether the neurons that can be cut are rows of a reader, or columns of a writer."""
+        """Return whether the neurons that can be cut are rows of this reader, or columns of this writer."""
         return self.can_cut_neurons and (not self.stacked or name in (*self.stacked, *self.shared))
 
     def weight(self, name: str) -> str:
@@ -110,15 +110,15 @@ class StockForm:
 
     model_type: str
     applies: Callable[[Any], bool] = always
-    """Whether the mathematics of the dense config is expressible as this type."""
+    """Condition on the dense config: this type can express its mathematics."""
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Config values that this type needs to be the same mathematics."""
     zero_biases: tuple[str, ...] = ()
     """Linear layers (relative to a decoder layer) that this type gives a bias which the source doesn't have."""
     portable: bool = False
-    """Whether llama.cpp and vLLM are known to run this type at widths other than heads x head_dim."""
+    """True if llama.cpp and vLLM are known to run this type at widths other than heads x head_dim."""
     warning: str = ""
-    """What other runtimes are known to do wrong at such widths, for the user."""
+    """A known fault of other runtimes at such widths, for the user."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +146,7 @@ class Table:
     eps: str | float
     """The norms' epsilon: a field of the config, or the number that transformers hard-codes."""
     gain: Literal["w", "1+w"] = "w"
-    """How the norms' weight makes their gain."""
+    """The gain of the norms, as a function of their weight w."""
     embeddings: tuple[str, ...]
     """Token embedding first, then learned positions if there are any; all write the stream."""
     sinusoids: str | None = None
@@ -155,28 +155,28 @@ class Table:
     """A norm between the token embedding and the stream. It is computed for the whole vocabulary, once, so that the
     embedding isn't the head's matrix any more."""
     width_scales_embedding: bool = False
-    """Whether transformers multiplies the token embedding by sqrt(hidden_size)."""
+    """True if transformers multiplies the token embedding by sqrt(hidden_size)."""
     layers: str
     layers_give_tuples: bool = False
-    """Whether transformers' model expects its layers to return a tuple."""
+    """True if transformers' model expects its layers to return a tuple."""
     reshapes_output: bool = False
-    """Whether transformers' model reshapes the last block's output to the embeddings' width."""
+    """True if transformers' model reshapes the last block's output to the embeddings' width."""
     final_norm: str
     lm_head: str
     logit_scale: Callable[[Any], float] | None = None
-    """What transformers multiplies the head's output by."""
+    """Function that gives the factor of the head's output, from the config."""
     attention: Sublayer
     mlp: Sublayer
     neurons_field: str = "intermediate_size"
     """Field of the config with the number of MLP neurons, for stock forms."""
     parallel: bool | str = False
-    """Whether attention and MLP read the same stream; or the boolean field of the config that says so."""
+    """True if attention and MLP read the same stream; or the name of the config's boolean field for it."""
     residual_scale: str | None = None
-    """Field of the config with what transformers multiplies a sublayer's output by. It is folded into the writers."""
+    """Field of the config with the factor of a sublayer's output. The factor is folded into the writers."""
     stream_scale: str | None = None
-    """Parameter of a decoder layer, one of its `inner` ones, that the stream is multiplied by behind the layer."""
+    """Parameter of a decoder layer, listed in `inner`, that the stream is multiplied by behind the layer."""
     dropout: str | None = None
-    """Field of the config with the dropout on what sublayers add to the stream (training only)."""
+    """Field of the config with the dropout on the sublayers' outputs (training only)."""
     numbered: str | None = None
     """Field of the config that, where it is set, makes blocks depend on their numbers: none can be left out then."""
     stock: tuple[StockForm, ...] = ()
@@ -191,11 +191,11 @@ class Table:
 
     @property
     def one_width(self) -> bool:
-        """Whether the stream has to leave the last block as wide as it enters the first one."""
+        """True if the stream must be as wide behind the last block as before the first block."""
         return self.reshapes_output or bool(self.mlp.stacked)  # transformers' experts return the width they are given
 
     def is_parallel(self, config: Any) -> bool:
-        """Whether a block of this model has one site (parallel) instead of two."""
+        """Return whether a block of this model has one site (parallel) instead of two."""
         return getattr(config, self.parallel) if isinstance(self.parallel, str) else self.parallel
 
     def epsilon(self, config: Any) -> float:

@@ -51,7 +51,7 @@ def refuse_adapter(folder: Path, beside_weights: bool) -> None:
 
     Args:
         folder: The folder.
-        beside_weights: Whether the weights that the adapter belongs to are there, too.
+        beside_weights: True if the adapter's base weights are there, too.
 
     Raises:
         CheckpointError: always.
@@ -97,7 +97,7 @@ def check_adapter(folder: Path) -> None:
 
 
 def _checks(config: dict[str, Any], largest: int) -> list[tuple[str, bool]]:
-    """Fields, and whether their values are those of plain LoRA, which nothing but the adapter's weights makes large."""
+    """Fields, each with a check that its value is plain LoRA's, so that only the adapter's weights can be large."""
     ranks = [config.get("r"), *_values(config.get("rank_pattern"))]
     patterns = [*_keys(config.get("rank_pattern")), *_keys(config.get("alpha_pattern"))]
     modules = config.get("target_modules")

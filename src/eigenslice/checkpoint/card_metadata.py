@@ -1,4 +1,4 @@
-"""What of the dense model's card holds for the sliced model, too: licence and language."""
+"""Metadata of the dense model's card that holds for the sliced model, too: licence and language."""
 
 import re
 import warnings
@@ -13,7 +13,7 @@ INHERITED = ("license", "license_name", "license_link", "language")
 FRONT = re.compile(r"\s*---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 """The metadata at a card's start."""
 FIELD = re.compile(rf"^({'|'.join(INHERITED)})[ \t]*:.*(?:\n|\Z)(?:[ \t-].*(?:\n|\Z)|[ \t]*\n)*", re.MULTILINE)
-"""One field with all lines that belong to it. What is in the others, which may be anything, is never parsed."""
+"""One field with all lines that belong to it. Other fields may hold anything and are never parsed."""
 LONGEST_CARD = 4 * 1024**2
 """Bytes in which the metadata end: lists of measurements can be long."""
 LONGEST_FIELD = 8 * 1024
@@ -24,15 +24,15 @@ MOST_LANGUAGES = 500
 def read_card_metadata(path: Path, warn: bool = True) -> dict[str, Any]:
     """Licence and language in a model card.
 
-    Whatever is in a card, it is never an error: fields that can't be understood are left out, with a warning.
+    No content of a card is an error: fields that can't be understood are left out, with a warning.
 
     Args:
         path: The card; there may be none.
-        warn: Whether to say what is left out.
+        warn: True to warn of fields that are left out.
 
     Returns:
-        `license`, `license_name` and `license_link` (texts), `language` (a text or a list of texts), as far as they
-        are there.
+        `license`, `license_name` and `license_link` (texts), `language` (a text or a list of texts), as far as they are
+        there.
     """
     try:
         if not path.is_file():
@@ -60,7 +60,7 @@ def _left_out(what: str, warn: bool) -> None:
 
 
 def _value(field: str) -> str | list[str] | None:
-    """What a field says, "" where it says nothing; None where that is no licence and no language."""
+    """Return the value of a field, "" for an empty field, or None if the value is no licence and no language."""
     try:
         if len(field) > LONGEST_FIELD:
             return None

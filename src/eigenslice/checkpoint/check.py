@@ -1,7 +1,7 @@
-"""One check of a folder or a GGUF file, before anyone reads it.
+"""The check of a folder or a GGUF file, before anyone reads it.
 
-slice reads checkpoints itself, the other verbs do it through transformers. What passes here is the same for both: it
-is what transformers takes, or less.
+slice reads checkpoints itself; the other verbs read them through transformers. Both read the same in a checkpoint that
+passes this check. The check accepts a subset of transformers' checkpoints.
 """
 
 import re
@@ -27,7 +27,7 @@ CONFIGS = re.compile(
 )
 TEMPLATES = "additional_chat_templates"
 DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-"""Of files that transformers reads before all others."""
+"""Names of files that transformers reads before all others."""
 ELSEWHERE = ("transformers_weights", "configuration_files")
 """Fields of a config.json that make transformers read other files."""
 CODE = ("attn_implementation", "experts_implementation", "_attn_implementation", "_experts_implementation")
@@ -41,7 +41,7 @@ def check_folder(folder: Path, adapters: bool = False) -> None:
 
     Args:
         folder: The folder.
-        adapters: Whether an adapter beside the weights may be there, which is applied then.
+        adapters: True if an adapter may lie beside the weights; the adapter is applied then.
 
     Raises:
         CheckpointError: it can't be read as it is.
@@ -111,13 +111,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def _repositories(config: Mapping[str, Any]) -> list[str]:
-    """Fields, of the config and those in it, that name code in a repository."""
+    """Return fields, of the config and of nested configs, that name code in a repository."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return [field for part in parts for field in CODE if "/" in str(part.get(field) or "")]
 
 
 def _check_names(folder: Path, names: list[str]) -> None:
-    """Refuse pipes, devices, links that lead elsewhere, and files too large for what they should be."""
+    """Refuse pipes, devices, links that lead elsewhere, and files that are too large for their kind."""
     paths = [folder / name for name in names if OPENED.fullmatch(name)]
     if TEMPLATES in names and (folder / TEMPLATES).is_dir():
         paths += [folder / TEMPLATES / name for name in list_folder(folder / TEMPLATES)]
@@ -146,7 +146,7 @@ def _check_dtypes(folder: Path, weights: SafetensorsWeights) -> None:
 
 
 def check_gguf(path: Path) -> GgufHeader:
-    """Refuse a GGUF file that is broken, or whose header and tensors contradict each other. Gives its header.
+    """Return the header of a GGUF file, if it isn't broken and its header and tensors agree.
 
     Raises:
         CheckpointError: it is.

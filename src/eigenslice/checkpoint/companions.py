@@ -1,6 +1,6 @@
-"""What goes into a result's folder beside weights and config: tokenizer, generation config, licences, code.
+"""Files of a result's folder beside weights and config: tokenizer, generation config, licences, code.
 
-All of it is written into a folder of its own before the first pass, so that nothing is refused when the work is done.
+All companions are written into a folder before the first pass. So nothing is refused when the work is done.
 """
 
 import shutil
@@ -40,7 +40,7 @@ def stage_companions(source: Source, folder: Path) -> None:
 
 
 def copy_companions(name: str, source: Path, folder: Path, trust_remote_code: bool, result: bool = False) -> None:
-    """Copy what `companions_of` names; arguments are the same, and `folder` takes the copies.
+    """Copy the files that `companions_of` names into `folder`; the other arguments are the same.
 
     Raises:
         CheckpointError: as `companions_of`; or a file leads out of the source's folder or is no regular file.
@@ -58,13 +58,14 @@ def copy_companions(name: str, source: Path, folder: Path, trust_remote_code: bo
 
 
 def companions_of(name: str, source: Path, trust_remote_code: bool, result: bool = False) -> list[str]:
-    """Names of the files of tokenizer and processor, generation config, licences, and code that these name.
+    """Return names of the files of tokenizer and processor, generation config, licences, and the code that these files
+    name.
 
     Args:
         name: The checkpoint, as the user wrote it.
         source: Its folder.
-        trust_remote_code: Whether code may be among them. Without it, no code is copied and no config names it.
-        result: Whether the copy is of the same model: then the model's own code belongs to it, too.
+        trust_remote_code: True if code may be among the files. Otherwise no code is copied and no config names code.
+        result: True if the copy is of the same model: then the model's own code is copied, too.
 
     Raises:
         CheckpointError: a config is broken, or the tokenizer needs code that isn't there or isn't trusted.
@@ -88,7 +89,7 @@ def companions_of(name: str, source: Path, trust_remote_code: bool, result: bool
 
 
 def _present(source: Path) -> set[str]:
-    """Names of a checkpoint's files, and of those in the folder of chat templates; links that lead nowhere included."""
+    """Return names of a checkpoint's files and chat templates, links that lead nowhere included."""
     files = {path.name for path in source.iterdir() if not path.is_dir()}
     templates = source / names.TEMPLATES
     if templates.is_dir():

@@ -1,7 +1,6 @@
-"""A model from the Hugging Face hub: the files that are needed and no others, or from the cache without network.
+"""A model from the Hugging Face hub: only the needed files, or the cached files without network.
 
-Config, weights and tokenizer are required. What else belongs to a result (licence, generation config, card) is taken
-where it can be had.
+Config, weights and tokenizer are required. Licence, generation config and card are downloaded if they are available.
 """
 
 import glob
@@ -35,10 +34,10 @@ class _Snapshot:
     """One commit of a repository.
 
     Attributes:
-        name: As the user wrote it.
-        repository, commit: Which.
-        files: All that it holds; where the hub was never asked, what the cache holds.
-        folder: Where the cache has it.
+        name: The name that the user wrote.
+        repository, commit: The repository's name and the commit's hash.
+        files: Names of all files; if the hub was never asked, names of the cached files.
+        folder: The folder in the cache.
     """
 
     name: str
@@ -48,7 +47,7 @@ class _Snapshot:
     folder: Path
 
     def here(self, file: str) -> bool:
-        """Whether a file is in the cache."""
+        """Return whether a file is in the cache."""
         return (self.folder / file).is_file()
 
     def fetch(self, wanted: Iterable[str], required: Collection[str], silent: bool = True) -> None:
@@ -88,9 +87,9 @@ class _Snapshot:
         )
 
     def require_tokenizer(self) -> None:
-        """Refuse a repository whose tokenizer isn't in the cache, though it has one.
+        """Refuse a repository with a tokenizer that isn't in the cache.
 
-        A cache that a tokenizer was loaded into lacks the vocabularies that its class doesn't read.
+        After a tokenizer was loaded, the cache still lacks the vocabularies that its class doesn't read.
         """
         listed = [file for file in names.VOCABULARIES if file in self.files]
         if listed and not any(map(self.here, listed)):
@@ -98,14 +97,14 @@ class _Snapshot:
 
 
 def download(name: str, hub: HubName) -> tuple[Path, str | None]:
-    """Bring a model's files into the hub's cache; gives the folder and, for a GGUF, the file's name in it.
+    """Bring a model's files into the hub's cache, and return the folder and, for a GGUF, the file's name.
 
     Args:
-        name: As the user wrote it.
-        hub: The same, read.
+        name: The name that the user wrote.
+        hub: The name's parts.
 
     Raises:
-        CheckpointError: files are missing, or it isn't said which of several GGUF files is meant.
+        CheckpointError: files are missing, or none of several GGUF files is named.
         Exception: of the hub's client, where there is no such repository or revision, or it can't be asked.
     """
     snapshot = _open(name, hub)
@@ -146,7 +145,7 @@ def _open(name: str, hub: HubName) -> _Snapshot:
 
 
 def _files(repository: str, commit: str, folder: Path) -> frozenset[str]:
-    """Names of a repository's files: as the hub said before, says now, or those in the cache."""
+    """Return names of a repository's files: from an earlier answer of the hub, from the hub now, or from the cache."""
     try:
         return frozenset(file.path for file in get_cached_repo_tree(repository, revision=commit))
     except CachedRepoTreeNotFoundError:
@@ -198,7 +197,7 @@ def _weights(snapshot: _Snapshot) -> list[str]:
 
 
 def _fetch_code(snapshot: _Snapshot) -> None:
-    """Fetch the Python files that configs name, and what these files name. Nothing is run here."""
+    """Fetch the Python files that configs name, and the files that these import. Nothing is run here."""
     wanted: set[str] = set()
     for config in (names.CONFIG, names.TOKENIZER_CONFIG, *names.PROCESSOR_FILES):
         if snapshot.here(config):

@@ -1,4 +1,4 @@
-"""transformers' model of a config without memory for its weights: what names and shapes a checkpoint must have."""
+"""transformers' model of a config without memory for its weights: names and shapes of a checkpoint's tensors."""
 
 import copy
 from typing import Any
@@ -18,8 +18,8 @@ def empty_model(config: Any, auto: Any = AutoModelForCausalLM, **options: Any) -
 
     Args:
         config: The config.
-        auto: transformers' class that finds the model's.
-        options: For its `from_config`.
+        auto: transformers' class that finds the model's class.
+        options: Keywords for `from_config` of this class.
 
     Raises:
         CheckpointError: transformers can't build it, or only with tables larger than its parameters.

@@ -1,4 +1,4 @@
-"""Files of a checkpoint, looked at before anyone opens them: what a name leads to, and JSON of a bounded size."""
+"""Files of a checkpoint, checked before anyone opens them: targets of links, and JSON of a bounded size."""
 
 import re
 import stat
@@ -9,11 +9,11 @@ from eigenslice.errors import CheckpointError, first_line
 from eigenslice.runtime.reading import MIB, parsed_json
 
 LARGEST_JSON = 64 * MIB
-"""Of configs and indexes: the index of a model with 150,000 tensors has 15 MiB."""
+"""Largest size of configs and indexes in bytes. The index of a model with 150,000 tensors has 15 MiB."""
 LARGEST_VOCABULARY = 512 * MIB
-"""Of tokenizers."""
+"""Largest size of a tokenizer in bytes."""
 CACHED = re.compile(r".*/models--[^/]+/blobs/[^/]+|.*/blobs/[0-9a-f]{2}/[0-9a-f]{64}")
-"""Where the files of a hub cache lie, which the names in a snapshot's folder are links to."""
+"""Folder of the files in a hub cache. The names in a snapshot's folder are links to these files."""
 KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -24,7 +24,7 @@ KINDS = (
 
 
 def check_file(path: Path, folder: Path | None, largest: int | None = None) -> None:
-    """Refuse what isn't a regular file of a checkpoint that can be read. Nothing of it is read.
+    """Refuse anything but a regular file of a checkpoint that can be read. The file itself isn't read.
 
     Args:
         path: The file.
@@ -57,13 +57,13 @@ def check_file(path: Path, folder: Path | None, largest: int | None = None) -> N
 
 
 def read_json(path: Path, folder: Path | None, allowed: str, largest: int = LARGEST_JSON) -> dict[str, Any]:
-    """The object that a JSON file holds.
+    """Return the object in a JSON file.
 
     Args:
         path: The file.
-        folder: As `check_file`'s.
-        allowed: What the file should hold, for the message.
-        largest: Size in bytes that is allowed.
+        folder: The checkpoint's folder, see `check_file`.
+        allowed: Expected content of the file, for the message.
+        largest: Largest allowed size in bytes.
 
     Raises:
         CheckpointError: `check_file` refuses the file, or it holds something else.

@@ -29,10 +29,10 @@ UNUSED = re.compile(r"^rope_|rope_freqs|\.attn_rot_embd|\.rotary_|^token_types")
 
 @contextmanager
 def apart(folder: Path, gguf: str | None) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """What transformers' `from_pretrained` is given: a folder and, for a GGUF, the file, without its neighbours.
+    """Give a folder for transformers' `from_pretrained` and, for a GGUF, a folder without its neighbours.
 
-    transformers would take a tokenizer.json, an adapter or a generation config that lies beside the file, and a file
-    of the same name in the working directory instead.
+    transformers would take a tokenizer.json, an adapter or a generation config beside the file. It would also prefer a
+    file of the same name in the working directory.
     """
     if gguf is None:
         yield folder, {}
@@ -42,10 +42,10 @@ def apart(folder: Path, gguf: str | None) -> Iterator[tuple[Path, dict[str, Any]
 
 
 def refuse_lost_rope_scaling(path: Path, config: Any) -> None:
-    """Refuse a GGUF whose rotary scaling (Llama 3.1 and later) transformers drops when it reads one.
+    """Refuse a GGUF with a rotary scaling (Llama 3.1 and later) that transformers drops.
 
     Raises:
-        UnsupportedModelError: it is one.
+        UnsupportedModelError: the file has such a scaling.
     """
     header = check_gguf(path)
     factors = [name for name in header.tensors if name.startswith("rope_f")]
@@ -73,7 +73,7 @@ def check_gguf_fits(path: Path, config: Any) -> None:
 
 
 def _stored_as(tensor: GgufTensor) -> tuple[np.dtype, tuple[int, ...]]:
-    """What numpy reads a tensor's bytes as: its numbers, or rows of blocks."""
+    """Return the numpy type and shape of a tensor's bytes: numbers, or rows of blocks."""
     plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
     if tensor.kind in plain:
         return np.dtype(plain[tensor.kind]), tensor.shape
@@ -90,8 +90,8 @@ def _unread(path: Path, error: Exception) -> CheckpointError:
 
 
 class _Named:
-    """As much of a model as `get_gguf_hf_weights_map` looks at, without its hundreds of submodules: it would build
-    the same map for each."""
+    """The attributes of a model that `get_gguf_hf_weights_map` reads. A real model has hundreds of submodules, and the
+    same map would be built for each."""
 
     def __init__(self, model: Any, children: tuple[tuple[str, Any], ...] = ()) -> None:
         self.config, self.state_dict = model.config, model.state_dict
@@ -99,7 +99,7 @@ class _Named:
 
 
 class GgufWeights:
-    """Tensors of one GGUF file. What transformers does to each (names, the order of rows) is its own code.
+    """Tensors of one GGUF file. transformers' own code changes their names and the order of rows.
 
     Raises:
         CheckpointError: the file is broken.
@@ -155,10 +155,10 @@ class GgufWeights:
             )
 
     def _processed(self, name: str, part: str, data: np.ndarray, tensors: dict[str, Tensor]) -> np.ndarray | None:
-        """What transformers makes of a tensor's numbers; None where it has put them into `tensors` itself.
+        """Return a tensor's numbers as transformers processes them; None if it has put them into `tensors` itself.
 
         Raises:
-            CheckpointError: it can't, for example because they don't fit the number of heads.
+            CheckpointError: transformers can't, for example because the numbers don't fit the number of heads.
         """
         try:
             done = self._processor.process(
@@ -204,7 +204,7 @@ class GgufWeights:
         yield from self.load(name).split(count)
 
     def spans(self, file: Path) -> list[Span]:
-        """Where the tensors lie in the file."""
+        """The places of the tensors in the file."""
         return [
             Span(name, t.shape, t.start, t.size, t.size // int(np.prod(t.shape[:-1], dtype=np.int64)), _decoder(t))
             for name, t in self._stored.items()

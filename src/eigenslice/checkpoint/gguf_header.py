@@ -43,17 +43,17 @@ READABLE = frozenset(kind for kind in GGMLQuantizationType if _can_be_read(kind)
 
 
 class HeaderError(ValueError):
-    """What is wrong with a header."""
+    """A fault of a header."""
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies in the file, and how.
+    """The place and the form of a tensor in the file.
 
     Attributes:
-        kind: How its numbers are stored.
-        shape: Of its numbers, rows first.
-        start, size: Its bytes in the file.
+        kind: Storage type of the numbers.
+        shape: Shape in numbers, rows first.
+        start, size: First byte in the file, and number of bytes.
     """
 
     kind: GGMLQuantizationType
@@ -68,7 +68,7 @@ class GgufHeader:
 
     Attributes:
         fields: The metadata.
-        tensors: By their names.
+        tensors: The tensors, by name.
     """
 
     fields: dict[str, Any]
@@ -79,12 +79,12 @@ class GgufHeader:
         return self.fields[ARCHITECTURE]
 
     def of_architecture(self, name: str) -> Any:
-        """A field whose name begins with the architecture's; None if there is none."""
+        """Return a field that begins with the architecture's name; None if there is none."""
         return self.fields.get(f"{self.architecture}.{name}")
 
     @property
     def numbers(self) -> int:
-        """How many numbers all tensors hold."""
+        """Count of numbers in all tensors."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors.values())
 
 

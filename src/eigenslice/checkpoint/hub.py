@@ -12,7 +12,7 @@ from huggingface_hub.utils import LocalTokenNotFoundError, validate_repo_id
 from eigenslice.errors import OptionsError, OutputError, first_line
 
 REVISION = re.compile(r"\w[\w./+-]*")
-"""Of branches, tags, pull requests (refs/pr/1) and commits; nothing that leads out of a folder, see `hub_name`."""
+"""Pattern of branches, tags, pull requests (refs/pr/1) and commits. No match leads out of a folder, see `hub_name`."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class HubName:
 
     @property
     def suffix(self) -> str:
-        """What stands behind repository and file."""
+        """The text behind repository and file."""
         return f"@{self.revision}" if self.revision else ""
 
 
@@ -79,7 +79,7 @@ def with_revision(model: str, revision: str | None) -> str:
 
 
 def is_local(name: str) -> bool:
-    """Whether a file or folder of this name is here."""
+    """Return whether a file or folder of this name is here."""
     try:
         return Path(name).expanduser().exists()
     except (OSError, RuntimeError, ValueError):  # no file can have this name, or no such user
@@ -87,7 +87,7 @@ def is_local(name: str) -> bool:
 
 
 def check_hub(repository: str) -> None:
-    """Refuse, before the work, what can't be uploaded in the end.
+    """Refuse, before the work, a repository that can't take the upload in the end.
 
     Raises:
         OptionsError: no repository's name, nobody is logged in, or the hub can't be reached.

@@ -22,7 +22,7 @@ from eigenslice.options.common import DtypeName
 from eigenslice.runtime.device import resolve_device
 
 NO_ADAPTER = "no-adapter"
-"""Where transformers looks for an adapter, which is applied afterwards: a folder that doesn't exist."""
+"""Folder in which transformers looks for an adapter. It doesn't exist, because adapters are applied afterwards."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def load_model(
     Args:
         name: A folder, a hub id or a .gguf file.
         device: torch device; None is a GPU if there is one.
-        dtype: None is the stored one on a GPU and float32 on CPU.
+        dtype: The dtype; None is the stored dtype on a GPU and float32 on CPU.
         trust_remote_code: Let the checkpoint run code.
 
     Raises:
@@ -77,22 +77,22 @@ def _read(
     trust_remote_code: bool,
     extra: dict[str, Any],
 ) -> Any:
-    """The model by transformers' `from_pretrained`, if it is what the files hold.
+    """Return the model by transformers' `from_pretrained`, if it has the weights in the files.
 
     Args:
-        name: As the user wrote it.
-        located: What `locate` gives.
+        name: The name that the user wrote.
+        located: The answer of `locate`.
         place: The folder for transformers.
-        dtype: As transformers takes it.
+        dtype: The dtype, in transformers' form.
         trust_remote_code: Let the checkpoint run code.
         extra: Further arguments for transformers.
 
     Raises:
-        CheckpointError: weights are missing, unknown or of other sizes than the config says.
+        CheckpointError: weights are missing, unknown or of other sizes than in the config.
     """
     folder, gguf = located
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
-    config.return_dict = True  # it says what users' code gets, not what the model computes
+    config.return_dict = True  # it changes outputs for users' code, not the model's computation
     auto = AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
     quantized = getattr(config, "quantization_config", None) is not None and not gguf
     if gguf:

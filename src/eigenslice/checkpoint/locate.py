@@ -1,4 +1,4 @@
-"""Finding what the user names: a folder, a hub id or a GGUF file."""
+"""Finding the checkpoint that the user names: a folder, a hub id or a GGUF file."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ def locate(name: str, adapters: bool = False) -> tuple[Path, str | None]:
 
     Args:
         name: A folder, a hub id or a .gguf file.
-        adapters: Whether an adapter may lie beside the weights: transformers applies it, who reads the weights can't.
+        adapters: True if an adapter may lie beside the weights. Only transformers can apply an adapter.
 
     Returns:
         The folder and, for a GGUF, the file's name in it.
 
     Raises:
-        CheckpointError: there is none, or none that can be read; see `check_folder` and `check_gguf`.
+        CheckpointError: there is no checkpoint, or it can't be read; see `check_folder` and `check_gguf`.
     """
     folder, gguf = _find(name)
     gguf = gguf or _only_gguf(folder)

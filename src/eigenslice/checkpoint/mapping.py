@@ -1,6 +1,6 @@
-"""Which tensors of a checkpoint a parameter of transformers' model comes from.
+"""The checkpoint's tensors behind each parameter of transformers' model.
 
-Checkpoints of mixtures of experts hold each expert's matrices, transformers' model holds all experts in one tensor. The
+Checkpoints of mixtures of experts hold each expert's matrices. transformers' model holds all experts in one tensor. The
 conversion is transformers' own.
 """
 
@@ -30,13 +30,13 @@ from eigenslice.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Origin:
-    """Where one parameter comes from.
+    """The origin of one parameter.
 
     Attributes:
         stored: Names of the checkpoint's tensors.
-        patterns: For each of them, which of the converter's sources it is; None without a converter.
-        converter: Makes the parameter from several tensors.
-        name: Of the parameter.
+        patterns: The converter's source pattern for each tensor; None without a converter.
+        converter: The converter that makes the parameter from several tensors.
+        name: Name of the parameter.
         model: transformers' model, without weights.
     """
 

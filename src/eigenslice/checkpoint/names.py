@@ -1,4 +1,4 @@
-"""Which files belong to a checkpoint, by their names: what is downloaded, and what goes into a result."""
+"""Names of the files that belong to a checkpoint: files to download, and files of a result."""
 
 import re
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ VOCABULARIES = (
     "tiktoken.model",
     "tekken.json",
 )
-"""Of every tokenizer class of transformers (their `vocab_files_names`), and of mistral-common."""
+"""Vocabulary files of every tokenizer class of transformers (`vocab_files_names`), and of mistral-common."""
 TOKENIZER_FILES = (
     *VOCABULARIES,
     TOKENIZER_CONFIG,
@@ -63,7 +63,7 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 """A result reads text alone, but programs written for the source load its processor, and write text through it."""
 LICENCE = re.compile(r"((un)?licen[cs]e|notice|copying|copyright|use_policy)([-_. ][^/]*)?", re.IGNORECASE)
 TEXTS = {"", ".txt", ".md", ".rst", ".html", ".pdf"}
-"""Suffixes of what a card's licence may be in."""
+"""Suffixes of licence files that a card may link to."""
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ot", ".ckpt"}
 OTHER_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -72,7 +72,7 @@ QUOTED = re.compile(r"""["']([\w.-]+)["']""")
 
 
 def is_of_tokenizer(name: str) -> bool:
-    """Whether a file, by its path in the checkpoint, is a tokenizer's or a chat template."""
+    """Return whether a file, by its path in the checkpoint, is a tokenizer's or a chat template."""
     if name in TOKENIZER_FILES:
         return True
     depth = name.count("/")
@@ -80,12 +80,12 @@ def is_of_tokenizer(name: str) -> bool:
 
 
 def is_licence(name: str) -> bool:
-    """Whether a file holds a licence, or a notice that a licence asks to be kept."""
+    """Return whether a file holds a licence, or a notice that a licence asks to be kept."""
     return bool(LICENCE.fullmatch(name)) and not is_weights(name) and not name.endswith(".py")
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file goes into a result beside config and weights: of tokenizer or processor, or a licence."""
+    """Return whether a file goes into a result beside config and weights: tokenizer, processor or licence."""
     return is_of_tokenizer(name) or name in PROCESSOR_FILES or name == GENERATION or is_licence(name)
 
 
@@ -130,7 +130,7 @@ def named_by_code(code: Path, names: Iterable[str]) -> set[str]:
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file holds weights, in whatever format."""
+    """Return whether a file holds weights, in any format."""
     return bool(WEIGHTS & {suffix.lower() for suffix in PurePosixPath(name).suffixes})
 
 
@@ -142,7 +142,7 @@ def only_gguf(name: str, names: Iterable[str]) -> str | None:
         names: Its files.
 
     Raises:
-        CheckpointError: there are several.
+        CheckpointError: there are several GGUF files.
     """
     names = set(names)
     others = {"model.safetensors", "model.safetensors.index.json", *OTHER_WEIGHTS}

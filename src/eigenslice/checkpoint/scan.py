@@ -24,8 +24,8 @@ class Span:
     Attributes:
         name, shape: The tensor's.
         start, size: Its place, in bytes.
-        unit: Bytes that can be decoded alone.
-        decode: Makes numbers of bytes.
+        unit: Number of bytes that can be decoded alone.
+        decode: Function from bytes to numbers.
     """
 
     name: str
@@ -109,12 +109,12 @@ def refuse_unfit(name: str, extents: dict[str, Extent], dtype: torch.dtype | Non
     """Refuse tensors with NaN or infinite numbers, or with larger numbers than a dtype has.
 
     Args:
-        name: The checkpoint's, for messages.
-        extents: By the tensors' names.
-        dtype: None allows what fits into the stored one.
+        name: The checkpoint's name, for messages.
+        extents: Extents by the tensors' names.
+        dtype: The dtype that all numbers must fit into; None is the stored dtype.
 
     Raises:
-        CheckpointError: there is one.
+        CheckpointError: a tensor has such a number.
     """
     for tensor, extent in extents.items():
         if extent.broken is not None:

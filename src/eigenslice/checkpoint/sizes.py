@@ -1,6 +1,6 @@
 """Sizes that a config announces, compared with the tensors that are there, before anything is built from them.
 
-transformers builds what a config says: a billion layers, if that is the number.
+transformers builds any model that a config describes, even with a billion layers.
 """
 
 import math
@@ -52,12 +52,12 @@ EMBEDDINGS = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_e
 
 
 def check_config(name: str, config: Mapping[str, Any], shapes: Shapes) -> None:
-    """Refuse a config.json that can't be that of these tensors, or that no model can be built from.
+    """Refuse a config.json that doesn't fit the tensors, or from which no model can be built.
 
     Args:
-        name: Of the checkpoint, for messages.
+        name: Name of the checkpoint, for messages.
         config: Content of config.json.
-        shapes: Of all tensors.
+        shapes: Shapes of all tensors.
 
     Raises:
         CheckpointError: a number is impossible, or much larger than anything that the tensors have.
@@ -114,7 +114,7 @@ def _check_number(name: str, path: str, field: str, value: float, limits: tuple[
 
 
 def _check_divisions(name: str, text: Mapping[str, Any]) -> None:
-    """What transformers divides by, or takes so many of."""
+    """Check the numbers that transformers divides by, or that count parts."""
     heads = _whole(text, "num_attention_heads", "n_head", "attention_heads", "n_heads")
     shared = _whole(text, "num_key_value_heads")
     if heads and shared and heads % shared:
@@ -167,7 +167,7 @@ def _compare(name: str, config: Mapping[str, Any], text: Mapping[str, Any], shap
 
 
 def _most_layers(shapes: Shapes) -> int:
-    """How many layers the language model's tensors have: numbers behind one name, such as layers.7."""
+    """Return the number of layers in the language model's tensors: numbers behind one name, such as layers.7."""
     numbers_of: dict[str, set[int]] = {}
     for tensor in shapes:
         if not NO_TEXT.search(tensor) and (match := NUMBERED.search(tensor)):
@@ -176,14 +176,14 @@ def _most_layers(shapes: Shapes) -> int:
 
 
 def check_total(name: str, announced: int, stored: int) -> None:
-    """Refuse a config whose model is far larger than what the files hold: transformers would invent the rest.
+    """Refuse a config of a model that is far larger than the files: transformers would invent the rest.
 
-    Where less is missing, transformers tells which tensors.
+    If less is missing, transformers names the missing tensors.
 
     Args:
-        name: Of the checkpoint.
+        name: Name of the checkpoint.
         announced: Parameters of the model that the config describes.
-        stored: Numbers that the files hold.
+        stored: Count of numbers in the files.
 
     Raises:
         CheckpointError: it is.

@@ -33,12 +33,12 @@ class Source:
     """A dense checkpoint, opened for reading.
 
     Attributes:
-        name: As the user wrote it.
-        folder: Where its files are.
-        gguf: Name of the GGUF file in `folder`, if that is what it is.
-        config: transformers' config; of a model that reads images beside text, its language model's.
-        whole: The config of such a model; None for all others.
-        trust_remote_code: Whether the tokenizer may run code from the checkpoint.
+        name: The name that the user wrote.
+        folder: The folder of the files.
+        gguf: Name of the GGUF file in `folder`; None for a folder of safetensors.
+        config: transformers' config. For a model that reads images beside text, the config of its language model.
+        whole: The config of the whole model, if it reads images beside text; otherwise None.
+        trust_remote_code: True if the tokenizer may run code from the checkpoint.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Source:
 
     @cached_property
     def weights(self) -> Weights:
-        """The tensors, read one at a time; those of a GGUF are dequantized."""
+        """The tensors, read one at a time. Tensors of a GGUF are dequantized."""
         if self.gguf is None:
             return SafetensorsWeights(self.folder)
         return GgufWeights(self.folder / self.gguf, self.config)
@@ -123,18 +123,18 @@ class Source:
         """Refuse weights with NaN or infinite numbers, used or not. The files are read for it once, with `hashes`.
 
         Args:
-            dtype: What the model is computed in: larger numbers than it has are refused, too.
+            dtype: The dtype of the forward pass. Numbers too large for it are refused, too.
 
         Raises:
-            CheckpointError: a tensor has one; the message names the tensor and where.
+            CheckpointError: a tensor has such a number; the message names the tensor and its file.
         """
         refuse_unfit(self.name, self._scanned[1], dtype)
 
     def start_hashing(self) -> Callable[[], None]:
-        """Begin to compute `hashes`, and what `check_finite` asks for, beside other work.
+        """Begin to compute `hashes`, and the extents for `check_finite`, beside other work.
 
         Returns:
-            Waits for the end. Who meets an error before then needn't: nothing else does.
+            Function that waits for the end. After an error elsewhere, waiting isn't necessary.
         """
 
         def compute() -> None:
@@ -159,8 +159,8 @@ def refuse_missing(name: str, loading: dict[str, Any], known: bool = True) -> No
 
     Args:
         name: The checkpoint, as the user wrote it.
-        loading: What `from_pretrained(..., output_loading_info=True)` returns beside the model.
-        known: Whether weights that the model doesn't have are refused, too.
+        loading: The loading info of `from_pretrained(..., output_loading_info=True)`.
+        known: True to refuse weights that the model doesn't have, too.
 
     Raises:
         CheckpointError: weights are missing, of another shape or unknown.
@@ -216,7 +216,7 @@ def _refuse_quantized(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _load_config(folder: Path, gguf: str | None) -> tuple[Any, Any]:
-    """The config of what can be sliced, and that of the whole model where it is a part of one."""
+    """Return the config of the language model, and the config of the whole model if it has more parts."""
     if gguf is None:
         raw = read_config(folder)
         if raw["model_type"] == "eigenslice":

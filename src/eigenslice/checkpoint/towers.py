@@ -22,12 +22,12 @@ TOWERS = {
     "mistral3": "language_model",
     "smolvlm": "text_model",
 }
-"""Where transformers' models of these types hold the language model. Of text they compute what it computes; tested."""
+"""Place of the language model in transformers' models of these types. Tests show that both compute the same on text."""
 HEAD = "lm_head"
 
 
 def holds_tower(config: dict[str, Any]) -> bool:
-    """Whether a config.json describes a model that holds a language model with a table."""
+    """Return whether a config.json describes a model that holds a language model with a table."""
     text = config.get("text_config")
     return str(config.get("model_type")) in TOWERS and isinstance(text, dict) and has_table(text.get("model_type"))
 
@@ -45,12 +45,12 @@ def whole_model(config: Any) -> Any:
 
 
 def name_in_tower(name: str, config: Any, prefix: str) -> str | None:
-    """What a parameter of the whole model is called in the language model; None if it isn't a part of it.
+    """Return the name of a whole model's parameter in the language model; None if the parameter is elsewhere.
 
     Args:
-        name: Of the parameter.
-        config: Of the whole model.
-        prefix: Of the language model's decoder in its causal model, for example "model".
+        name: Name of the parameter.
+        config: The config of the whole model.
+        prefix: Name of the language model's decoder in its causal model, for example "model".
     """
     if name.startswith(HEAD + "."):
         return name

@@ -107,10 +107,10 @@ def _read_index(folder: Path) -> dict[str, str]:
 
 
 def _find_index(folder: Path) -> dict[str, str] | None:
-    """The weight map that counts, None for a single file.
+    """Return the valid weight map, None for a single file.
 
-    transformers takes a single file where both are there. Saving one kind over the other leaves the old one behind, so
-    that shards beside it may be what is meant.
+    transformers takes a single file if both are there. A folder keeps the old files when the other kind is saved over
+    them, so the user may mean the shards.
     """
     if not (folder / INDEX).exists():
         return None
@@ -133,7 +133,7 @@ def _find_index(folder: Path) -> dict[str, str] | None:
 
 
 def _no_weights(folder: Path) -> CheckpointError:
-    """What is said of a folder without safetensors."""
+    """Return the error for a folder without safetensors."""
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
     ggufs = sorted(p.name for p in folder.iterdir() if p.suffix.lower() == ".gguf")
     others = f", only {', '.join((ggufs or pickles)[:3])}" if ggufs or pickles else ""
@@ -209,7 +209,7 @@ class SafetensorsWeights:
             yield piece
 
     def spans(self, file: Path) -> list[Span]:
-        """Where the tensors of one of the files lie in it; those that hold integers are left out."""
+        """Return the places of the tensors in one of the files; tensors of integers are left out."""
         with file.open("rb") as handle:
             length = struct.unpack("<Q", handle.read(8))[0]
             header: dict[str, Any] = json.loads(handle.read(length))  # safetensors has checked it

@@ -1,4 +1,4 @@
-"""Writing tensors into safetensors files whose layout is known before the first one comes."""
+"""Writing tensors into safetensors files; the layout is known before the first tensor comes."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a tensor's bytes go."""
+    """The place of a tensor's bytes."""
 
     file: str
     start: int
@@ -35,15 +35,15 @@ class _Place:
 
 
 class ShardWriter:
-    """Writes tensors, in any order, each at its place in its file; nothing is kept in memory.
+    """A writer of tensors, in any order, each at its place in its file; nothing is kept in memory.
 
-    Only what was announced may be written, and all of it must be. A tensor may be written again: an interrupted run
-    repeats what it did after its last saved state.
+    Exactly the announced tensors must be written. A tensor may be written again, because an interrupted run repeats the
+    work after its last saved state.
 
     Attributes:
-        folder: Takes the files.
-        dtype: Of all tensors.
-        total_bytes: Of all tensors.
+        folder: The folder of the files.
+        dtype: The dtype of all tensors.
+        total_bytes: Size of all tensors in bytes.
         checksums: CRC-32 of each tensor written, by name.
     """
 
@@ -58,11 +58,11 @@ class ShardWriter:
         """Nothing is written yet.
 
         Args:
-            folder: Takes the files, under the names that transformers looks for.
-            shapes: All tensors, in the order in which they are laid out.
-            dtype: Of all of them.
-            shard_bytes: Size of a file; one that a single tensor exceeds is larger.
-            in_float32: Names of those that are stored in float32, whatever the others are in.
+            folder: The folder of the files; they have the names that transformers looks for.
+            shapes: Shapes of all tensors, in the order of their layout.
+            dtype: The dtype of the tensors.
+            shard_bytes: Largest size of a file; a file with a single tensor may be larger.
+            in_float32: Names of tensors that are stored in float32, in any case.
         """
         self.folder, self._shapes, self.dtype = folder, dict(shapes), dtype
         self._in_float32 = in_float32
@@ -169,7 +169,7 @@ class ShardWriter:
         return dict(self.checksums)
 
     def holds(self, checksums: dict[str, int]) -> bool:
-        """Whether the files hold these tensors as they were written."""
+        """Return whether the files hold these tensors as they were written."""
         return all(self._checksum(name) == checksum for name, checksum in checksums.items())
 
     def _checksum(self, name: str) -> int | None:
@@ -252,11 +252,11 @@ def check_space(folder: Path, needed: int) -> None:
     """Refuse a disk that hasn't this many bytes free.
 
     Args:
-        folder: What will be written goes there; it may not exist yet, its parents may not either.
-        needed: Bytes.
+        folder: The folder to write to. The folder and its parents need not exist yet.
+        needed: Number of bytes.
 
     Raises:
-        IncompleteError.
+        IncompleteError: fewer bytes are free.
     """
     folder = folder.absolute()
     while not folder.exists():

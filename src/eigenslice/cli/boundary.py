@@ -1,4 +1,4 @@
-"""Where every exception ends: one message and an exit code, whoever raised it."""
+"""The end of every exception: one message and an exit code."""
 
 import os
 import sys
@@ -16,14 +16,14 @@ from eigenslice.errors import EchoedError, EigensliceWarning, first_line, printa
 
 FAILED = 2
 CUT_OFF = 1
-"""Who reads the output has gone away, such as `head`."""
+"""Exit code if the reader of the output, such as `head`, has gone away."""
 
 
 def run(work: Callable[[], object]) -> int:
-    """Do the command line's work; gives the exit code.
+    """Do the command line's work, and return the exit code.
 
     Args:
-        work: What to do. It may end by SystemExit, as typer does.
+        work: The work. It may end by SystemExit, as typer does.
     """
     _interrupt.let_it_be_caught()
     for stream in (sys.stdout, sys.stderr):
@@ -107,7 +107,7 @@ def _flushed(code: int) -> int:
 
 
 def _discard(stream: Any) -> None:
-    """Let what is left in a stream go nowhere, so that Python doesn't try again as it ends."""
+    """Discard the rest of a stream, so that Python doesn't try to write it again at exit."""
     with suppress(OSError, ValueError):
         target = os.open(os.devnull, os.O_WRONLY)
         os.dup2(target, stream.fileno())

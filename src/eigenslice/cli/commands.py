@@ -46,7 +46,7 @@ class Given(Generic[Model]):
         return self.values | changed
 
     def _complete(self, name: str, value: Any) -> Any:
-        """The value of a field; defaults of a nested model are those of the field, not of the nested model's class."""
+        """Return the value of a field. A nested model has the field's defaults, not the defaults of its class."""
         if not described(self.kind, name, Nested):
             return value
         return self.kind.model_fields[name].default.model_dump() | value
@@ -60,8 +60,8 @@ class Flag:
         path: The verb's parameter, then the field of its model, then the part of a nested model.
         type: The type of the value.
         default: The value without the option; `...` if it is required, None if other options are taken then.
-        option: Its description.
-        range: Numbers that it takes.
+        option: The option's description.
+        range: The allowed numbers.
     """
 
     path: tuple[str, ...]
@@ -82,7 +82,7 @@ class Flag:
 
     @property
     def is_switch(self) -> bool:
-        """Whether the option has no value."""
+        """True if the option has no value."""
         return self.type is bool or bool in get_args(self.type)
 
     @property
@@ -121,7 +121,7 @@ def flags_of(verb: Verb) -> list[Flag]:
 
 
 def _models(verb: Verb) -> dict[str, type[Options]]:
-    """The models whose options a verb takes, by its parameters."""
+    """Return the models of a verb's options, by its parameters."""
     hints = get_type_hints(verb)
     return {name: get_args(hint)[0] for name, hint in hints.items() if get_origin(hint) is Given}
 

@@ -1,4 +1,4 @@
-"""What all verbs print with: results to standard output, progress, warnings and errors to standard error."""
+"""Printing for all verbs: results to standard output; progress, warnings and errors to standard error."""
 
 import json
 import time
@@ -20,7 +20,7 @@ from eigenslice.errors import EigensliceWarning, OptionsError, first_line, print
 
 
 class Printer(Console):
-    """Prints texts as they are: names may look like rich's markup or emoji codes, or hold what terminals obey."""
+    """A printer of texts as they are: names may look like rich's markup or emoji codes, or hold control characters."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(markup=False, highlight=False, emoji=False, **settings)
@@ -45,15 +45,15 @@ def progress_bar(
     log: Path | None = None,
     interrupted: Callable[[], str] = lambda: "nothing was written",
 ) -> Iterator[Callable[..., None]]:
-    """Give a function that shows how far a stage is; warnings are printed above the bar.
+    """Give a function that shows the progress of a stage; warnings are printed above the bar.
 
-    A terminal gets a bar for each stage, anything else a line now and then, with `as_json` one that is JSON.
+    A terminal gets a bar for each stage. Other outputs get a line now and then, with `as_json` in JSON.
 
     Args:
         quiet: Show nothing.
         as_json: Each line is a JSON object.
-        log: Folder for TensorBoard's events, too.
-        interrupted: Says what Ctrl-C left.
+        log: Folder for TensorBoard's events.
+        interrupted: Function that gives the message after Ctrl-C.
     """
     from eigenslice.runtime.progress import Pacer
 

@@ -11,7 +11,7 @@ from eigenslice.options.export import ExportOptions
 def export(
     given: Given[ExportOptions], revision: Revision = None, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
-    """Write a model for another runtime, and check there that it computes what transformers computes."""
+    """Write a model for another runtime, and check there that it computes the same as transformers."""
     from eigenslice.export import export_model
 
     options = given.options(revision)

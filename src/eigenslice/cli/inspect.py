@@ -11,7 +11,7 @@ from eigenslice.options.inspection import InspectOptions
 
 
 def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: AsJson = False) -> None:
-    """Whether a model can be sliced, its parameters by role, and what each slicing would store."""
+    """Show whether a model can be sliced, its parameters by role, and the size of each result."""
     from eigenslice.inspection.inspect import inspect_model
 
     options = given.options(revision)

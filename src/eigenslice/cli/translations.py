@@ -1,4 +1,4 @@
-"""What errors of other libraries, and of the system, mean to the user; and what is said of all others."""
+"""Messages for errors of other libraries and of the system, and the message for unknown errors."""
 
 import errno
 import sys
@@ -27,7 +27,7 @@ MANY = (errno.EMFILE, errno.ENFILE)
 NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST)
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
 HUGE = ("storage size calculation overflowed", "invalid buffer size", "numel: integer multiplication overflow")
-"""Of what torch says, in lower case, where memory ran out or could never be enough."""
+"""Parts of torch's messages, in lower case, for memory that ran out or could never be enough."""
 NETWORK = ("httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "hf_xet", "huggingface_hub")
 FORMATS = ("json", "gzip", "zlib", "lzma", "zipfile", "_csv")
 """Packages by the modules of their errors."""
@@ -42,13 +42,13 @@ def _number(error: BaseException, numbers: tuple[int, ...]) -> bool:
 
 
 def _from(error: BaseException, *packages: str) -> bool:
-    """Whether an error's class, or one that it is made from, is of one of these packages."""
+    """Return whether an error's class, or one of its bases, is of one of these packages."""
     return any(kind.__module__.partition(".")[0] in packages for kind in type(error).__mro__)
 
 
 @dataclass(frozen=True)
 class Translation:
-    """What an error of another library, or of the system, means to the user."""
+    """The message to the user for an error of another library or of the system."""
 
     applies: Callable[[BaseException], bool]
     found: str
@@ -188,7 +188,7 @@ def translated(error: BaseException) -> EigensliceError:
 
 
 def _of_options(error: ValidationError) -> OptionsError:
-    """Values of options that aren't what their types say."""
+    """Translate errors of options with values of wrong types."""
     first = error.errors(include_url=False)[0]
     name = str(next((part for part in reversed(first["loc"]) if isinstance(part, str)), error.title))
     flag = flag_at(error.title, first["loc"]) or f"--{name.replace('_', '-')}"
@@ -200,7 +200,7 @@ def _of_options(error: ValidationError) -> OptionsError:
 
 
 def _where() -> str:
-    """Where bugs are reported, by the package's own metadata."""
+    """Return the address for bug reports, from the package's metadata."""
     with suppress(metadata.PackageNotFoundError):
         for line in metadata.metadata("eigenslice").get_all("Project-URL") or []:
             label, _, address = line.partition(", ")

@@ -1,8 +1,8 @@
 """Rotating and slicing canonical weights (SliceGPT, sections 3.3 and 3.4).
 
-A sliced stream is stored scaled by c = sqrt(width / D). A stock RMSNorm divides by the mean over `width` numbers
-where the dense one divided by the mean over D, and mean((c z)^2) over `width` is sum(z^2) / D: with this scale
-the norm needs neither a gain nor another epsilon, and all that's left is 1/c in the readers.
+A sliced stream is stored scaled by c = sqrt(width / D). A stock RMSNorm divides by the mean over `width` numbers, where
+the dense norm divided by the mean over D numbers. With this scale both are equal: mean((c z)^2) over `width` is
+sum(z^2) / D. So the norm needs neither a gain nor another epsilon, and only the readers need a factor, 1/c.
 """
 
 import math
@@ -36,7 +36,7 @@ class SiteBasis:
 
     @property
     def reading(self) -> Tensor:
-        """Q / c, (D, width): the normalized stream in dense coordinates, from the sliced one's."""
+        """Q / c, (D, width): takes the sliced normalized stream to dense coordinates."""
         return self.matrix / self.scale
 
     def write(self, weight: Tensor) -> Tensor:
@@ -79,8 +79,8 @@ class Kept:
         Args:
             sublayer: The sublayer.
             name: Name of the reader or writer.
-            tensor: Out x in, or (out,); one for each expert if it is stacked.
-            axis: 0 for what readers give, 1 for what writers take.
+            tensor: Weight, out x in, or bias, (out,); stacked over the experts if there are any.
+            axis: 0 for the outputs of readers, 1 for the inputs of writers.
         """
         neurons = self.shared_neurons if name in sublayer.shared else self.neurons
         if sublayer.has_neurons(name) and neurons is not None:
@@ -96,7 +96,7 @@ class Kept:
 
 
 def _pick_neurons(tensor: Tensor, neurons: Tensor, axis: int, gate: int | None) -> Tensor:
-    """Some neurons' rows or columns. gate: where each has a gate's row, too, 0 if those come first, 1 if in turns."""
+    """Return some neurons' rows or columns. The gate's rows are in front (gate=0), in turns (1) or absent (None)."""
     if gate is None:
         return tensor.index_select(axis, neurons)
     pairs = tensor.unflatten(0, (2, -1) if gate == 0 else (-1, 2))

@@ -1,7 +1,7 @@
 """A sliced model's logits beside the dense model's, on sequences that nothing was fitted on.
 
-What they are there is what other text will see: on the tokens that its layers were fitted on, a sliced model is better
-than it is. So plans are compared on such sequences, and the gain before the head is fitted on them.
+On the tokens that its layers were fitted on, a sliced model looks better than on other text. So plans are compared on
+held-out sequences, and the gain before the head is fitted on them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,7 +43,7 @@ class Head:
 
     @property
     def at_once(self) -> int:
-        """Tokens whose logits are held at once."""
+        """Number of tokens whose logits are in memory at once."""
         return max(1, LOGITS // len(self.weight))
 
 
@@ -54,12 +54,12 @@ def dense_head(dense: DenseModel) -> Head:
 
 
 def sliced_head(dense: DenseModel, cut: GlobalCut, reading: Tensor | None) -> Head:
-    """Return a sliced model's head, whatever class the model is saved as.
+    """Return a sliced model's head; it doesn't depend on the class that the model is saved as.
 
     Args:
         dense: The dense model.
         cut: The plan and the basis of the sliced model.
-        reading: What an untied head reads, (D, width); None is what the basis says.
+        reading: The untied head's map from the sliced stream to dense coordinates, (D, width); None takes the basis.
     """
     plan, basis = cut.plan, cut.basis
     head, norm = dense.table.lm_head, dense.table.final_norm
@@ -82,7 +82,7 @@ def _scale(dense: DenseModel) -> float:
 def held_out_rows(
     site: Site, streams: Sequence[OffloadedTensors], at_once: int
 ) -> Iterator[tuple[Tensor, list[Tensor]]]:
-    """Yield held-out tokens' normalized rows at the site before the head: the dense ones (n, D), and those of streams.
+    """Yield normalized rows of held-out tokens at the site before the head, dense (n, D) and sliced.
 
     Args:
         site: The site before the head.

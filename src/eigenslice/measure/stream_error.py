@@ -10,7 +10,7 @@ from eigenslice.stream.walk import Site
 
 
 def stream_error(site: Site, basis: SiteBasis, streams: OffloadedTensors, ranks: Ranks) -> dict[str, float]:
-    """Measure how far a sliced stream is from the dense one at a site.
+    """Measure the distance of a sliced stream from the dense stream at a site.
 
     Args:
         site: The site, with the dense streams.
@@ -19,9 +19,9 @@ def stream_error(site: Site, basis: SiteBasis, streams: OffloadedTensors, ranks:
         ranks: The processes that share the sequences.
 
     Returns:
-        `error`, the squared difference as a share of the dense stream's energy, what was cut included, and
-        `energy_kept`, the share of that energy in the basis: means over held-out tokens, or over those that layers
-        are fitted on (those beside the texts left out) if none are held out.
+        `error`, the squared difference as a share of the dense stream's energy, with the cut part included.
+        `energy_kept`, the share of the dense energy in the basis. Both are means over held-out tokens. If no tokens are
+        held out, they are means over the texts' tokens that layers are fitted on.
     """
     sums = torch.zeros(2, 3, dtype=torch.float64, device=basis.matrix.device)  # fitted on, held out
     for number, batch in enumerate(site.activations):

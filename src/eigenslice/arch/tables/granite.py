@@ -1,4 +1,4 @@
-"""Granite: Llama with multipliers on embeddings, attention, what is added to the stream, and logits."""
+"""Granite: Llama with multipliers on embeddings, attention, the sublayers' outputs, and logits."""
 
 from dataclasses import replace
 

@@ -1,6 +1,6 @@
 """Qwen3-Next and Qwen3.5: most layers have a gated delta net (a recurrence) in the attention's place.
 
-It reads and writes the stream by linear layers as attention does; what is between them is its own.
+The delta net reads and writes the stream by linear layers, as attention does.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Llama's layout under other names: what differs are attention masks, rotary angles, biases and norms inside."""
+"""Llama's layout under other names. Attention masks, rotary angles, biases and inner norms differ."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ UP_DOWN = replace(MLP, readers=("mlp.up_proj",))
 
 
 def stays(model_type: str, portable: bool = False) -> tuple[StockForm, ...]:
-    """Saved as what it is."""
+    """Return the table with a stock form of its own type."""
     return (StockForm(model_type=model_type, portable=portable),)
 
 

@@ -1,7 +1,7 @@
 """Mixtures of experts with Llama's layout: Mixtral, Qwen, GLM, DeepSeek, Granite, MiniMax, OLMoE, gpt-oss, Llama 4.
 
-transformers holds all experts of a layer in one tensor. The router reads the stream, too. The experts' neurons are
-those that can be cut, together with those of shared experts where configs have one field for both.
+transformers holds all experts of a layer in one tensor. The router reads the stream, too. The neurons of experts can be
+cut, and the neurons of shared experts where configs have one field for both.
 """
 
 from collections.abc import Iterable
@@ -25,17 +25,17 @@ def mixture(
     can_cut_neurons: bool = True,
     together: bool = False,
 ) -> Sublayer:
-    """An MLP that is a mixture.
+    """Return an MLP that is a mixture of experts.
 
     Args:
         block: Name of the module.
-        router: Name of the router in it.
-        dense: Whether some layers have a plain MLP instead.
-        shared: Name of the experts that all tokens pass, in it; none if empty.
-        more: Names of further readers in it.
-        inner: Names of what is kept as it is, in it.
-        can_cut_neurons: Whether the experts' neurons can be cut.
-        together: Whether the shared experts' number of neurons is a multiple of theirs.
+        router: Name of the router in the module.
+        dense: True if some layers have a plain MLP instead.
+        shared: Name of the shared experts in the module, which all tokens pass; empty for none.
+        more: Names of further readers in the module.
+        inner: Names of unchanged parts in the module.
+        can_cut_neurons: True if the experts' neurons can be cut.
+        together: True if shared experts have a multiple of an expert's neurons.
     """
     plain = [f"{block}.{name}" for name in GATED] if dense else []
     beside = [f"{block}.{shared}.{name}" for name in GATED] if shared else []
@@ -59,7 +59,7 @@ def mixture(
 
 
 def stays(model_type: str) -> tuple[StockForm, ...]:
-    """Saved as what it is."""
+    """Return the table with a stock form of its own type."""
     return (StockForm(model_type=model_type),)
 
 

@@ -9,7 +9,7 @@ QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 
 
 def followed(sublayer: Sublayer, norm: str | None, post_norm: str, inner: tuple[str, ...] = ()) -> Sublayer:
-    """A sublayer whose output is normed before it is added to the stream."""
+    """Return a sublayer with a norm between its output and the stream."""
     return replace(
         sublayer,
         norm=norm,

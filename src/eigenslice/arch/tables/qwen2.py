@@ -1,7 +1,7 @@
 """Qwen2: Llama with q/k/v biases.
 
-llama.cpp refuses Qwen2 at widths other than heads x head_dim and vLLM computes it wrongly, so the result is
-saved as Llama with attention bias and a zero bias on o_proj, wherever Llama's config accepts the width.
+At widths other than heads x head_dim, llama.cpp refuses Qwen2 and vLLM computes it wrongly. So the result is saved as
+Llama with attention bias and a zero bias on o_proj, wherever Llama's config accepts the width.
 """
 
 from dataclasses import replace
