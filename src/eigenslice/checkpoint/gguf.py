@@ -29,7 +29,7 @@ UNUSED = re.compile(r"^rope_|rope_freqs|\.attn_rot_embd|\.rotary_|^token_types")
 
 @contextmanager
 def apart(folder: Path, gguf: str | None) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Give a folder for transformers' `from_pretrained` and, for a GGUF, a folder without its neighbours.
+    """Give the folder and, for a GGUF, the file for transformers' `from_pretrained`; the file has no neighbours.
 
     transformers would take a tokenizer.json, an adapter or a generation config beside the file. It would also prefer a
     file of the same name in the working directory.

@@ -9,7 +9,7 @@ from eigenslice.runtime.ranks import Ranks
 BESIDE_GROUP = -2
 """Group of sequences beside the texts: layers are fitted on them, too, but no basis or ridge is chosen by them."""
 HELD_OUT_GROUP = -1
-"""Group of sequences that run along while layers are fitted on the others: there, errors are those on unseen text."""
+"""Group of held-out sequences: no layer is fitted on them, so their errors show the error on unseen text."""
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,9 @@ class Batch:
     """Calibration sequences of one length.
 
     Attributes:
-        input_ids: (B, T).
-        attention_mask: (B, T), 0 for padding; None if there is none.
-        group: Number of the text that they are from, or of their part of it: what is fitted on some groups is tried
-            on the others.
+        input_ids: Token ids, (B, T).
+        attention_mask: 0 for padding, (B, T); None without padding.
+        group: Number of the sequences' text, or of a part of the text. A fit on some groups is tried on other groups.
     """
 
     input_ids: Tensor

@@ -30,10 +30,10 @@ SAID_OTHERWISE = ("tool_calls", "function_call", "reasoning_content", "reasoning
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a record says.
+    """The messages of a record.
 
     Attributes:
-        messages: With `role`, `content` (text) and whatever else they have.
+        messages: Messages with `role`, `content` (text) and any other fields.
         tools: Descriptions of tools that the assistant may call, None for none.
         left_out: Kinds of the parts that aren't text, such as "image".
     """
@@ -49,14 +49,17 @@ class Conversation:
 
 
 def conversation_of(record: dict[str, Any]) -> Conversation | None:
-    """The conversation that a record is, None if it is none.
+    """Return the conversation in a record, None if there is none.
 
-    It has `messages`, `conversations` or `conversation` (each message with `role` and `content`, or `from` and
-    `value`), or a question (`instruction`, `prompt` or `question`, with an optional `input` or `context`) and an answer
-    (`response`, `output`, `completion` or `answer`).
+    A conversation has one of two forms:
+
+    - `messages`, `conversations` or `conversation`: each message has `role` and `content`, or `from` and `value`.
+
+    - A question (`instruction`, `prompt` or `question`, with an optional `input` or `context`) and an answer
+      (`response`, `output`, `completion` or `answer`).
 
     Raises:
-        UnusableError: it is one, but an answer is empty, or a message can't be read.
+        UnusableError: an answer is empty, or a message can't be read.
     """
     for field in TURNS:
         turns = _listed(record.get(field))
@@ -73,7 +76,7 @@ def conversation_of(record: dict[str, Any]) -> Conversation | None:
 
 
 def turns_in(value: Any) -> bool:
-    """Whether a field's value is a list of messages."""
+    """Return whether a field's value is a list of messages."""
     return isinstance(value, list) and bool(value) and all(isinstance(turn, dict) for turn in value)
 
 

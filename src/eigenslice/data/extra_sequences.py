@@ -13,23 +13,24 @@ BEGINNING = 4
 SPECIAL_EVERY = 8
 """Every so many beginnings start with a special token."""
 BEGINNINGS_SHARE = 1 / 16
-"""Tokens in beginnings, as a share of those of the calibration sequences."""
+"""Tokens in beginnings, as a share of the tokens in calibration sequences."""
 
 
 def beginnings(tokens: Tokens, tokenizer: Any, vocabulary: int, seed: int) -> Tokens:
-    """Add many short sequences, cut out of the others at random places, so that there are many first tokens.
+    """Add many short sequences, cut out of the calibration sequences at random places, for many first tokens.
 
     Models give the first token of a sequence massive activations, as a sink for attention (arXiv 2309.17453,
-    2402.17762). What leads to them depends on that token alone, and a sliced model that misses them is wrong about all
-    text that begins with it. Long sequences have too few first tokens to fit that. Measured in
+    2402.17762). They depend on the first token alone. A sliced model that misses them for a token is wrong about all
+    text that begins with this token. Long sequences have too few first tokens for a fit. Measured in
     benchmarks/EXPERIMENTS.md.
 
     Args:
         tokens: Calibration tokens of texts.
-        tokenizer: The model's. If it puts special tokens before a text, every second beginning has them, too: a model
-            runs with and without. Every eighth has one of its special tokens, as chat templates do.
+        tokenizer: The model's tokenizer. If it puts special tokens before a text, every second beginning has them, too,
+            because models run with and without these tokens. Every eighth beginning has another special token, as in
+            chat templates.
         vocabulary: Size of the model's embedding.
-        seed: Of the places.
+        seed: Seed of the places.
     """
     sequences = [row for batch in tokens.batches for row in batch.input_ids]
     length = min(BEGINNING, *map(len, sequences))
@@ -53,15 +54,15 @@ def beginnings(tokens: Tokens, tokenizer: Any, vocabulary: int, seed: int) -> To
 def random_sequences(tokens: Tokens, tokenizer: Any, vocabulary: int, share: float, seed: int) -> Tokens:
     """Add sequences of random tokens, so that every part of the vocabulary is seen.
 
-    Early MLPs do something for each token, also for those that little calibration text lacks. The dense model says
-    what: no text is needed. Measured in benchmarks/EXPERIMENTS.md.
+    Early MLPs treat each token on its own, and little calibration text lacks many tokens. The dense model gives the
+    right output for any token, so no text is needed. Measured in benchmarks/EXPERIMENTS.md.
 
     Args:
         tokens: Calibration tokens of texts.
-        tokenizer: The model's; its special tokens are left out.
+        tokenizer: The model's tokenizer; its special tokens are left out.
         vocabulary: Size of the model's embedding.
-        share: Sequences to add, as a share of those of the texts.
-        seed: Of the order; every token comes once before one comes again.
+        share: Number of sequences to add, as a share of the texts' sequences.
+        seed: Seed of the order. Every token comes once before any token comes again.
     """
     length = int(tokens.description["seqlen"])
     count = math.ceil(share * tokens.description["sequences"])

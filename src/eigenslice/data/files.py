@@ -1,4 +1,4 @@
-"""Files of text: which file a name means, what its bytes are, and a stream of its characters."""
+"""Files of text: finding a file by its name, recognizing its bytes, and streaming its characters."""
 
 import bz2
 import codecs
@@ -17,7 +17,7 @@ from eigenslice.data.presets import ALLOWED as ALLOWED_DATA
 from eigenslice.errors import LONGEST_LINE, WRAPPERS, CalibrationError, printable, shortened
 
 CHUNK = 2**20  # bytes
-HEAD = 4096  # bytes at the start of a file that tell what it is
+HEAD = 4096  # bytes at the start of a file that show its kind
 KINDS = {
     ".json": "json",
     ".jsonl": "lines",
@@ -81,11 +81,11 @@ class TextFile:
     """A file that can be read.
 
     Attributes:
-        path: Where it is.
-        kind: "text", or one of KINDS.
-        suffix: Of the name, in lower case, without that of a packing.
-        packing: One of PACKED, "" for none.
-        encoding: Of its characters.
+        path: Path of the file.
+        kind: "text", or a kind of KINDS.
+        suffix: Suffix of the name, in lower case, without the suffix of a packing.
+        packing: A packing of PACKED, "" for none.
+        encoding: Encoding of the characters.
     """
 
     path: Path
@@ -135,7 +135,7 @@ def local_path(data: str) -> Path | None:
 
 
 def _looks_local(data: str) -> bool:
-    """Whether a name is a path and no hub data set, NAME or OWNER/NAME."""
+    """Return whether a name is a path and no hub data set, NAME or OWNER/NAME."""
     name = data if "\\" in data else data.partition(":")[0]
     known = {*KINDS, *PACKED, ".txt", ".md", ".safetensors", *" ".join(BINARY_NAMES.values()).split()}
     return (
@@ -154,7 +154,7 @@ def _absent(data: str, what: str, next_step: str = "check the path") -> Calibrat
 
 
 def open_file(path: Path) -> TextFile:
-    """Find out what a file is, by its name and its first bytes.
+    """Recognize the kind of a file by its name and its first bytes.
 
     Raises:
         CalibrationError: it isn't text, or can't be read.
@@ -184,7 +184,7 @@ def open_file(path: Path) -> TextFile:
 
 
 def _binary(suffix: str, start: bytes) -> str | None:
-    """What a file is that isn't text, by its start or its name; None if it may be text."""
+    """Return the kind of a file that isn't text, by its start or its name; None if it may be text."""
     for kind, pattern in BINARY_STARTS.items():
         if re.match(pattern, start, re.DOTALL):
             return kind
@@ -238,7 +238,7 @@ def said(error: BaseException) -> str:
 
 
 def one_line(value: object) -> str:
-    """What a value says, in one line that isn't too long."""
+    """Return the text of a value in one short line."""
     return printable(shortened(" ".join(str(value).split()), LONGEST_LINE))
 
 

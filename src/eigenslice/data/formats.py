@@ -15,7 +15,7 @@ LARGEST = 2**27
 """Characters of text that are taken from a file at most, from its start: tokenizers need a hundred times the memory."""
 LARGEST_VALUE = 2**30
 """Characters of a JSON file, or of a line or a cell, which are read as a whole."""
-WHITE = " \t\r\n"  # what JSON takes for white space; control characters in strings are taken, too (strict=False)
+WHITE = " \t\r\n"  # JSON's white space; control characters in strings are allowed, too (strict=False)
 SAMPLE = 2**16  # characters that tell whether a text is JSON lines
 ROWS = 256  # of a table at once
 DELIMITERS = (",", ";", "\t", "|")
@@ -37,11 +37,11 @@ class Broken:
 
 
 def read_records(file: TextFile, is_record: Callable[[dict[str, Any]], bool]) -> Records:
-    """The records of a file of any kind but text.
+    """Return the records of a file of any kind but text.
 
     Args:
-        file: Which one.
-        is_record: Whether an object is a record itself; any other may hold a list of records.
+        file: The file.
+        is_record: Condition for an object to be a record itself; other objects may hold a list of records.
 
     Raises:
         CalibrationError: here or while they are read; it names the line.
@@ -68,7 +68,7 @@ def read_text(file: TextFile, limit: int) -> tuple[str, bool]:
 
 
 def records_in(text: str) -> str | None:
-    """How a text holds records that are read as plain text, None if it doesn't."""
+    """Return the form of records in a text that is read as plain text; None if there are no records."""
     start = text.lstrip(WHITE)[:SAMPLE]
     if start[:1] == "{":
         lines = [line for line in start.split("\n") if line.strip(WHITE)]
@@ -101,7 +101,7 @@ def _json(file: TextFile, is_record: Callable[[dict[str, Any]], bool]) -> Record
         if _is_json(first):
             return Records("line", _lines(file))
         if named_lines and first and start not in ("[", "{"):
-            _load(file, first, number)  # says what is wrong with it
+            _load(file, first, number)  # raises the error
     try:
         values = _documents(file)
     except CalibrationError:

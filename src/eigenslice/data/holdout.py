@@ -1,4 +1,4 @@
-"""Which calibration sequences nothing is fitted on: plans and the head's gain are judged there."""
+"""The choice of held-out calibration sequences, which judge plans and the head's gain."""
 
 from dataclasses import replace
 from itertools import zip_longest
@@ -16,10 +16,10 @@ HELD_OUT_SHARE = 8
 
 
 def hold_out(batches: list[Batch], least: int = 1) -> list[Batch]:
-    """All sequences, a few of them in the group that nothing is fitted on.
+    """Return all sequences, a few of them in the held-out group.
 
-    These are the last ones of each group, in turns. Of fewer than `HELD_OUT_SHARE` sequences, none is held out,
-    nor where that gives fewer tokens than `least`: as many numbers are fitted on them.
+    The last sequences of each group are held out, in turns. Nothing is held out if there are fewer than
+    `HELD_OUT_SHARE` sequences, or if fewer than `least` tokens were held out: as many numbers are fitted on them.
     """
     places: dict[int, list[tuple[int, int]]] = {}
     for number, batch in enumerate(batches):
@@ -46,10 +46,10 @@ def hold_out(batches: list[Batch], least: int = 1) -> list[Batch]:
 
 
 def trial_batches(batches: list[Batch]) -> list[Batch]:
-    """A few sequences to fit on and a few others to measure on, in equal shares of all groups.
+    """Return a few sequences to fit on and a few other sequences to measure on, in equal shares of all groups.
 
-    Sequences are taken in turns from the groups, short ones beside the texts several at once; every third one is held
-    out. With a single sequence, that one serves for both.
+    Sequences are taken in turns from the groups; several short sequences beside the texts are taken at once. Every
+    third sequence is held out. A single sequence serves for both.
     """
     queues: dict[int, list[Batch]] = {}
     longest = max(batch.input_ids.shape[1] for batch in batches)

@@ -1,4 +1,4 @@
-"""Rows of data sets: those of the hub, and folders of data files."""
+"""Rows of data sets: hub data sets, and folders of data files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ ADVICE = {
     "EmptyDataset": "pass a folder or data set with .parquet, .csv, .json, .jsonl or .txt files, or a file itself",
     "Generat": "pass one of its data files, which is then read record by record",
 }
-SAVED = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk writes
+SAVED = ("state.json", "dataset_dict.json")  # a file of datasets' save_to_disk
 
 
 def parse_hub(data: str) -> HubText:

@@ -26,7 +26,7 @@ def read_token_ids(path: Path, name: str, config: Any) -> tuple[Tensor, Tensor |
     """A matrix of token ids (sequences, tokens), and the mask beside it if the file has one; both int64.
 
     Raises:
-        CalibrationError: the file can't be read, has no such tensor, or the tensor isn't what the model takes.
+        CalibrationError: the file can't be read, has no such tensor, or the model can't take the tensor.
     """
     names, wrong, ids, mask = [], None, None, None
     try:
@@ -65,7 +65,7 @@ def _why_no_ids(ids: Tensor, mask: Tensor | None, config: Any) -> str | None:
         return f"is {_dtype(ids)} of shape {tuple(ids.shape)}"
     if ids.numel() == 0 or ids.shape[1] < 2:
         return f"is empty or has sequences of less than 2 tokens: shape {tuple(ids.shape)}"
-    low, high = int(ids.long().min()), int(ids.long().max())  # what doesn't fit into int64 is negative there
+    low, high = int(ids.long().min()), int(ids.long().max())  # larger numbers than int64 holds are negative there
     if low < 0 or high >= config.vocab_size:
         return f"has ids from {low} to {high}" + " as int64" * (ids.dtype == torch.uint64)
     longest = longest_sequence(config)

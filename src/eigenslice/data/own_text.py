@@ -1,7 +1,8 @@
 """Text that a model writes by itself: calibration text of the kinds that it was trained on.
 
-A model's own training text is rarely at hand, and other text shows only a part of what it can do. What it samples at
-temperature 1 from random beginnings is a sample of what it learnt (arXiv 2410.17170 calibrates on it, too).
+A model's own training text is rarely at hand, and other text shows only a part of its abilities. Text that the model
+samples at temperature 1 from random beginnings is a sample of its training (arXiv 2410.17170 calibrates on such text,
+too).
 """
 
 import json
@@ -25,14 +26,14 @@ SAMPLING_STAGE = "sampling"
 
 
 class Drawn(LogitsProcessor):
-    """Leaves one token, drawn from what a model predicts, so that the most likely one is that.
+    """A logits processor that draws a token and makes it the most likely one.
 
-    It inverts the cumulative distribution, with one random number for each text. `do_sample` draws one for each token
-    of the vocabulary, which takes a third of the time on CPU, and from the process's generator.
+    It inverts the cumulative distribution, with one random number for each text. `do_sample` draws a number for each
+    token of the vocabulary. This takes a third of the time on CPU, and uses the process's generator.
     """
 
     def __init__(self, temperature: float, generator: torch.Generator) -> None:
-        """temperature: what logits are divided by. generator: of the CPU, so that all devices draw the same."""
+        """Logits are divided by the temperature. The generator is the CPU's, so that all devices draw the same."""
         self._temperature, self._generator = temperature, generator
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -51,11 +52,11 @@ class Drawn(LogitsProcessor):
 def sample_text(options: SampleOptions, progress: Progress = no_progress) -> list[str]:
     """Let a model write texts into a file.
 
-    Each begins with what the tokenizer puts before any text and one random token. Where one ends, the model goes on
-    with the next, as in its training.
+    Each text begins with the tokenizer's special tokens and one random token. Behind the end of a text the model goes
+    on with the next text, as in its training.
 
     Args:
-        options: What to write.
+        options: The options of the command.
         progress: Called after each batch.
 
     Returns:
@@ -102,16 +103,16 @@ def draw(
     seed: int = 0,
     progress: Progress = no_progress,
 ) -> Tensor:
-    """Token by token, as a model predicts them.
+    """Draw texts token by token from a model's predictions.
 
     Args:
         model: The model.
         tokenizer: Its tokenizer.
         samples: Number of texts.
-        length: Tokens of each, the random first one among them.
-        batch: Texts at once.
-        temperature: What logits are divided by.
-        seed: Of the first tokens and of the drawing.
+        length: Number of tokens of each text, with the random first token.
+        batch: Number of texts at once.
+        temperature: Divisor of the logits.
+        seed: Seed of the first tokens and of the drawing.
         progress: Called after each batch.
 
     Returns:
@@ -122,7 +123,7 @@ def draw(
     generator = torch.Generator().manual_seed(seed)
     first = ordinary[torch.randint(len(ordinary), (samples, 1), generator=generator)]
     prompts = torch.cat([start.expand(samples, -1), first], dim=1)
-    # A config of its own: those of checkpoints cut the tail off and stop where a text ends
+    # Not the checkpoint's generation config, which may cut the tail off and stop at the end of a text
     sampling = GenerationConfig(max_length=len(start) + length, do_sample=False, pad_token_id=0)
     model.generation_config = sampling
     processors = LogitsProcessorList([Drawn(temperature, generator)])

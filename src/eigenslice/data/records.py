@@ -1,4 +1,4 @@
-"""From records to texts: which of their fields are read, which records can't be used, and what is said of these."""
+"""From records to texts: the fields to read, unusable records, and the warnings about them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -16,12 +16,12 @@ NEXT = "name the text field with --field, or several as --field instruction,outp
 
 @dataclass(frozen=True)
 class Reading:
-    """How records are read.
+    """Options of reading records.
 
     Attributes:
-        named: Fields that the user named, which are joined by a line break; () for none.
-        own: Field that holds the text where none is named.
-        write: Writes conversations.
+        named: Fields that the user named, joined by a line break; () for none.
+        own: Field with the text if no field is named.
+        write: Function that writes conversations.
         first: Records that are conversations are read as such even if they have a text of their own.
     """
 
@@ -31,7 +31,7 @@ class Reading:
     first: bool = False
 
     def is_record(self, value: dict[str, Any]) -> bool:
-        """Whether an object is a record, whatever it says; else it may hold a list of records."""
+        """Return whether an object is a record; another object may hold a list of records."""
         if self.named:
             return any(name in value for name in self.named)
         try:
@@ -42,12 +42,12 @@ class Reading:
 
 @dataclass
 class Texts:
-    """Texts of records, and how many records were what.
+    """Texts of records, and counts of the records' kinds.
 
     Attributes:
-        texts: None of them blank.
-        conversations: How many were conversations.
-        more: Whether records were left to read.
+        texts: The texts; no text is blank.
+        conversations: Number of conversations.
+        more: True if records were left to read.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -64,10 +64,11 @@ class Texts:
         """Read records until there are so many characters.
 
         Args:
-            records: Where from.
-            reading: How.
-            characters: Enough.
-            patience: Give up after so many records of which none can be used; None reads them all.
+            records: The records.
+            reading: The options of reading.
+            characters: Number of characters that is enough.
+            patience: Number of unusable records after which reading ends, if no record was usable; None reads all
+                records.
         """
         for number, record in records.numbered:
             if self._length >= characters:
@@ -120,7 +121,7 @@ class Texts:
         self._first.setdefault(kind, first)
 
     def notes(self, where: str, blanks_are_usual: bool) -> list[str]:
-        """What the user has to know of the records, for warnings."""
+        """Return notes on the records for warnings to the user."""
         notes = []
         unusable = self._kinds["unusable"]
         if unusable > (self._blank if blanks_are_usual else 0):

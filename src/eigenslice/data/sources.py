@@ -1,4 +1,4 @@
-"""Which texts are meant: mixtures become their members, and each gets its field."""
+"""The texts behind the user's names: mixtures become their members, and each text gets its field."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-MEMORY = 2 * 2**30  # bytes beyond those that Python and transformers take
+MEMORY = 2 * 2**30  # bytes beyond the memory that Python and transformers take
 LONGEST = 2**24  # characters of one conversation
 
 
@@ -30,7 +30,7 @@ def limit_memory() -> None:
 
 
 def rendered(asked: dict[str, Any]) -> dict[str, str]:
-    """`text`, or `error` with what went wrong, for `messages`, `tools`, `template` and `special` tokens."""
+    """Return `text`, or `error` with its cause, for `messages`, `tools`, `template` and `special` tokens."""
     stand_in: Any = SimpleNamespace(
         special_tokens_map=asked["special"], get_chat_template=lambda template, tools: template
     )

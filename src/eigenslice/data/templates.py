@@ -63,7 +63,7 @@ class ChatTemplate:
         return text
 
     def _wants_parts(self) -> bool:
-        """Whether the template writes only contents that are lists of parts, as those of models that read images do."""
+        """Return whether the template writes only lists of parts, like templates of models that read images."""
         probe: list[Message] = [
             {"role": role, "content": word} for role, word in zip(("user", "assistant"), PROBES, strict=True)
         ]

@@ -18,13 +18,13 @@ __all__ = ["ALLOWED", "BUILTIN", "MIXTURES", "PRESETS", "Chat", "Documents", "Pu
 
 @dataclass(frozen=True)
 class Chat:
-    """How conversations are written.
+    """Options of writing conversations.
 
     Attributes:
-        write: In a chat template, or as plain text.
-        template: Whether it is in a template.
+        write: Function that writes a conversation in a chat template, or as plain text.
+        template: True if it writes in a template.
         first: Read records as conversations even if they have a text of their own.
-        note: What to warn of where conversations are found.
+        note: Warning if conversations are found.
     """
 
     write: Callable[[Conversation], str] = lambda conversation: conversation.plain
@@ -35,14 +35,14 @@ class Chat:
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts, where they come from, and what belongs between two of them.
+    """Texts, their origin, and the separator between two texts.
 
     Attributes:
-        texts: None of them blank.
-        description: For the manifest.
-        separator: Between two texts.
-        more: Whether more text can be read, with a larger number of characters.
-        notes: What to warn of.
+        texts: The texts; no text is blank.
+        description: Entry of the manifest.
+        separator: Separator between two texts.
+        more: True if a larger number of characters gives more text.
+        notes: Warnings.
     """
 
     texts: list[str] = field(repr=False)
@@ -60,11 +60,11 @@ def load_documents(
     Args:
         data: Preset, file or hub data set.
         name: Field of records that holds the text, or several joined by commas; None is the preset's, or "text".
-        purpose: Which split of a preset is meant.
-        characters: Enough text. Large hub data sets are read only that far, and files to evaluate on; other files
-            up to LARGEST characters.
+        purpose: The purpose decides the split of a preset.
+        characters: Number of characters that is enough. Large hub data sets and files to evaluate on are read only that
+            far. Other files are read up to LARGEST characters.
         seed: Seed for the order in which large hub data sets are read to calibrate.
-        chat: How records that are conversations are written; None is as plain text.
+        chat: Options of writing conversations; None writes plain text.
 
     Raises:
         CalibrationError: nothing there, unreadable, wrong field, or no text.
@@ -110,10 +110,10 @@ def _data_set(
 
 
 def _documents(texts: Texts, data: str, description: str, chat: Chat, enough: int, notes: list[str]) -> Documents:
-    """What was found, with all there is to say of it.
+    """Return the found texts with their warnings.
 
     Raises:
-        CalibrationError: it is no text.
+        CalibrationError: there is no text.
     """
     texts.require(data, chat.template)
     notes = notes + texts.notes(data, blanks_are_usual=data in PRESETS)

@@ -52,7 +52,7 @@ class Tokens:
 
     @property
     def sha256(self) -> str:
-        """Of all token ids, masks and groups, in their order."""
+        """SHA-256 of all token ids, masks and groups, in their order."""
         digest = hashlib.sha256()
         for batch in self.batches:
             digest.update(f"{tuple(batch.input_ids.shape)} {batch.group}".encode())
@@ -64,17 +64,17 @@ class Tokens:
 def calibration_tokens(
     options: CalibrationOptions, tokenizer: Callable[[], Any], config: Any, chat: bool | None = None
 ) -> Tokens:
-    """Tokens to collect covariances on: random windows of one text or several, or token ids as they are.
+    """Return calibration tokens: random windows of one text or several, or token ids as they are.
 
-    Several texts take turns, so that each prefix has equal shares of them: with texts a, b, c the windows are
-    a0 b0 c0 a1 b1 c1 ... Where one ends too soon, the others go on in turns.
+    Several texts take turns, so that each prefix has equal shares. With texts a, b, c the windows are a0 b0 c0 a1 b1 c1
+    ... If a text ends too soon, the others go on in turns.
 
     Args:
-        options: What the user chose.
-        tokenizer: Gives the model's tokenizer; only called for texts.
+        options: The calibration options.
+        tokenizer: Function that gives the model's tokenizer; only called for texts.
         config: The dense model's config: vocabulary, longest sequence, width.
-        chat: Conversations are written in the tokenizer's chat template, if it has one. None is only where a record
-            has no text of its own, True is wherever a record is a conversation, False is never.
+        chat: Use of the tokenizer's chat template. None uses it for conversations without a text of their own, True for
+            all conversations, False never.
 
     Raises:
         CalibrationError: no tokens, token ids that the model can't take, or texts that can't be mixed.
@@ -93,7 +93,7 @@ def calibration_tokens(
 
 
 def ordinary_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
-    """Ids of all tokens that the tokenizer and the embedding have, (n,); special ones are left out."""
+    """Return ids of all tokens that the tokenizer and the embedding have, (n,), without special tokens."""
     special = set(tokenizer.all_special_ids)
     return torch.tensor([i for i in range(min(vocabulary, len(tokenizer))) if i not in special])
 
@@ -199,7 +199,7 @@ def _windows(
 def _encoded(
     source: Source, enough: int, seed: int, tokenizer: Any, config: Any, purpose: Purpose, chat: bool | None
 ) -> tuple[Tensor, Documents]:
-    """Token ids of a text, at least so many if it has as many, and what the text is."""
+    """Return token ids of a text, at least so many if the text is long enough, and the text's description."""
     characters = enough * CHARACTERS_PER_TOKEN
     has_template = bool(getattr(tokenizer, "chat_template", None)) and chat is not False
     with ChatTemplate(tokenizer) as template:

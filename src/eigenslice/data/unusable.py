@@ -18,8 +18,8 @@ class UnusableError(Exception):
     """A record is left out; its message continues "record 3 ...".
 
     Attributes:
-        next_step: What to do if all records are like it; None says to name the field.
-        blank: Whether it is one that is merely empty.
+        next_step: Advice if all records are like this one; None advises to name the field.
+        blank: True if the record is merely empty.
     """
 
     def __init__(self, reason: str, next_step: str | None = None, blank: bool = False) -> None:
@@ -28,14 +28,14 @@ class UnusableError(Exception):
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, in words."""
+    """Return the kind of a value in words."""
     if isinstance(value, str):
         return "text" if value.strip() else "empty"
     return KINDS.get(type(value), type(value).__name__)
 
 
 def fields_of(record: dict[Any, Any]) -> str:
-    """The names of a record's fields, the first ones of many."""
+    """Return the names of a record's first fields."""
     names = [str(name) for name in record]
     shown = [name if len(name) <= LETTERS else f"{name[:LETTERS]} ..." for name in names[:FIELDS]]
     return f"{shown}" + (f" and {len(names) - FIELDS} more" if len(names) > FIELDS else "")

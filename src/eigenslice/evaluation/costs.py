@@ -1,4 +1,4 @@
-"""What a model costs: operations, bytes it reads, bytes on disk, memory."""
+"""Costs of a model: operations, bytes to read, bytes on disk, memory."""
 
 import multiprocessing
 import resource
@@ -42,11 +42,11 @@ def bytes_per_step(model: Any, cache: Any, tokens: float, length: int) -> int:
     Args:
         model: The model. A tied head reads the embedding's matrix, which then counts.
         cache: Its cache, filled with `length` tokens.
-        tokens: Tokens in the cache at the step that is meant.
+        tokens: Number of tokens in the cache at the step.
         length: Tokens that the cache holds.
     """
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())  # shared ones are listed once
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())  # shared parameters are listed once
     if head is not embedding:
         weights -= embedding.numel() * embedding.element_size()
     parts: list[Tensor] = [part for layer in cache.layers for part in (layer.keys, layer.values)]

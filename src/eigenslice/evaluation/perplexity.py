@@ -1,8 +1,7 @@
 """Perplexity: exp of the mean negative log-likelihood per predicted token.
 
-Each window of T tokens predicts its tokens 2 to T from those before them in the window. The mean is over all
-predicted tokens of all windows, so that a short last window counts by its tokens; end-of-text tokens count,
-padding doesn't.
+Tokens 2 to T of a window are predicted from the tokens before them in the window. The mean is over all predicted tokens
+of all windows, so a short last window counts by its tokens. End-of-text tokens count, padding doesn't.
 """
 
 import math
@@ -24,7 +23,7 @@ LARGEST_LOSS = 700.0  # exp() of more is no float
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity and what it was measured on.
+    """A perplexity and its text.
 
     Attributes:
         perplexity: exp(loss).

@@ -1,4 +1,4 @@
-"""Timing models in turns, so that what else the machine does meets all of them alike."""
+"""Timing models in turns, so that other work on the machine slows all models alike."""
 
 import statistics
 import time
@@ -25,9 +25,9 @@ class Generation:
     """One timed generation.
 
     Attributes:
-        first: Seconds to the first token: the prompt read, its last token's prediction chosen.
+        first: Seconds to the first token: the prompt is read, and the next token is chosen.
         rest: Seconds for the other tokens.
-        tokens: What was generated, (B, new).
+        tokens: The generated tokens, (B, new).
         cache: The cache at the end.
     """
 
@@ -82,17 +82,17 @@ def bench(
     """Time models side by side; every value is JSON.
 
     Args:
-        models: Folders, hub ids or .gguf files; all are loaded at once. The others are compared with the first.
-        options: How.
+        models: Folders, hub ids or .gguf files; all are loaded at once. The first one is the base of comparisons.
+        options: The options of the command.
         progress: Called as the work goes on.
 
     Returns:
-        `settings`, `environment`, and for each of `models`: `parameters`, `disk_bytes`, `peak_bytes`, `operations` of
-        reading a prompt, `step_bytes` of generating a token, and `first_token` (seconds), `prefill` and `decode`
-        (tokens per second, all sequences together), each with `median`, `low`, `high` and `runs`. Models after the
-        first have `speedup`: for `prefill` and `decode` the median over rounds of the first one's time over theirs
-        (`measured`), the one that their operations or bytes would allow (`ideal`), and the share of that gain that is
-        reached (`share`).
+        `settings`, `environment` and `models`. Each model has `parameters`, `disk_bytes`, `peak_bytes`, `operations` of
+        reading a prompt and `step_bytes` of generating a token. It also has `first_token` (seconds), `prefill` and
+        `decode` (tokens per second, all sequences together), each with `median`, `low`, `high` and `runs`. Models after
+        the first have `speedup` for `prefill` and `decode`: `measured` is the median over rounds of the first model's
+        time over this model's time. `ideal` is the speed-up that operations or bytes would allow. `share` is the
+        reached share of this gain.
 
     Raises:
         OptionsError: sequences are longer than a model takes.
@@ -202,7 +202,7 @@ def generate_once(name: str, options: BenchOptions) -> None:
 
 
 def _peak(name: str, options: BenchOptions, device: torch.device) -> int:
-    """Peak memory in bytes: what torch allocates on a GPU, on CPU the resident memory of a process."""
+    """Peak memory in bytes: torch's allocations on a GPU, the resident memory of a process on CPU."""
     if device.type != "cuda":
         return peak_memory(generate_once, name, options)
     torch.cuda.empty_cache()

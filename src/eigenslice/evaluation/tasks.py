@@ -20,16 +20,17 @@ Progress = Callable[[str, int, int], None]
 def evaluate_tasks(
     models: list[str], options: TaskOptions, progress: Progress = lambda stage, done, total: None
 ) -> dict[str, Any]:
-    """Ask models; every value is JSON.
+    """Evaluate models on tasks; every value is JSON.
 
     Args:
         models: Folders, hub ids or .gguf files, dense or sliced.
-        options: What and how.
+        options: The options of the command.
         progress: Called as the work goes on.
 
     Returns:
-        `settings`, and for each of `models`: `model`, `scores` (a list of `task`, `metric`, `value` and `stderr`, which
-        is None where the metric has none) and `lm_eval`, what lm-eval returned (without the single questions).
+        `settings` and `models`. Each model has `model`, `scores` and `lm_eval`. `scores` is a list of `task`, `metric`,
+        `value` and `stderr` (None for metrics without a standard error). `lm_eval` is lm-eval's answer without the
+        single questions.
 
     Raises:
         OptionsError: a task that lm-eval doesn't know.
@@ -130,7 +131,7 @@ def _evaluate(name: str, options: TaskOptions, manager: Any) -> dict[str, Any]:
 def scores(results: dict[str, Any]) -> list[dict[str, Any]]:
     """All metrics in lm-eval's results, "metric,filter": value beside "metric_stderr,filter": standard error.
 
-    Those that are NaN or infinite, such as means over no question, are left out with a warning.
+    NaN and infinite metrics, such as means over no question, are left out with a warning.
     """
     all_scores = []
     for task, metrics in results["results"].items():

@@ -38,12 +38,12 @@ class Export:
     """An exported file or folder.
 
     Attributes:
-        output: Where it is.
+        output: Path of the file or folder.
         bytes: Its size.
         formats: Number of matrices in each number format.
-        agreement: With transformers, of the same rounded weights; None if it wasn't checked.
-        unrounded: With transformers, of the weights as they were; None if they weren't rounded, or not checked.
-        tolerance: The mean difference that was allowed.
+        agreement: Agreement with transformers on the same rounded weights; None if it wasn't checked.
+        unrounded: Agreement with transformers on the original weights; None if they weren't rounded, or not checked.
+        tolerance: The allowed mean difference.
     """
 
     output: Path
@@ -61,8 +61,8 @@ def export_model(options: ExportOptions, progress: Progress = lambda stage, done
     """Write a model for another runtime, and check it there.
 
     Args:
-        options: What to write, and where.
-        progress: Told how far a stage is.
+        options: The options of the command.
+        progress: Called as a stage goes on.
 
     Raises:
         CheckpointError: the model can't be read.
@@ -111,7 +111,7 @@ def _load(options: ExportOptions) -> LoadedModel:
 
 
 def _work_folder(options: ExportOptions, names: Collection[str] = ()) -> AbstractContextManager[WorkFolder]:
-    """The folder that an export works in. What a killed export left there goes: an export begins anew."""
+    """Give the folder that an export works in. Files of a killed export are removed, because an export begins anew."""
     return work_folder(options.output, {"verb": "export", "model": options.model}, names)
 
 

@@ -1,10 +1,11 @@
-"""Does an exported file compute what transformers computes? Measured on a few prompts, in the file's own runtime.
+"""The check that an exported file computes the same as transformers, on a few prompts, in the file's own runtime.
 
-For each prefix of each prompt the runtime's most likely next tokens are compared with transformers: the difference of
-their log-probabilities, in nats, and whether the most likely one is the same. This is done twice where numbers are
-stored in fewer bits. Against transformers with the *rounded* weights, the file must agree within a tolerance: what is
-left is the runtime's arithmetic, and an error in the conversion would show. Against the model as it was, the difference
-is what rounding costs; nothing is demanded of it.
+For each prefix of each prompt, the runtime's most likely next tokens are compared with transformers. The measures are
+the difference of their log-probabilities, in nats, and the agreement on the most likely token.
+
+Files with fewer bits are compared twice. The file must agree within a tolerance with transformers on the *rounded*
+weights. There, only the runtime's arithmetic differs, so an error in the conversion would show. The difference from the
+original model is the cost of rounding, and has no limit.
 """
 
 import math
@@ -31,7 +32,7 @@ TEXTS = (
 
 
 class Runtime(Protocol):
-    """A file, loaded by what runs it."""
+    """A file, loaded by its runtime."""
 
     def next_tokens(self, ids: Sequence[int], likely: int) -> dict[int, float]:
         """Log-probabilities (nats) of the `likely` most likely tokens after these; the most likely one first."""
@@ -40,12 +41,12 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True)
 class Agreement:
-    """How well a runtime agrees with transformers.
+    """The agreement of a runtime with transformers.
 
     Attributes:
         positions: Positions compared.
         max_difference: Largest difference of log-probability (nats) of the likeliest tokens.
-        mean_difference: Mean of them.
+        mean_difference: Mean of these differences.
         top1: Share of positions with the same most likely token.
     """
 

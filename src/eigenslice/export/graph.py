@@ -1,9 +1,8 @@
 """A causal language model as one function of tensors, keys and values of earlier tokens among them.
 
-This is what graph formats hold: (token ids, mask, positions, past) to (logits, present). Inputs and outputs are named
-as by the Optimum exporters, so that the generation loops that were written for these take the result.
-Optimum's own exporters can't be used: at the time of writing they ask for transformers below 4.58 (optimum-onnx 0.1.0)
-and below 5.6 (optimum-intel 2.2.0).
+Graph formats hold such a function: (token ids, mask, positions, past) to (logits, present). Inputs and outputs have the
+names of the Optimum exporters, so that generation loops for Optimum take the result. Optimum's own exporters can't be
+used: they ask for transformers below 4.58 (optimum-onnx 0.1.0) and below 5.6 (optimum-intel 2.2.0).
 """
 
 from dataclasses import dataclass
@@ -50,7 +49,7 @@ class CachedModel(nn.Module):
         self.kinds = tuple(dict.fromkeys(kinds)) or ("full_attention" if self.window is None else "sliding_attention",)
 
     def masks(self, attention_mask: Tensor, tokens: int) -> Tensor | dict[str, Tensor]:
-        """What each query may see, (batch, 1, tokens, past + tokens) to add to scores; one for each kind of layer."""
+        """Return a mask for each kind of layer, (batch, 1, tokens, past + tokens), which is added to the scores."""
         total = attention_mask.shape[1]
         query = torch.arange(tokens)[:, None] + (total - tokens)
         key = torch.arange(total)[None, :]
@@ -93,14 +92,14 @@ def _kept(layer: Any) -> tuple[Tensor | None, Tensor | None]:
 
 @dataclass(frozen=True)
 class Graph:
-    """What an exporter needs.
+    """The input of an exporter.
 
     Attributes:
         module: The function.
         arguments: An example of its arguments.
-        dynamic: Which of their dimensions may change.
+        dynamic: Dimensions of the arguments that may change.
         past: Names of the past keys and values.
-        present: Names of the present ones.
+        present: Names of the present keys and values.
     """
 
     module: CachedModel

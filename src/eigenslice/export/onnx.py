@@ -1,4 +1,4 @@
-"""Writing a model as ONNX, with past keys and values as inputs and present ones as outputs, for ONNX Runtime."""
+"""Writing a model as ONNX for ONNX Runtime: past keys and values are inputs, present keys and values are outputs."""
 
 import logging
 import warnings
@@ -84,7 +84,7 @@ class OnnxRuntime:
         self._state: dict[str, Any] = {}
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """Logits (tokens, vocabulary) of the tokens after those of the last call, if these go on from them."""
+        """Return logits (tokens, vocabulary) of the tokens behind the last call's tokens, if the text goes on."""
         if not self._seen or self._seen != list(ids[: len(self._seen)]) or len(self._seen) >= len(ids):
             self._seen = []
             self._state = {name: np.zeros((1, s[1], 0, s[3]), dtype=np.float32) for name, s in self._past.items()}

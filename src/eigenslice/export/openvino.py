@@ -16,7 +16,7 @@ from eigenslice.errors import OptionsError
 from eigenslice.export.graph import INPUTS, LOGITS, Graph
 
 TYPES = {"f32": False, "f16": True}
-"""Whether weights are compressed to float16."""
+"""True if weights are compressed to float16."""
 FILE = "openvino_model.xml"
 BEAM = "beam_idx"
 
@@ -111,7 +111,7 @@ class OpenVino:
         self._seen: list[int] = []
 
     def logits(self, ids: Sequence[int]) -> Any:
-        """Logits (tokens, vocabulary) of the tokens after those of the last call, if these go on from them."""
+        """Return logits (tokens, vocabulary) of the tokens behind the last call's tokens, if the text goes on."""
         if self._seen != list(ids[: len(self._seen)]) or len(self._seen) >= len(ids):
             self._request.reset_state()
             self._seen = []

@@ -1,4 +1,4 @@
-"""Recovery fine-tuning: some training after slicing gives back part of what the cut took."""
+"""Recovery fine-tuning: some training after slicing gives back a part of the loss."""
 
 from eigenslice.finetune.recovery import FinetuneResult, finetune
 from eigenslice.options.finetune import RECIPES, FinetuneOptions, with_recipe

@@ -1,4 +1,4 @@
-"""Checkpoints of a training, each of them sealed: a run goes on from what was written, or not at all.
+"""Checkpoints of a training, each of them sealed: a run goes on from an unchanged checkpoint, or not at all.
 
 A seal is written after all other files of a checkpoint have reached the disk, and holds the SHA-256 of each.
 """
@@ -27,19 +27,19 @@ from eigenslice.runtime.run_state import content_digest
 SEAL = "complete.json"
 FOLDER = re.compile(r"checkpoint-(\d+)")
 STATE_SUFFIXES = (".pt", ".pth")
-"""Of files that only going on needs: the optimizer, the schedule, random numbers."""
+"""Files that only resuming needs: the optimizer, the schedule, random numbers."""
 PEERS = ("gloo", "nccl", "peer", "connection", "process group")
-"""Of what torch says, in lower case, where another process is gone."""
+"""Parts of torch's messages, in lower case, if another process is gone."""
 
 
 @dataclass(frozen=True)
 class Checkpoints:
     """The checkpoints of a run, `checkpoint-STEP` each.
 
-    Two are kept to go on from, the last one and the one before, and the weights of the best one.
+    The last two are kept to go on from, and the weights of the best one.
 
     Attributes:
-        folder: Holds them.
+        folder: The folder of the checkpoints.
     """
 
     folder: Path
@@ -49,12 +49,12 @@ class Checkpoints:
         return self.folder / f"checkpoint-{step}"
 
     def seal(self, step: int, best: int | None, last: bool) -> None:
-        """Let a checkpoint count that is written to its end, and remove those that it replaces. Raises OSError.
+        """Seal a complete checkpoint, and remove the checkpoints that it replaces. Raises OSError.
 
         Args:
-            step: Its step.
-            best: The step whose weights are the best so far, None if none are better than NaN.
-            last: Whether the training ends here.
+            step: Step of the checkpoint.
+            best: Step with the best weights so far, None if none are better than NaN.
+            last: True if the training ends here.
         """
         path = self.path(step)
         (path / TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle that nobody needs
@@ -65,12 +65,12 @@ class Checkpoints:
         self._thin(step, best)
 
     def usable(self) -> tuple[dict[str, Any] | None, str]:
-        """The last checkpoint that a run can go on from, and the file for which a later one can't be used.
+        """Return the last usable checkpoint, and the file that makes a later checkpoint unusable.
 
-        Checkpoints that can't be used, and those of later steps, are removed.
+        Unusable checkpoints, and checkpoints of later steps, are removed.
 
         Returns:
-            The seal, None if there is none; the first file that is missing or not as it was written, "" if none is.
+            The seal, None if there is none; and the first file that is missing or has changed, "" if there is none.
         """
         changed, usable = "", None
         for step in sorted(self._sealed(), reverse=True):
@@ -101,7 +101,7 @@ class Checkpoints:
             )
 
     def remove_unsealed(self) -> None:
-        """Remove what a run left that ended while it was writing."""
+        """Remove checkpoints of a run that ended while it was writing."""
         self._remove(self._all() - self._sealed())
 
     @property
@@ -137,7 +137,7 @@ class Checkpoints:
         return next((str(path / name) for name in names if sealed.get(name) != present.get(name)), "")
 
     def _thin(self, step: int, best: int | None) -> None:
-        """Remove what isn't needed any more, now that there is a later checkpoint."""
+        """Remove the files that a later checkpoint makes unnecessary."""
         sealed = self._sealed()
         before = max((other for other in sealed if other < step), default=None)
         seal = None if before is None else self._seal(before)
@@ -187,11 +187,11 @@ def load_weights(model: Any, folder: Path) -> None:
 
 @contextmanager
 def storage_errors(ranks: Ranks) -> Iterator[None]:
-    """Translate what libraries raise while they write, read or wait.
+    """Translate errors of libraries while they write, read or wait.
 
     Raises:
         OSError: a file can't be written.
-        IncompleteError: a file holds what torch doesn't load, such as code.
+        IncompleteError: a file holds something that torch doesn't load, such as code.
         RankError: another process is gone.
     """
     try:
@@ -217,7 +217,7 @@ def storage_errors(ranks: Ranks) -> Iterator[None]:
 
 
 def _digests(path: Path, only_weights: bool = False) -> dict[str, str]:
-    """SHA-256 of all files but the seal, by their paths in the checkpoint; "" for what is no regular file."""
+    """Return the SHA-256 of all files but the seal, by their paths in the checkpoint; "" for irregular files."""
     digests = {}
     for file in sorted(path.rglob("*")):
         regular = file.is_file() and not file.is_symlink()

@@ -1,4 +1,4 @@
-"""What is trained and what is distilled from, read before the training and never again."""
+"""The trained model and the teacher, read before the training and never again."""
 
 import shutil
 from dataclasses import dataclass
@@ -35,9 +35,9 @@ class Input:
     """A checkpoint that is read.
 
     Attributes:
-        name: As the user wrote it.
-        folder: Where its files are.
-        gguf: Name of the GGUF file in `folder`, if that is what it is.
+        name: The name that the user wrote.
+        folder: The folder of the files.
+        gguf: Name of the GGUF file in `folder`; None for a folder of safetensors.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Input:
 
     @property
     def files(self) -> list[Path]:
-        """The files that decide what the model computes."""
+        """The files that the model's output depends on."""
         if self.gguf:
             return [self.folder / self.gguf]
         beside = [self.folder / name for name in (CONFIG, ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
@@ -59,7 +59,7 @@ class Input:
 
     @property
     def stamp(self) -> list[tuple[str, int, int, int]]:
-        """What differs as soon as one of the files has been written to."""
+        """Return a value that changes when one of the files is written to."""
         stats = ((file, file.stat()) for file in self.files)
         return [(file.name, status.st_size, status.st_mtime_ns, status.st_ino) for file, status in stats]
 
@@ -94,15 +94,15 @@ class Sliced(Input):
     """A sliced model.
 
     Attributes:
-        manifest: Its manifest.
-        stored: Its tensors.
+        manifest: The model's manifest.
+        stored: The model's tensors.
     """
 
     manifest: dict[str, Any]
     stored: Stored
 
     def stage(self, folder: Path, trust_remote_code: bool) -> dict[str, Any]:
-        """Copy what the result takes over beside the weights; give the metadata of the model's card.
+        """Copy the files that the result takes over beside the weights, and return the metadata of the model's card.
 
         Raises:
             CheckpointError: a file is broken, or is a link that leads out of the model's folder.
@@ -116,7 +116,7 @@ class Sliced(Input):
         """Copy the weight files, and their index.
 
         Raises:
-            IncompleteError: they aren't what they were when they were read.
+            IncompleteError: the files have changed since they were read.
         """
         files = SafetensorsWeights(self.folder).files
         for file in files:
@@ -138,11 +138,11 @@ class Sliced(Input):
     def check_saving(self, model: Any) -> None:
         """Refuse a model that transformers can't save, or not as it is stored.
 
-        All is tried but the weights, whose names are computed. The generation config, which may be one that
-        transformers only loads, is left to the file.
+        Everything but the weights is saved on trial; names of weights are computed. The generation config isn't saved,
+        because transformers loads some configs that it doesn't save.
 
         Raises:
-            CheckpointError.
+            CheckpointError: the model can't be saved.
         """
         model.generation_config = GenerationConfig()
         try:

@@ -1,4 +1,4 @@
-"""What is minimized: the next token's loss, the divergence from a teacher, or a mixture of both."""
+"""The objective of the training: the next token's loss, the divergence from a teacher, or a mixture of both."""
 
 import torch
 from torch import Tensor

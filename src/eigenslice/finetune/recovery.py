@@ -52,10 +52,10 @@ FLOATS = 3
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What `finetune` did.
+    """The result of `finetune`.
 
     Attributes:
-        output: The folder it wrote.
+        output: The written folder.
         manifest: That folder's manifest, with a section `finetune`.
         before, after: Perplexity on the held-out windows.
     """
@@ -71,12 +71,12 @@ class _Job:
     """Everything that is known before the training.
 
     Attributes:
-        options: What to train, on what and how.
+        options: The options of the command.
         base: The sliced model's folder.
         loaded, teacher: The models.
         tokens: All windows, as they go into the manifest.
         train, held_out: Windows to train on, and to measure on, (T,) each.
-        identity: All that the result depends on.
+        identity: Everything that the result depends on.
         companions: A folder of files that join the result.
         card: Metadata of the sliced model's card.
         ranks: The processes that share the windows.
@@ -108,12 +108,12 @@ def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, 
     Under torchrun or accelerate launch all processes call this, and the first one writes.
 
     Args:
-        options: What to train, on what and how.
+        options: The options of the command.
         progress: Called as the work goes on.
 
     Raises:
         EigensliceError: bad input or options; nothing has been written then.
-        IncompleteError: the disk is full, or the like; what is done is kept.
+        IncompleteError: the disk is full, or the like; finished work is kept.
     """
     device = resolve_device(options.device)
     if device.type == "cuda" and device.index is None:
@@ -183,7 +183,7 @@ def _check_teacher(options: FinetuneOptions, loaded: LoadedModel, teacher: Loade
 
 
 def _windows(options: FinetuneOptions, loaded: LoadedModel, config: Any) -> tuple[Tokens, list[Tensor], list[Tensor]]:
-    """Windows to train on and windows held out: the last ones, as texts take turns."""
+    """Return windows to train on and held-out windows, which are the last ones, because texts take turns."""
     wanted = options.data.model_copy(update={"samples": options.data.samples + options.held_out})
     tokens = calibration_tokens(wanted, loaded.tokenizer, config, options.chat)
     windows = []
@@ -246,7 +246,7 @@ def _run(job: _Job) -> FinetuneResult:
 
 
 def _prepare(job: _Job, work: WorkFolder) -> None:
-    """Put what joins the result into the work folder, and remove a result that isn't complete."""
+    """Put the companions into the work folder, and remove an incomplete result."""
     if work.result.exists():
         shutil.rmtree(work.result)
     shutil.copytree(job.companions, work.companions, dirs_exist_ok=True)
@@ -298,7 +298,7 @@ def _start(options: FinetuneOptions, checkpoints: Checkpoints, ranks: Ranks) -> 
 
 
 def _check_space(job: _Job, model: Any, checkpoints: Checkpoints) -> None:
-    """Refuse a disk without room for the checkpoints, beside the best one's weights, and for the result."""
+    """Refuse a disk without room for the checkpoints, the best weights and the result."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad) * torch.float32.itemsize
     stored = sum(math.prod(shape) * job.base.dtype_of(name).itemsize for name, (shape, _) in job.base.stored.items())
     training = (KEPT * FLOATS + 1) * trained

@@ -28,7 +28,7 @@ Save = Callable[[Path], None]
 
 
 def result_names(companions: Path) -> list[str]:
-    """Names that the result may have in it, beside the weight files'; `companions` is what was staged."""
+    """Return names of the result's files beside its weight files; `companions` is the folder of staged files."""
     return [CONFIG, NAME, CARD, ADAPTER_CONFIG, ADAPTER_WEIGHTS, *(path.name for path in companions.iterdir())]
 
 
@@ -101,17 +101,17 @@ def write_result(
     """Write weights, or base weights and adapter, and then all files that were staged.
 
     Args:
-        work: Its `companions` are moved into its `result`.
-        options: What the user chose.
-        base: What was trained.
-        tuned, save: What `merged` gave.
-        content: The manifest, but the hashes of the weights.
+        work: The work folder; its `companions` are moved into its `result`.
+        options: The options of the command.
+        base: The sliced model, as it was before the training.
+        tuned, save: The answer of `merged`.
+        content: The manifest without the hashes of the weights.
 
     Returns:
         The manifest.
 
     Raises:
-        OutputError: what would be written aren't the input's tensors.
+        OutputError: the tensors to write aren't the input's tensors.
     """
     scratch = work.offload / "saved"  # libraries write more into it than is wanted
     scratch.mkdir()
@@ -157,12 +157,12 @@ def section(
     """The manifest's section on the training.
 
     Args:
-        options: What the user chose.
-        base: What was trained.
-        tokens: What on, with those held out.
-        history: What Trainer logged.
-        measured: On the held-out windows, before and after.
-        steps: Of the optimizer.
+        options: The options of the command.
+        base: The sliced model, as it was before the training.
+        tokens: The windows, with the held-out windows.
+        history: Trainer's log.
+        measured: Perplexity on the held-out windows, before and after.
+        steps: Number of the optimizer's steps.
     """
     before, after = measured
     return {
@@ -180,5 +180,5 @@ def section(
 
 
 def _logged(history: list[dict[str, float]], name: str) -> list[list[float]]:
-    """Steps and what was logged there; JSON has no NaN."""
+    """Return steps and their log entries; JSON has no NaN."""
     return [[int(h["step"]), h[name]] for h in history if name in h and math.isfinite(h[name])]

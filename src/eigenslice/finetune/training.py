@@ -20,7 +20,7 @@ from eigenslice.runtime.ranks import Ranks
 
 Progress = Callable[[str, int, int], None]
 EVENTS = "events.out.tfevents."
-"""How the names of TensorBoard's files begin."""
+"""Beginning of the names of TensorBoard's files."""
 MEASUREMENTS = 10
 """Measurements and checkpoints in a run."""
 
@@ -108,10 +108,10 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int, dev
     """transformers' arguments.
 
     Args:
-        options: What the user chose.
-        folder: Where checkpoints go.
+        options: The options of the command.
+        folder: The folder of checkpoints.
         windows: Number of windows to train on.
-        device: What to train on.
+        device: The device to train on.
 
     Raises:
         OptionsError: the batch can't be shared among the processes.
@@ -167,7 +167,7 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int, dev
 
 
 def on_gpu_in_bfloat16(arguments: TrainingArguments) -> bool:
-    """Whether weights that aren't trained may be held in bfloat16."""
+    """Return whether weights that aren't trained may be held in bfloat16."""
     return bool(arguments.bf16) and arguments.device.type != "cpu"
 
 
@@ -196,15 +196,16 @@ def make_trainer(
     windows: tuple[list[Tensor], list[Tensor]],
     reporter: Reporter,
 ) -> RecoveryTrainer:
-    """The trainer of a model; the teacher is moved to its device, and to bfloat16 where a GPU computes in that.
+    """Return the trainer of a model. The teacher is moved to the model's device, and to bfloat16 on a GPU that computes
+    in it.
 
     Args:
-        options: What the user chose.
-        arguments: From `training_arguments`.
-        model: To be trained, maybe with adapters.
+        options: The options of the command.
+        arguments: The answer of `training_arguments`.
+        model: The model to train, maybe with adapters.
         teacher: The dense model, or None.
-        windows: Those to train on, and those held out.
-        reporter: Seals the checkpoints.
+        windows: Windows to train on, and held-out windows.
+        reporter: The callback that seals the checkpoints.
     """
     if teacher is not None:
         teacher = teacher.requires_grad_(False)

@@ -1,10 +1,9 @@
-"""Which of llama.cpp's architectures holds a model.
+"""The choice of llama.cpp's architecture for a model.
 
 Stock results are held by the architecture of their own type, or by an equivalent one (`gguf_table.py`). A result of
-eigenslice's class is the dense model with narrower matrices and norms without a gain, so that the dense type's
-architecture holds it with gains of one, as long as all blocks have the same number of MLP neurons. Where they differ,
-`deci` does: llama.cpp's name for the graph of Llama with heads and neurons that are counted for each block (made for
-NVIDIA's Nemotron, in which they differ, too).
+eigenslice's class is the dense model with narrower matrices and norms without a gain. So the dense type's architecture
+holds it, with gains of one, if all blocks have the same number of MLP neurons. Otherwise `deci` holds it. This is
+llama.cpp's name for the graph of Llama with heads and neurons counted for each block, made for NVIDIA's Nemotron.
 """
 
 from collections.abc import Iterator
@@ -28,10 +27,10 @@ ELSEWHERE = "run it with transformers or vLLM, or export --to openvino (docs/ser
 
 
 def architecture_of(config: Any) -> Architecture:
-    """How llama.cpp holds this model.
+    """Return llama.cpp's architecture for this model.
 
     Raises:
-        UnsupportedModelError: it doesn't, or not this variant.
+        UnsupportedModelError: there is none for this type, or for this variant.
     """
     dense = dense_config(config)
     kind = dense.model_type
@@ -70,9 +69,9 @@ def architecture_of(config: Any) -> Architecture:
 
 
 def _holder(config: Any, architecture: Architecture) -> Architecture:
-    """The architecture for a result of eigenslice's class, whose dense type has `architecture`.
+    """Return the architecture for a result of eigenslice's class; the dense type has `architecture`.
 
-    Llama's takes biases of queries, keys and values at any width, as Qwen2's doesn't.
+    Llama's architecture takes biases of queries, keys and values at any width; Qwen2's doesn't.
     """
     if not architecture.any_width:
         architecture = OWN
@@ -81,7 +80,7 @@ def _holder(config: Any, architecture: Architecture) -> Architecture:
 
 
 def _variants(config: Any, architecture: Architecture) -> Iterator[str]:
-    """What a type's architecture has no place for, of a stock or dense config."""
+    """Return parts of a stock or dense config that the type's architecture has no place for."""
     layers = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in layers if layers else window is not None
@@ -99,7 +98,7 @@ def _variants(config: Any, architecture: Architecture) -> Iterator[str]:
 
 
 def _custom_variants(config: Any, kind: str, architecture: Architecture) -> Iterator[str]:
-    """What an architecture has no place for, of a config of eigenslice's class and a dense type."""
+    """Return parts of a config of eigenslice's class that the architecture has no place for."""
     if config.shortcuts or len(set(config.site_widths or ())) > 1:
         yield "matrices between the bases of its blocks (--basis per-block)"
     if config.reader_bias or config.head_bias or config.centered_embedding:

@@ -1,4 +1,4 @@
-"""What the export reads from a config, of a stock type or of eigenslice's class."""
+"""Fields that the export reads from a config of a stock type or of eigenslice's class."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from eigenslice.modeling import SlicedConfig
 
 
 def is_custom(config: Any) -> bool:
-    """Whether a model is eigenslice's class. (By name: the class of a folder's own code is another one.)"""
+    """Return whether a model is of eigenslice's class, by its name: a folder's own code makes another class."""
     return config.model_type == SlicedConfig.model_type
 
 

@@ -80,9 +80,10 @@ class LlamaCpp:
         return json.loads(answer) if isinstance(answer, str | bytes) else answer
 
     def _forced(self, ids: Sequence[int], token: int, likely: int) -> dict[str, Any] | None:
-        """What the server says of a next token that it has to choose; the probabilities are those before this bias.
+        """Return the server's answer for a next token that it is made to choose; its probabilities are without this
+        bias.
 
-        None where the token is only a part of a character: the server then waits for the rest of it.
+        None if the token is only a part of a character: the server then waits for the rest.
         """
         answer = self.complete(ids, 1, n_probs=likely, logit_bias=[[token, FORCE]])
         if "choices" not in answer:

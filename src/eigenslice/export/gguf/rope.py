@@ -1,7 +1,7 @@
 """Rotary angles in a GGUF: factors of the frequencies, and the order of rows in queries and keys.
 
-llama.cpp rotates pair i of a head by position x theta^(-2i / head_dim), over a factor if there are any. So types of
-angles that it doesn't know become factors: the ratio of this and what transformers computes. A pair that transformers
+llama.cpp rotates pair i of a head by position x theta^(-2i / head_dim), divided by a factor if there is one. So types
+of angles that it doesn't know become factors: the ratio of this angle and transformers' angle. A pair that transformers
 doesn't rotate gets a factor so large that the angle is zero.
 """
 
@@ -23,12 +23,12 @@ def rope_type(config: Any) -> str:
 
 
 def rotary_dim(config: Any) -> int:
-    """How many of a head's numbers are rotated: the first ones."""
+    """Return the count of rotated numbers in a head, which are the first ones."""
     return int(head_dim(config) * dense_config(config).rope_parameters.get("partial_rotary_factor", 1.0))
 
 
 def frequencies(config: Any, length: int | None = None) -> tuple[Tensor, float]:
-    """Angle per position of each pair, (rotary / 2,), and what sines and cosines are multiplied by; at a length."""
+    """Return the angle per position of each pair, (rotary / 2,), and the factor of sines and cosines, at a length."""
     dense, dim = dense_config(config), rotary_dim(config)
     kind = rope_type(config)
     if kind in ("llama3", "longrope"):
@@ -38,7 +38,7 @@ def frequencies(config: Any, length: int | None = None) -> tuple[Tensor, float]:
 
 
 def _factors(config: Any, length: int | None = None) -> Tensor:
-    """What llama.cpp divides the frequencies by, (head_dim / 2,)."""
+    """Return llama.cpp's divisors of the frequencies, (head_dim / 2,)."""
     dim = head_dim(config)
     plain = dense_config(config).rope_parameters["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angles, _ = frequencies(config, length)
@@ -48,11 +48,11 @@ def _factors(config: Any, length: int | None = None) -> Tensor:
 
 
 def rope_factors(config: Any, whole: bool) -> dict[str, Tensor]:
-    """Tensors with what llama.cpp divides the rotary frequencies by; none if all by the same number.
+    """Return tensors with llama.cpp's divisors of the rotary frequencies; none if all divisors are equal.
 
     Args:
-        config: The model's.
-        whole: Whether llama.cpp rotates whole heads, so that it is the factors which leave a part as it is.
+        config: The model's config.
+        whole: True if llama.cpp rotates whole heads; then factors keep a part of each head unrotated.
     """
     kind = rope_type(config)
     if kind == "longrope":
@@ -67,9 +67,9 @@ def interleave(rows: Tensor, heads: int, rotary: int | None = None) -> Tensor:
     """Rows of a query or key projection (or its bias) in the order of interleaved angles, (heads * head_dim, ...).
 
     Args:
-        rows: In transformers' order, where a pair lies half of the rotated numbers apart.
-        heads: Their number.
-        rotary: How many of a head's numbers are rotated, the first ones; None for all.
+        rows: The rows in transformers' order, where the two numbers of a pair lie half of the rotated numbers apart.
+        heads: Number of heads.
+        rotary: Count of rotated numbers in a head, which are the first ones; None for all.
     """
     split = rows.unflatten(0, (heads, -1))
     rotary = split.shape[1] if rotary is None else rotary
@@ -78,9 +78,9 @@ def interleave(rows: Tensor, heads: int, rotary: int | None = None) -> Tensor:
 
 
 def scale_rotary(rows: Tensor, heads: int, rotary: int, factor: float) -> Tensor:
-    """Rows of a query or key projection with what transformers multiplies sines and cosines by.
+    """Return rows of a query or key projection, multiplied by transformers' factor of sines and cosines.
 
-    llama.cpp can multiply by it, too, but then also what isn't rotated.
+    llama.cpp can multiply by this factor, too, but then it also multiplies the unrotated numbers.
     """
     scaled = rows.unflatten(0, (heads, -1)).clone()
     scaled[:, :rotary] *= factor

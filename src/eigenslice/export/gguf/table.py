@@ -1,7 +1,7 @@
-"""llama.cpp's architectures, as data: which one holds a model_type of transformers, and what of it has a place there.
+"""llama.cpp's architectures for transformers' model types, as data.
 
-The facts are from llama.cpp's loaders (src/models): which tensors an architecture reads, what it multiplies by, which
-activation it computes. Each row is run by llama.cpp in the tests.
+The facts are from llama.cpp's loaders (src/models): the tensors that an architecture reads, its factors, and its
+activation. The tests run each row in llama.cpp.
 """
 
 from collections.abc import Mapping
@@ -18,30 +18,30 @@ DIVIDED = (*SCALED, "llama3")
 INPUTS = ("q_proj", "k_proj", "v_proj")
 GATED = ("gate_proj", "up_proj")
 TANH_GELU = ("gelu_pytorch_tanh", "gelu_new")
-"""What llama.cpp computes as GELU."""
+"""Activations that llama.cpp computes as GELU."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How llama.cpp holds a model_type.
+    """The form of a model_type in llama.cpp.
 
     Attributes:
-        arch: Its architecture there.
-        interleaved: Whether rows of queries and keys are put in the order in which the two numbers that a rotary angle
-            rotates lie side by side (transformers has them half a head apart).
-        any_width: Whether it runs hidden widths other than heads x head_dim.
-        counted: Whether heads and neurons are given for each block.
-        custom: Whether it holds results of eigenslice's class, too.
+        arch: Name of the architecture.
+        interleaved: True if the two numbers of a rotary pair lie side by side in queries and keys. In transformers they
+            lie half a head apart.
+        any_width: True if it runs hidden widths other than heads x head_dim.
+        counted: True if heads and neurons are given for each block.
+        custom: True if it holds results of eigenslice's class, too.
         rope_types: Types of rotary angles that it computes.
-        partly_rotary: Whether the type rotates a part of each head, and it does, too.
-        biases: Linear layers of a block whose bias it reads, if there is one.
-        activations: transformers' names of what it computes in the MLP.
+        partly_rotary: True if the type rotates a part of each head and the architecture can do so.
+        biases: Linear layers of a block with a bias that it reads, if there is one.
+        activations: transformers' names of its MLP activations.
         epsilon: Field of the config with the norms' epsilon.
-        layer_norm: Whether its norms are LayerNorms.
-        gain_offset: What is added to the norms' weight to make their gain.
-        fused: Linear layers that are stored in one: what they are called where they are not, in the order of rows.
+        layer_norm: True if its norms are LayerNorms.
+        gain_offset: Number that is added to the norms' weight to make their gain.
+        fused: Linear layers that transformers stores in one, with the names of their parts in the order of rows.
         keys: Further numbers in the header: the writer's method, and the field of the config.
-        refusals: Variants of the type that it has no place for.
+        refusals: Variants of the type that the architecture has no place for.
     """
 
     arch: MODEL_ARCH

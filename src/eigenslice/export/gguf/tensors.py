@@ -1,7 +1,8 @@
-"""The tensors of a GGUF, from those of a checkpoint: names, formats, and what llama.cpp wants otherwise.
+"""The tensors of a GGUF, from a checkpoint's tensors: names, formats, and llama.cpp's order.
 
-It wants layers that transformers stores in one (phi3's q, k, v) one by one, and experts that transformers stores one by
-one in one; rows of queries and keys in another order; and the gain of a norm instead of the gain minus one.
+llama.cpp differs from transformers in four points. Fused layers (phi3's q, k, v) are stored one by one. Experts are
+stored in one tensor. Rows of queries and keys have another order. The gain of a norm is stored instead of the gain
+minus one.
 """
 
 import re
@@ -31,7 +32,7 @@ class Source:
     Attributes:
         name: Its name.
         shape: Its shape.
-        load: Gives it.
+        load: Function that gives the tensor.
     """
 
     name: str
@@ -45,13 +46,13 @@ class Source:
 
     @property
     def is_bias(self) -> bool:
-        """Whether it is the bias of a linear layer."""
+        """True for the bias of a linear layer."""
         return self.name.endswith(".bias") and not self.module.endswith("norm")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor to write: its name in the GGUF, its shape, its format, and what gives it."""
+    """A tensor to write: its name in the GGUF, its shape, its format, and the function that gives it."""
 
     name: str
     shape: tuple[int, ...]
@@ -90,7 +91,7 @@ def _plain_name(config: Any, stored: str) -> str:
 
 
 def _sources(config: Any, weights: SafetensorsWeights, arch: Architecture) -> Iterator[Source]:
-    """A checkpoint's tensors, with what is fused apart and experts stacked."""
+    """Yield a checkpoint's tensors, with fused layers taken apart and experts stacked."""
     experts: dict[str, dict[int, str]] = {}
     for stored in weights.names():
         name = _plain_name(config, stored)

@@ -1,8 +1,8 @@
-"""The tokenizer of a GGUF: what llama.cpp needs to know of a `tokenizers` one.
+"""The tokenizer of a GGUF, from a tokenizer of the `tokenizers` library.
 
-llama.cpp has its own tokenizers, and a word (`tokenizer.ggml.pre`) for each way in which text is split. Its converter
-finds that word by hashes of token ids; here it follows from what the tokenizer itself says about splitting. Whether
-llama.cpp then gives the same tokens is checked when the file is written (`check.py`).
+llama.cpp has its own tokenizers, and a word (`tokenizer.ggml.pre`) for each way of splitting text. Its converter finds
+the word by hashes of token ids. Here the word follows from the tokenizer's own rules of splitting. When the file is
+written, a check compares llama.cpp's tokens (`check.py`).
 """
 
 import json
@@ -39,11 +39,11 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Any, vocabulary: int, eos: li
     """Write the tokenizer's tokens, merges, special tokens and chat template.
 
     Args:
-        writer: Of the GGUF.
+        writer: Writer of the GGUF.
         tokenizer: transformers' tokenizer.
         vocabulary: Rows of the embedding; tokens that the tokenizer lacks are marked as unused.
         eos: The tokens that end a text; one after the first is the end of a turn.
-        pre: llama.cpp's word for how text is split; None finds it.
+        pre: llama.cpp's word for the way of splitting text; None finds it.
 
     Raises:
         UnsupportedModelError: a kind of tokenizer that llama.cpp doesn't have, or that has no known word.
@@ -117,7 +117,8 @@ def _parts(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
 
 
 def _prefixes_space(spec: dict[str, Any]) -> bool:
-    """Whether a space is put before a text: by the normalizer in older files, by the splitting in newer ones."""
+    """Return whether a space is put before a text, by the normalizer (older files) or by the splitting (newer
+    files)."""
     if any(step["type"] == "Prepend" for step in _parts(spec["normalizer"], "normalizers")):
         return True
     steps = _parts(spec["pre_tokenizer"], "pretokenizers")

@@ -32,8 +32,8 @@ class GgufType:
     Attributes:
         matrices: Format of the blocks' matrices.
         embedding: Format of the token embedding and the head, which lose most.
-        file_type: What the file's header says.
-        fallback: Format of matrices whose rows aren't whole blocks, where it fits; else float16.
+        file_type: Type in the file's header.
+        fallback: Format of matrices without whole blocks in a row, if it fits; otherwise float16.
         tolerance: Mean difference of log-probability, in nats, that llama.cpp's arithmetic may make.
     """
 
@@ -100,12 +100,12 @@ ROUTERS = ("gate", "shared_expert_gate")
 def format_of(kind: GgufType, shape: tuple[int, ...], name: str) -> GGMLQuantizationType:
     """Format of a tensor: the type's own or, where rows aren't whole blocks, a larger one.
 
-    Float32 for vectors, and for what chooses experts (as llama.cpp's own llama-quantize does).
+    Vectors and routers take float32, as in llama.cpp's own llama-quantize.
 
     Args:
-        kind: What the user asked for.
-        shape: Of the tensor.
-        name: transformers' name of it.
+        kind: The type that the user asked for.
+        shape: Shape of the tensor.
+        name: transformers' name of the tensor.
     """
     module = name.split(".")[-2]
     if len(shape) == 1 or module in ROUTERS:
@@ -126,7 +126,7 @@ def stored_shape(shape: tuple[int, ...], format_: GGMLQuantizationType) -> tuple
 
 
 def stored_dtype(format_: GGMLQuantizationType) -> Any:
-    """numpy's dtype of what `encode` returns."""
+    """Return numpy's dtype of the result of `encode`."""
     return {Q.F32: np.float32, Q.F16: np.float16}.get(format_, np.uint8)
 
 

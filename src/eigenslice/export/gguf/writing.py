@@ -1,11 +1,10 @@
-"""Writing a result as a GGUF file for llama.cpp and what is built on it (Ollama, LM Studio and others).
+"""Writing a result as a GGUF file for llama.cpp and its users (Ollama, LM Studio and others).
 
-Why not llama.cpp's `convert_hf_to_gguf.py`: it is a script of a source tree, in no package that pip installs, and
-changes with it. The work is small on top of the `gguf` package, which llama.cpp publishes: it has the names of all
-tensors and keys, and the writer. What is left is llama.cpp's architecture (`gguf_arch.py`, `gguf_table.py`), a handful
-of numbers (below), what it wants of tensors (`gguf_tensors.py`, `gguf_rope.py`), the tokenizer (`gguf_tokenizer.py`)
-and the number formats (`gguf_types.py`). Each file is then run by llama.cpp itself and compared with transformers
-(`check.py`), so that an error here can't go unnoticed.
+llama.cpp's `convert_hf_to_gguf.py` isn't used: it is a script of a source tree, in no package that pip installs. The
+work is small on top of llama.cpp's `gguf` package, which has the names of all tensors and keys, and the writer. The
+rest is the architecture (`arch.py`, `table.py`), a handful of numbers (below), the tensors (`tensors.py`, `rope.py`),
+the tokenizer (`tokenizer.py`) and the number formats (`types.py`). llama.cpp then runs each file, and the result is
+compared with transformers (`check.py`). So an error here can't go unnoticed.
 
 Tensors are read, converted and written one at a time.
 """
@@ -78,10 +77,10 @@ def write_gguf(
         folder: The checkpoint, in safetensors.
         config: Its config.
         tokenizer: transformers' tokenizer.
-        kind: What the matrices are stored in.
+        kind: Type that the matrices are stored in.
         name: The model's name, for the file's header.
-        pre: llama.cpp's word for how the tokenizer splits text; None finds it.
-        progress: Told how many tensors are written.
+        pre: llama.cpp's word for the way of splitting text; None finds it.
+        progress: Called with the number of written tensors.
 
     Returns:
         The number of matrices in each format.
