@@ -32,7 +32,7 @@ def run_beside(
         stage: Name of the pass in the saved state.
         position: The position to go on from, None at the beginning.
         report: Function that is called with the number of the current block.
-        content: Function that gives what else the saved state has to hold.
+        content: Function that gives further content of the saved state.
     """
     sites = run.walk(batches, position=position, hold=True)
     if position:

@@ -1,4 +1,4 @@
-"""The writers of a mixture's experts, fitted so that the neurons that are kept do more of what all did."""
+"""The writers of a mixture's experts, fitted so that the kept neurons make up for the cut ones."""
 
 from collections.abc import Callable
 
@@ -27,15 +27,15 @@ def fit_experts(
 ) -> Tensors:
     """Let the writer of each expert make up for the neurons that it loses.
 
-    Each is fitted, on the tokens that it is given, to what it writes with all of its neurons: which expert a token
-    is given to isn't smooth, so that the error before them isn't repaired here.
+    Each writer is fitted to the expert's output with all neurons, on the expert's own tokens. Unlike other writers,
+    experts don't repair the error before them, because the choice of an expert isn't smooth.
 
     Args:
         site: The site before the experts.
         sublayer: The experts.
         writers: Weights of their writers with all neurons, by name.
-        kept: Neurons that each expert keeps, and shared ones.
-        inputs: What their writers read.
+        kept: Neurons that each expert keeps, and kept neurons of shared experts.
+        inputs: Inputs of the writers.
         regression: Regression towards known weights, (m, n), on tokens.
 
     Returns:

@@ -22,9 +22,9 @@ class GainFit:
     """The gain before a sliced model's head.
 
     Attributes:
-        gain: (width,), float64; multiplies what the head reads.
-        tokens: That it was fitted on.
-        kl_before, kl_after: KL(dense || sliced) there without and with it, in nats per token.
+        gain: Factors of the head's input, (width,), float64.
+        tokens: Number of tokens that it was fitted on.
+        kl_before, kl_after: KL(dense || sliced) on these tokens without and with the gain, in nats per token.
     """
 
     gain: Tensor
@@ -45,10 +45,10 @@ class GainFit:
 def fit_gain(run: Run, site: Site, streams: OffloadedTensors, head: Head) -> GainFit | None:
     """Fit the gain that brings a sliced model's logits nearest to the dense one's on held-out tokens.
 
-    What slicing loses acts as noise in the stream, and a head that reads it as if there were none is too sure of
-    itself. The g that minimizes mean KL(dense || softmax(scale * ((x * g) W^T + b))) + PULL * |g - mean(g)|^2: a
-    convex problem in as many numbers as the stream is wide. With P the dense probabilities, the KL depends on them
-    only by P W, so that a step costs two products with W.
+    The loss of slicing acts as noise in the stream. A head that ignores this noise is too sure of itself. The gain g
+    minimizes mean KL(dense || softmax(scale * ((x * g) W^T + b))) + PULL * |g - mean(g)|^2. This is a convex problem
+    with one unknown for each dimension of the stream. The KL depends on the dense probabilities P only by P W, so a
+    step costs two products with W.
 
     Args:
         run: The run.
@@ -57,12 +57,12 @@ def fit_gain(run: Run, site: Site, streams: OffloadedTensors, head: Head) -> Gai
         head: The sliced model's head without the gain.
 
     Returns:
-        None where no sequence was held out.
+        The gain; None if no sequence was held out.
     """
     dense, ranks = run.dense, run.ranks
     whole = dense_head(dense)
     kept: list[tuple[Tensor, Tensor]] = []  # x and P W
-    fixed = torch.zeros(2, dtype=torch.float64, device=dense.device)  # what of the KL g doesn't change; tokens
+    fixed = torch.zeros(2, dtype=torch.float64, device=dense.device)  # the KL's part without g; tokens
     for rows, (sliced,) in held_out_rows(site, [streams], whole.at_once):
         expected = whole.logits(rows).log_softmax(-1)
         probabilities = expected.exp()

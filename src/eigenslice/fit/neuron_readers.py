@@ -1,9 +1,9 @@
-"""Fitting what the neurons of a sliced MLP read, so that those that are left do more of what all did.
+"""Fitting the readers of a sliced MLP's neurons, so that the kept neurons make up for the cut ones.
 
-The MLP is linear in its writer, which is fitted first, but not in its readers. A Gauss-Newton step makes it so: with
-what a neuron gives replaced by its tangent, the readers' best change is a least-squares problem with as many unknowns
-as they have weights. It is too large to factor; a few conjugate gradients come near enough, and stop before they fit
-what only these tokens have.
+The MLP is linear in its writer, which is fitted first, but not in its readers. A Gauss-Newton step replaces each
+neuron's output by its tangent. The readers' best change then is a least-squares problem with as many unknowns as the
+readers have weights. The problem is too large to factor. A few conjugate gradients come near enough, and stop before
+they fit the peculiarities of these tokens.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ from eigenslice.stream.runner import captured_inputs
 from eigenslice.stream.walk import Activations
 
 CONJUGATE_GRADIENTS = 3
-"""Steps of conjugate gradients. With more, what is gained on other text is lost on text of other kinds."""
+"""Steps of conjugate gradients. More steps gain on text of the same kind, and lose on text of other kinds."""
 CURVATURE_TOKENS, LARGEST_STRIDE = 16_384, 4
 """The curvature is that of so many tokens or more, but of a quarter in any case; the gradient, which leads, of all."""
 STEP_SHARES = (1.0, 0.5, 0.25, 0.0)
@@ -62,16 +62,17 @@ class Readers:
         return self.sublayer.transpose_shape(name, tuple(self.layer.get_submodule(name).weight.shape))[0]
 
     def linearize(self, normalized: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Return what the readers read, (B, T, width), and the slopes of what neurons give by each reader's row.
+        """Return the readers' input and the slopes of the neurons' outputs by each reader's row.
 
-        Nothing joins two neurons, so that the derivatives of the sum of all are those of each.
+        Nothing joins two neurons, so the derivatives of the sum of all outputs are the derivatives of each output.
 
         Args:
             normalized: The sliced stream as the layer has normed it, (B, T, width).
             kwargs: The other arguments of the layer.
 
         Returns:
-            What is read, and slopes, (B, T, rows): for each reader those of all neurons, of a fused one twice.
+            The input, (B, T, width), and slopes, (B, T, rows): for each reader a slope for each neuron, for a fused
+            reader two.
         """
         names = self.names
         outputs: dict[str, Tensor] = {}
@@ -118,30 +119,31 @@ def curvature_stride(tokens: int) -> int:
 def fit_readers(
     readers: Readers, batches: Iterable[Errors], writer: Tensor, run: Run, stride: int
 ) -> tuple[dict[str, Tensor], float]:
-    """Find the change of an MLP's readers that lets it write most of what is missing, to first order.
+    """Find the change of an MLP's readers that lets it write most of the missing output, to first order.
 
-    With s the slopes of what the neurons give, x what their readers read and d their columns of the writer, it is the
-    P (rows, width) that minimizes, by `CONJUGATE_GRADIENTS` steps, the sum over tokens of
-    |missing - sum_r s_r (P x)_r d_r|^2 + ridge |P|^2.
+    Let s be the slopes of the neurons' outputs, x the input of the readers, and d the neurons' columns of the writer.
+    The change P (rows, width) minimizes the sum over tokens of |missing - sum_r s_r (P x)_r d_r|^2 + ridge |P|^2, by
+    `CONJUGATE_GRADIENTS` steps.
 
     Args:
         readers: The readers.
         batches: The tokens to fit on.
         writer: The writer's weight, (width, neurons), as it has been fitted.
-        run: The run. Slopes live in its offload: for each token of the curvature, the size of what all readers give.
+        run: The run. Slopes live in its offload; for each token of the curvature, they have the size of all readers'
+            outputs.
         stride: Distance of the tokens that the curvature is computed on.
 
     Returns:
-        By name, the change of each reader's weight, out x in, float64; and the sum of |missing|^2 without it.
+        The change of each reader's weight by name, out x in, float64; and the sum of |missing|^2 without the change.
     """
     neurons, device, ranks = writer.shape[1], writer.device, run.ranks
-    curved = run.offload.tensors(), run.offload.tensors()  # slopes times weight, and what is read
+    curved = run.offload.tensors(), run.offload.tensors()  # slopes times weight, and the readers' input
     passed, squares = 0, torch.zeros(1, dtype=torch.float64, device=device)
     weight = readers.layer.get_parameter(readers.sublayer.weight(readers.names[0]))
     columns = writer.to(torch.promote_types(weight.dtype, torch.float32))
     rows, width = [readers.rows(name) for name in readers.names], writer.shape[0]
     shapes = (sum(rows), width), (width, width), (sum(rows),)
-    # The gradient, the second moment of what is read, each row's own curvature
+    # The gradient, the second moment of the input, each row's own curvature
     sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]
     for batch in batches:
         rows_of, dtype = batch.activations.rows, batch.normalized.dtype
@@ -178,11 +180,11 @@ def fit_readers(
 
 
 def _preconditioner(kinds: Tensor, moment: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the inverse of the curvature if slopes and what is read are independent: then it is a Kronecker product.
+    """Return the inverse of the curvature if slopes and inputs are independent: then it is a Kronecker product.
 
     Args:
         kinds: Curvature of each reader's row, one line for each kind of reader, (kinds, neurons).
-        moment: Second moment of what is read, (width, width).
+        moment: Second moment of the input, (width, width).
     """
     curvature = (kinds + FLOOR * kinds.mean(1, keepdim=True)).clamp_min(SMALLEST).view(-1, 1)
     mean = moment.diagonal().mean().clamp_min(SMALLEST)
@@ -208,12 +210,12 @@ def take_largest_step(
 
 
 def _backward(slopes: Tensor, read: Tensor, errors: Tensor) -> Tensor:
-    """The gradient of a sum over tokens with respect to readers, (rows, width), float64.
+    """Return the gradient of a sum over tokens with respect to readers, (rows, width), float64.
 
     Args:
-        slopes: (tokens, rows).
-        read: (tokens, width).
-        errors: The gradient with respect to what the neurons give, (tokens, neurons).
+        slopes: Slopes of the neurons' outputs, (tokens, rows).
+        read: Input of the readers, (tokens, width).
+        errors: Gradient with respect to the neurons' outputs, (tokens, neurons).
     """
     kinds = slopes.unflatten(1, (-1, errors.shape[1]))
     return ((kinds * errors[:, None]).flatten(1).T @ read).double()

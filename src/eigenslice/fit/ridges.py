@@ -54,7 +54,7 @@ class RidgeFits:
         return {kind: list(choice.errors.values()) for kind, choice in self._choices.items()}
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Go on from what `content` gave."""
+        """Go on from an answer of `content`."""
         for kind, errors in content.items():
             self._choices[kind] = RidgeChoice(errors=dict(zip(RIDGES, errors, strict=True)))
 

@@ -1,1 +1,1 @@
-"""What a checkpoint holds, and what slicing would store and take."""
+"""The content of a checkpoint, the size of its results, and the time and memory of a run."""

@@ -1,9 +1,9 @@
 # Copyright 2026 the eigenslice authors. Licensed under the Apache License, Version 2.0.
 """A sliced model of any architecture, for results that no config of transformers can hold.
 
-It is the source architecture's own model with narrower matrices. Attention, MLP, rotary embedding, masks and
-caches are transformers' own modules, called as they are. Ours are: the norm, which has no gain (it is folded
-into what reads it), and the decoder layer's additions, where the skip connection may pass a shortcut matrix.
+This is the source architecture's own model with narrower matrices. Attention, MLP, rotary embedding, masks and caches
+are transformers' own modules. Two parts are ours: the norm without a gain, which is folded into the readers, and the
+decoder layer's additions, where the skip connection may pass a shortcut matrix.
 
 This file needs only torch and transformers. A copy of it travels in the folder of every such model, so that
 `trust_remote_code=True` loads it where eigenslice is not installed.
@@ -39,20 +39,21 @@ class SlicedConfig(PreTrainedConfig):
     """Config of a sliced model.
 
     Args:
-        text_config: The dense model's config. (Named as transformers names the config of a wrapped decoder, so
-            that caches and `generate` find the number of layers, heads and so on.)
-        architecture: What reads and what writes the residual stream: the names of eigenslice's table.
-        site_widths: Width of the residual stream at each site, in the order in which the stream passes them:
-            one before each sublayer (parallel blocks have one site a block), the last one before the head.
-        neurons: Number of MLP neurons in each block, or in each of its experts; None is the dense model's number in
-            all of them.
+        text_config: The dense model's config. (Named as transformers names the config of a wrapped decoder, so that
+            caches and `generate` find the number of layers, heads and so on.)
+        architecture: Names of the readers and writers of the residual stream, from eigenslice's table.
+        site_widths: Width of the residual stream at each site, in the order of the stream. There is a site before each
+            sublayer (parallel blocks have one site a block), and the last site is before the head.
+        neurons: Number of MLP neurons in each block, or in each of its experts; None is the dense model's number in all
+            of them.
         key_value_heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
-        shortcuts: Whether the skip connection of each site passes a matrix to the next site's basis.
+        shortcuts: True if the skip connection of each site passes a matrix to the next site's basis.
         norm_eps: Epsilon of the norms. (The stream is stored scaled so that this is the dense model's.)
-        reader_bias: Whether every reader has a bias (it holds the norm's folded shift) or only the dense ones.
+        reader_bias: True if every reader has a bias, which holds the norm's folded shift. Otherwise only readers with a
+            bias in the dense model have one.
         head_bias: The same for the head.
-        centered_embedding: Whether one direction is removed from the token embeddings: what a LayerNorm's
-            mean subtraction is in the model's basis. Only for tied embeddings behind LayerNorms.
+        centered_embedding: True if one direction is removed from the token embeddings: a LayerNorm's mean subtraction
+            in the model's basis. Only for tied embeddings behind LayerNorms.
     """
 
     model_type = "eigenslice"
@@ -91,7 +92,7 @@ class SlicedConfig(PreTrainedConfig):
         return self
 
     def __getattr__(self, name: str) -> Any:
-        """What isn't here is as in the dense model: layers, heads, vocabulary, positions, windows."""
+        """Take other fields from the dense model's config: layers, heads, vocabulary, positions, windows."""
         config = self.__dict__.get("text_config")
         if name.startswith("_") or not isinstance(config, PreTrainedConfig):
             raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
@@ -114,8 +115,9 @@ class SlicedConfig(PreTrainedConfig):
 class SlicedRMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps), over a sliced stream.
 
-    With a gain only where the embeddings are tied. With a shift of 1 before experts, which have no biases: it carries
-    what the dense norm's shift gives them. (Their weights' rows sum to it; the stream's numbers sum to zero.)
+    The norm has a gain only if the embeddings are tied. It has a shift of 1 before experts, which have no biases: the
+    shift carries the effect of the dense norm's shift. (Rows of the experts' weights sum to this effect; the stream's
+    numbers sum to zero.)
     """
 
     def __init__(
@@ -149,17 +151,17 @@ class ProjectedRMSNorm(SlicedRMSNorm):
 class SlicedLayerMixin(nn.Module):
     """The forward of a decoder layer, for any architecture: norm, sublayers, addition.
 
-    It is mixed into transformers' own layer class, so that everything that looks for that class (gradient
-    checkpointing, recording of hidden states, sharding) finds it.
+    The mixin joins transformers' own layer class, so that everything that looks for that class (gradient checkpointing,
+    recording of hidden states, sharding) finds it.
 
     Attributes:
-        sites: The sublayers at each site: their names in the table, and whether they are attention.
+        sites: The sublayers at each site: names in the table, with a mark for attention.
         arguments: Names of the arguments that transformers' layer takes after the stream, in order.
         takes: The arguments that each of its modules takes by name; None for any.
-        gives_tuple: Whether transformers' model expects a tuple from its layers.
-        shortcuts: One matrix a site, or None.
-        residual_dropout: Dropout on what a sublayer adds, as in the dense layer (training only).
-        stream_scale: Name of what the stream is multiplied by behind the last site, or None.
+        gives_tuple: True if transformers' model expects a tuple from its layers.
+        shortcuts: A matrix for each site, or None.
+        residual_dropout: Dropout on a sublayer's output, as in the dense layer (training only).
+        stream_scale: Name of the factor of the stream behind the last site, or None.
     """
 
     sites: list[list[dict]]
@@ -178,7 +180,7 @@ class SlicedLayerMixin(nn.Module):
         return (hidden_states, None) if self.gives_tuple else hidden_states
 
     def normalize(self, site: int, hidden_states: torch.Tensor) -> torch.Tensor:
-        """What the sublayers of a site read."""
+        """Return the input of the sublayers of a site."""
         norm = self.sites[site][0]["norm"]
         return self.get_submodule(norm)(hidden_states) if norm else hidden_states
 
@@ -187,7 +189,7 @@ class SlicedLayerMixin(nn.Module):
         return self.shortcuts[site](hidden_states) if self.shortcuts is not None else hidden_states
 
     def scale_behind(self, site: int) -> torch.Tensor | None:
-        """What the stream is multiplied by behind a site, None if it isn't."""
+        """Return the factor of the stream behind a site, None without a factor."""
         last = site == len(self.sites) - 1
         return getattr(self, self.stream_scale) if self.stream_scale and last else None
 
@@ -197,7 +199,7 @@ class SlicedLayerMixin(nn.Module):
         return hidden_states if scale is None else hidden_states * scale
 
     def update(self, site: int, normalized: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """What the sublayers of a site add to the stream. `kwargs` are the layer's: mask, cache, rotations."""
+        """Return the sublayers' output at a site. `kwargs` are the layer's: mask, cache, rotations."""
         outputs = [
             nn.functional.dropout(self.run(sublayer, normalized, **kwargs), self.residual_dropout, self.training)
             for sublayer in self.sites[site]
@@ -216,7 +218,7 @@ class SlicedLayerMixin(nn.Module):
         return output.reshape(*normalized.shape[:-1], -1)  # some experts return tokens without their sequences
 
     def arguments_of(self, name: str, sublayer: dict, x: torch.Tensor, kwargs: dict) -> dict:
-        """What a module takes beside its input."""
+        """Return the arguments that a module takes beside its input."""
         result = {}
         if sublayer["attention"]:
             names, takes = sublayer["renames"].get(name, {}), self.takes[name]
@@ -228,10 +230,10 @@ class SlicedLayerMixin(nn.Module):
 
 
 class CenteredMixin(nn.Module):
-    """Token embedding that removes one direction, `center` (a unit vector), from what it returns.
+    """A token embedding that removes one direction, `center` (a unit vector), from its output.
 
-    A LayerNorm model's embeddings are centred before slicing, x - mean(x). A tied head needs the rows as they
-    were, so that the centring happens here, in the model's basis.
+    A LayerNorm model's embeddings are centred before slicing, x - mean(x). A tied head needs the rows as they were, so
+    that the centring happens here, in the model's basis.
     """
 
     center: nn.Parameter
@@ -249,7 +251,7 @@ def _derived(mixin: type, base: type) -> Any:
 
 
 def _reduce(module: Any, protocol: Any) -> tuple:
-    """What pickle needs: a derived class has no place in this file where pickle would find it."""
+    """Tell pickle how to make a derived class, which has no name in this file."""
     mixin, base = type(module).__bases__
     return _restore, (mixin, base), module.__dict__
 
@@ -266,7 +268,7 @@ def _derive(module: Any, mixin: type) -> None:
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in another one's place."""
+    """Replace a module by another one."""
     parent, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
 
@@ -320,7 +322,7 @@ def _resize(layer: Any, sublayer: dict, name: str, inputs: int | None, outputs: 
 
 
 def _narrow_experts(block: nn.Module, dense_width: int, width: int) -> None:
-    """Tell experts and routers the stream's width: they remember it to reshape what they are given."""
+    """Tell experts and routers the stream's width, which they remember to reshape their input."""
     for module in block.modules():
         for name in ("hidden_size", "hidden_dim", "input_size"):
             if getattr(module, name, None) == dense_width:
@@ -438,13 +440,13 @@ def _slice_model(model: nn.Module, config: Any) -> None:
         rows = embedding.weight.new_zeros(len(positions.weights), widths[0])
         positions.weights = nn.Parameter(rows, requires_grad=False)
     if architecture["embedding_norm"]:
-        _replace(model, architecture["embedding_norm"], nn.Identity())  # the embedding's rows hold what it gave
+        _replace(model, architecture["embedding_norm"], nn.Identity())  # the embedding's rows hold its output
     norm = SlicedRMSNorm(widths[-1], config.norm_eps, config.tie_word_embeddings, head.weight)
     _replace(model, architecture["final_norm"], norm)
 
 
 class SlicedPreTrainedModel(PreTrainedModel):
-    """What the sliced models have in common."""
+    """The common base of sliced models."""
 
     config: SlicedConfig
     config_class = SlicedConfig
@@ -479,7 +481,7 @@ class SlicedModel(SlicedPreTrainedModel):
         self.get_decoder().set_input_embeddings(value)
 
     def forward(self, *args: Any, **kwargs: Any):
-        """As the dense architecture's own."""
+        """Run the dense architecture's model."""
         return self.get_decoder()(*args, **kwargs)
 
 
@@ -544,7 +546,7 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ):
-        """As the dense architecture's own; arguments and result are transformers' usual ones."""
+        """Run the dense architecture's forward pass; arguments and result are transformers' usual ones."""
         return self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

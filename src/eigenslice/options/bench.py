@@ -13,7 +13,7 @@ TOKENS = Range(2, LONGEST, f"2 to {LONGEST} tokens")
 
 
 class BenchOptions(Options):
-    """How models are timed. `seed` is the seed of the prompt's tokens, which are random."""
+    """Options of timing models. `seed` is the seed of the prompt's tokens, which are random."""
 
     prompt: Annotated[int, Option("Tokens per sequence that are read at once.", WORK), TOKENS] = 512
     new: Annotated[int, Option("Tokens per sequence that are generated.", WORK), TOKENS] = 64
@@ -43,5 +43,5 @@ class BenchOptions(Options):
 
     @property
     def static(self) -> bool:
-        """Whether the cache has a fixed length."""
+        """True if the cache has a fixed length."""
         return self.static_cache or self.compile

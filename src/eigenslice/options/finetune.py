@@ -14,7 +14,7 @@ from eigenslice.options.paths import UserPath
 LORA_RATE, FULL_RATE = 1e-3, 3e-4
 """Default learning rates."""
 DISTILL = 0.8
-"""Share of the distillation beside a teacher. Measured, as what it is on either side, in benchmarks/EXPERIMENTS.md."""
+"""Share of the distillation beside a teacher. benchmarks/EXPERIMENTS.md compares it with smaller and larger shares."""
 LOGGERS = ("tensorboard", "trackio")
 TRAINING_TEXT: dict[str, Option | None] = {
     "data": Option("Text to train on, as slice's --calibration.", TEXT, flags=("--calibration", "--data")),
@@ -27,7 +27,7 @@ TRAINING_TEXT: dict[str, Option | None] = {
 
 
 class FinetuneOptions(Options):
-    """Everything that decides what recovery fine-tuning does."""
+    """All options of recovery fine-tuning."""
 
     model: Annotated[str, Option("A folder that eigenslice wrote, or a hub id of one.", argument=True)]
     output: Annotated[UserPath, Option("Folder to write; must not exist.", flags=("--output", "-o"))]
@@ -171,7 +171,7 @@ class FinetuneOptions(Options):
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    # SliceGPT, section 4 (r, alpha, length); the rest is what the authors' run_finetuning.py is called with
+    # SliceGPT, section 4 (r, alpha, length); the rest are arguments of the authors' run_finetuning.py
     "paper": {
         "data": CalibrationOptions(data="alpaca", samples=8000, seqlen=1024),
         "rank": 32,
@@ -189,7 +189,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 def with_recipe(name: str | None, given: dict[str, Any], data: dict[str, Any]) -> FinetuneOptions:
-    """Options of a recipe with what the user gave in its place.
+    """Return the options of a recipe, with the user's options in their place.
 
     Args:
         name: A key of `RECIPES`, or None for the defaults.

@@ -14,21 +14,21 @@ SIZE, CALIBRATION, RESULT, MACHINE, OUTPUT = "Size", "Calibration", "Result", "M
 TRAINING, ADAPTERS, TEXT, TASKS = "Training", "Adapters", "Text", "Tasks"
 WORK, MEASUREMENTS = "Work", "Measurements"
 PANELS = (None, SIZE, TRAINING, MEASUREMENTS, TEXT, TASKS, WORK, ADAPTERS, CALIBRATION, RESULT, MACHINE, OUTPUT)
-"""Groups of options in --help, in their order; None is the group without a name of its own, for what is required."""
+"""Groups of options in --help, in their order. None is the group without a name, for required options."""
 Described = TypeVar("Described")
 
 
 @dataclass(frozen=True)
 class Option:
-    """How the command line offers a field; the field has its default.
+    """The form of a field on the command line; the field has the default.
 
     Attributes:
         help: The option in one sentence.
         panel: The group that it is shown in.
-        hint: The default in words, where the field's default is None or too long to show.
-        flags: Names of the option, where they aren't the field's.
-        argument: The value is given by its position, without a flag.
-        joined: One value stands for several, joined by commas.
+        hint: The default in words, if the field's default is None or too long to show.
+        flags: Names of the option, if they differ from the field's name.
+        argument: True if the value is given by its position, without a flag.
+        joined: True if a value is a list, joined by commas.
     """
 
     help: str
@@ -62,10 +62,11 @@ class Range:
 
 @dataclass(frozen=True)
 class Nested:
-    """A field with a model of its own, whose fields become options, too.
+    """A field with a model of its own; the model's fields become options, too.
 
     Attributes:
-        parts: The fields that are offered, each as described here, or with None as in the model; without any, all are.
+        parts: Description of each offered field; None takes the model's description. Without parts, all fields are
+            offered.
     """
 
     parts: dict[str, Option | None] = field(default_factory=dict)
@@ -89,27 +90,27 @@ class Options(BaseModel):
 
 
 def described(kind: type[BaseModel], name: str, by: type[Described]) -> Described | None:
-    """What is written beside a field: its `Option`, `Range` or `Nested`; None if it has none."""
+    """Return the `Option`, `Range` or `Nested` that is written beside a field; None if there is none."""
     return next((found for found in kind.model_fields[name].metadata if isinstance(found, by)), None)
 
 
 def type_of(kind: type[BaseModel], name: str) -> Any:
-    """A field's type, without what is written beside it."""
+    """Return a field's type, without the annotations beside it."""
     return get_type_hints(kind)[name]
 
 
 def flag_of(kind: type[BaseModel], name: str) -> str:
-    """The flag that sets a field; of a name that is no field, such as an older version's, what it would be."""
+    """Return the flag that sets a field. An unknown field, such as an older version's, gets the flag of its name."""
     option = described(kind, name, Option) if name in kind.model_fields else None
     return (option or Option("")).names(name)[0]
 
 
 def flag_at(title: str, place: tuple[int | str, ...]) -> str | None:
-    """The flag of the field at the place that an error of pydantic's names; None if it is in no options.
+    """Return the flag of the field that an error of pydantic names; None if the field is in no options.
 
     Args:
         title: The name of the model.
-        place: Names of fields, from the outermost one on; what follows the last field is left out.
+        place: Names of fields, from the outermost one on. Parts behind the last field are ignored.
     """
     kind: Any = next((kind for kind in Options.__subclasses__() if kind.__name__ == title), None)
     flag, parts = None, {}

@@ -25,4 +25,4 @@ def expanded(path: Path | str) -> Path:
 
 
 UserPath = Annotated[Path, AfterValidator(expanded)]
-"""Of options."""
+"""Type of options that are paths."""

@@ -67,7 +67,7 @@ class ReportOptions(Options):
 
     @property
     def path(self) -> Path:
-        """Where the report goes."""
+        """Path of the report."""
         folder = self.named_folder
         return self.output or folder.absolute().parent / f"{folder.absolute().name}-report.html"
 

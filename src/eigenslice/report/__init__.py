@@ -1,4 +1,4 @@
-"""What people read about a result: an HTML page, and the model card in its folder."""
+"""Reports on a result for people: an HTML page, and the model card in its folder."""
 
 from eigenslice.options.report import ReportOptions
 from eigenslice.report.page import report

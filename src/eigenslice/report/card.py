@@ -26,10 +26,10 @@ def write_card(folder: Path, manifest: dict[str, Any], name: str, metadata: dict
     """Write README.md into a result's folder.
 
     Args:
-        folder: Where.
-        manifest: The result's.
-        name: What the model is called: the name of its folder.
-        metadata: Of the dense model's card, see `read_card_metadata`; None is none.
+        folder: The result's folder.
+        manifest: The result's manifest.
+        name: Name of the model, which is the name of its folder.
+        metadata: Metadata of the dense model's card, see `read_card_metadata`; None for no metadata.
     """
     data = ModelCardData(
         library_name="transformers",

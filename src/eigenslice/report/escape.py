@@ -8,7 +8,7 @@ import shlex
 from eigenslice.errors import printable
 
 SPECIAL = re.compile(r"[\\`*_\[\]|~]")
-"""What means something in the middle of a line of Markdown, and ..."""
+"""Characters with a meaning in the middle of a line of Markdown, and ..."""
 AT_START = re.compile(r"^[#>+=-]|^[0-9]+(?=[.)])")
 """... at its start."""
 
@@ -18,7 +18,7 @@ def markdown(text: str, starts: bool = False) -> str:
 
     Args:
         text: The text.
-        starts: Whether a line starts with it.
+        starts: True if a line starts with the text.
     """
     escaped = SPECIAL.sub(_backslash, html.escape(printable(text), quote=False))
     return AT_START.sub(_backslash, escaped) if starts else escaped

@@ -1,4 +1,4 @@
-"""JSON that a report draws: what the other verbs print, checked before anything is drawn."""
+"""JSON that a report draws: the output of other verbs, checked before anything is drawn."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,7 +21,7 @@ class _Fields(BaseModel):
 
 
 class Measured(_Fields):
-    """What a perplexity was measured on."""
+    """The text of a perplexity."""
 
     data: Name
 
@@ -62,7 +62,7 @@ class Quality(_Fields):
 
 
 class Score(_Fields):
-    """Of a task."""
+    """A score of a task."""
 
     task: Name
     metric: Name
@@ -99,7 +99,7 @@ class Gain(_Fields):
 
 
 class Gains(_Fields):
-    """Of both phases."""
+    """Gains of both phases."""
 
     prefill: Gain
     decode: Gain
@@ -118,7 +118,7 @@ class Timed(_Fields):
 
 
 class BenchSettings(_Fields):
-    """How."""
+    """Settings of a measurement."""
 
     batch: Count
     prompt: Count
@@ -128,7 +128,7 @@ class BenchSettings(_Fields):
 
 
 class Environment(_Fields):
-    """Where."""
+    """The machine of a measurement."""
 
     device: Name
     threads: Count

@@ -1,4 +1,4 @@
-"""What a manifest has to hold for those who read it: report, card, fine-tuning. Whatever else is there may stay."""
+"""Required fields of a manifest for its readers: report, card, fine-tuning. Other fields are allowed."""
 
 from typing import Annotated, Any, Literal
 
@@ -66,7 +66,7 @@ class Text(_Fields):
 
 
 class Options(_Fields):
-    """What the user chose."""
+    """The options of the user."""
 
     __pydantic_extra__: dict[str, Scalar | list[Scalar]]
 
@@ -86,7 +86,7 @@ class Site(_Fields):
 
 
 class Fit(_Fields):
-    """How well a block was fitted."""
+    """The error of a fitted block."""
 
     block: Count
     error: float
@@ -94,7 +94,7 @@ class Fit(_Fields):
 
 
 class Perplexities(_Fields):
-    """Of held-out windows."""
+    """Perplexities of held-out windows."""
 
     before: Number
     after: Number
@@ -102,7 +102,7 @@ class Perplexities(_Fields):
 
 
 class Training(_Fields):
-    """What `finetune` adds."""
+    """The section that `finetune` adds."""
 
     trained: Name
     steps: Count
@@ -142,10 +142,10 @@ class Manifest(_Fields):
 
 
 def check(content: Any) -> None:
-    """Refuse what is no manifest.
+    """Refuse anything but a manifest.
 
     Raises:
-        ValueError: the first field that is missing or of another kind (pydantic's ValidationError).
+        ValueError: a field is missing or of another kind (pydantic's ValidationError names the first one).
     """
     Manifest.model_validate(content)
     if "finetune" in content and content["finetune"] is None:

@@ -1,4 +1,4 @@
-"""The report's plots of what was measured: perplexity, tasks, speed."""
+"""The report's plots of measurements: perplexity, tasks, speed."""
 
 from typing import Any
 

@@ -76,7 +76,7 @@ def _plots(
 
 
 def _sizes(perplexity: Any, manifest: dict[str, Any], folder: Path) -> dict[str, float]:
-    """Percent of the parameters that the measured models keep: the dense one's, and those of results."""
+    """Return the percentage of parameters that each measured model keeps, the dense one and the results."""
     sizes = {manifest["source"]["name"]: 100.0, str(folder): 100 * manifest["parameters"]["kept"]}
     for name in [row["model"] for row in perplexity] if isinstance(perplexity, list) else ():
         try:
@@ -154,10 +154,10 @@ def _drawable(value: Any) -> Any:
 
 
 def _check_path(path: Path, inputs: list[Path]) -> None:
-    """Refuse what can't be written, before any work; a report may be replaced, nothing else.
+    """Refuse a path that can't be written, before any work. Only a report may be replaced.
 
     Raises:
-        OutputError.
+        OutputError: the path can't be written, or holds something else.
     """
     try:
         refuse_overlap(path, inputs)

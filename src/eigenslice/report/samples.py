@@ -1,4 +1,4 @@
-"""What the dense and the sliced model write after the same prompts."""
+"""Text of the dense and the sliced model after the same prompts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from eigenslice.errors import CheckpointError, OptionsError
 
 @dataclass(frozen=True)
 class Sample:
-    """A prompt, and what each model wrote."""
+    """A prompt, and the text of each model."""
 
     prompt: str
     texts: list[str]
@@ -29,12 +29,12 @@ def generate(
     trust_remote_code: bool = False,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[Sample]:
-    """The most likely continuations; one model is in memory at a time.
+    """Generate the most likely continuations; one model is in memory at a time.
 
     Args:
         models: Folders, hub ids or .gguf files.
-        prompts: Plain text, whatever chat template the models have.
-        new: Tokens to write.
+        prompts: Plain texts; chat templates aren't used.
+        new: Number of tokens to write.
         device: torch device; None is a GPU if there is one.
         trust_remote_code: Let the checkpoints run code.
         progress: Called as the work goes on.
@@ -72,7 +72,7 @@ def _greedy(model: Any, tokenizer: Any, new: int) -> GenerationConfig:
 
 
 def _continue(name: str, model: Any, tokenizer: Any, prompt: str, new: int) -> str:
-    """What a model writes after a prompt."""
+    """Return a model's text after a prompt."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     ids, config = inputs["input_ids"], model.config.get_text_config()
     longest = longest_sequence(config)

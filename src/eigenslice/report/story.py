@@ -1,4 +1,4 @@
-"""A manifest in words: the command that made a result, how to load it, what it is called."""
+"""A manifest in words: the command that made a result, the way to load it, its name."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ LONGEST_ID = 200
 
 
 def slice_command(manifest: dict[str, Any]) -> str:
-    """The command line that makes a result again: what differs from the defaults."""
+    """Return the command line that makes a result again, with all options that differ from the defaults."""
     return _command("slice", SliceOptions, manifest["options"])
 
 
@@ -37,7 +37,7 @@ def _command(verb: str, kind: type[Options], options: dict[str, Any]) -> str:
 def _chosen(
     kind: type[Options], values: dict[str, Any], left_out: tuple[str, ...], defaults: dict[str, Any] | None = None
 ) -> list[str]:
-    """The options that say what differs from the defaults, by default those of the model."""
+    """Return the options that differ from the defaults, by default the defaults of the model."""
     usual = defaults or {name: field.default for name, field in kind.model_fields.items()}
     parts: list[str] = []
     for name, value in values.items():
@@ -70,7 +70,7 @@ def source_name(manifest: dict[str, Any]) -> str:
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name looks like OWNER/NAME on the hub, maybe with a revision, and is no path."""
+    """Return whether a name looks like OWNER/NAME on the hub, maybe with a revision, and is no path."""
     if not HUB_ID.fullmatch(name) or len(name) > LONGEST_ID:
         return False
     return not name.startswith(".") and not name.endswith(".gguf") and not Path(name).exists()
@@ -83,7 +83,7 @@ def base_model(name: str) -> str | None:
 
 
 def custom_note(manifest: dict[str, Any]) -> str:
-    """How a result in eigenslice's class loads, and why it isn't in a class of transformers."""
+    """Return a note on loading a result in eigenslice's class, and on the reason for this class."""
     plan, source = manifest["plan"], manifest["source"]["model_type"]
     if manifest["options"].get("form") == "custom":
         reason = "as --form custom asked for"
@@ -97,7 +97,7 @@ def custom_note(manifest: dict[str, Any]) -> str:
 
 
 def calibration_text(description: dict[str, Any]) -> str:
-    """What a result was calibrated on, in words."""
+    """Return a result's calibration text in words."""
     data = description["data"]
     named = data if isinstance(data, str) else ", ".join(f"{part['data']} ({part['sequences']})" for part in data)
     return f"{description['sequences']} sequences, {description['tokens']:,} tokens: {named}"

@@ -1,1 +1,1 @@
-"""Devices, processes, memory, progress, work folders: what every run needs."""
+"""Devices, processes, memory, progress and work folders of every run."""

@@ -54,10 +54,10 @@ def _own_gpu(name: str, rank: int, gpus: int) -> str:
 
 
 def trim_memory() -> None:
-    """Give the system back what was freed, where the C library is glibc.
+    """Give freed memory back to the system, if the C library is glibc.
 
-    By itself, it keeps the holes between tensors that are there, and seldom finds them large enough for the next ones:
-    memory would grow with every block. This takes less than a millisecond.
+    By itself, glibc keeps the holes between tensors, and seldom finds a hole large enough for the next tensor. Memory
+    would grow with every block. A call takes less than a millisecond.
     """
     _call_glibc("malloc_trim", 0)
 

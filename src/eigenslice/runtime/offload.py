@@ -1,4 +1,4 @@
-"""Where calibration activations live: on the device, in host memory, or in files."""
+"""The place of calibration activations: the device, host memory, or files."""
 
 import os
 import shutil
@@ -33,12 +33,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose_place(choice: OffloadChoice, needed: int, device: torch.device) -> Place:
-    """Where activations of this size go.
+    """Choose the place of activations of this size.
 
     Args:
-        choice: auto takes the device if they fit there, else host memory, else files.
-        needed: Bytes.
-        device: Where the model runs.
+        choice: The user's choice; auto takes the device if the activations fit, else host memory, else files.
+        needed: Size of the activations in bytes.
+        device: The model's device.
     """
     if choice != "auto":
         return "device" if choice == "none" else "disk"
@@ -98,7 +98,7 @@ class OffloadedTensors:
         return path
 
     def save(self, folder: Path) -> None:
-        """Keep what is here now in a folder, which is made; files are linked, not copied."""
+        """Save the current tensors in a new folder; files are linked, not copied."""
         folder.mkdir(parents=True)
         entries = {f"{index:06d}": t for index, t in enumerate(self._tensors)}
         memory = {name: t for name, t in entries.items() if isinstance(t, Tensor)}
@@ -109,7 +109,7 @@ class OffloadedTensors:
                 os.link(path, folder / f"{name}.safetensors")
 
     def restore(self, folder: Path) -> None:
-        """Take what `save` kept, wherever it was kept in."""
+        """Restore the tensors that `save` wrote, from any place."""
         self.clear()
         kept = load_file(folder / "memory") if (folder / "memory").exists() else {}
         for name in sorted(kept):
@@ -123,9 +123,9 @@ class Offload:
     """Makes `OffloadedTensors` in one place.
 
     Attributes:
-        place: Where they are.
-        device: Where they are used.
-        folder: Holds their files if the place is the disk.
+        place: Place of the tensors.
+        device: The device that uses the tensors.
+        folder: Folder of their files if the place is the disk.
     """
 
     def __init__(self, place: Place, device: torch.device, folder: Path | None = None) -> None:

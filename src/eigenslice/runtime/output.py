@@ -1,4 +1,4 @@
-"""Where a result may be written: at a free name, away from all input."""
+"""Checks of a result's path: a free name, away from all input."""
 
 import hashlib
 import os
@@ -20,7 +20,7 @@ LONGEST_NAME = 200
 
 
 def partial_path(output: Path) -> Path:
-    """The folder that a run works in whose result will be called `output`."""
+    """Return the work folder of a run with the result `output`."""
     name = output.name
     if len(name.encode()) > LONGEST_NAME:  # two long names stay two names
         short = name.encode()[: LONGEST_NAME - 17].decode(errors="ignore")
@@ -33,12 +33,12 @@ def check_output(output: Path, resume: bool = False, inputs: Iterable[Path] = ()
 
     Args:
         output: The file or folder that will be made.
-        resume: Whether to go on with an interrupted run.
+        resume: True to go on with an interrupted run.
         inputs: Files and folders that are read, see `refuse_overlap`.
 
     Raises:
-        OutputError: the name is taken or impossible, another process is writing it, an interrupted run is making it,
-            its parent can't be written to, or it touches an input.
+        OutputError: the name is taken or impossible, another process or an interrupted run is writing it, its parent
+            can't be written to, or it touches an input.
     """
     try:
         if "\0" in str(output):
@@ -70,10 +70,10 @@ def refuse_overlap(output: Path, inputs: Iterable[Path]) -> None:
 
     Args:
         output: The file or folder that will be made.
-        inputs: Files and folders that are read; links are followed. What doesn't exist here is left out.
+        inputs: Files and folders that are read; links are followed. Missing files are left out.
 
     Raises:
-        OutputError.
+        OutputError: the output touches an input.
     """
     for path in map(expanded, inputs):
         if not path.exists():
@@ -89,7 +89,7 @@ def refuse_overlap(output: Path, inputs: Iterable[Path]) -> None:
 
 
 def _is_within(inner: Path, outer: Path) -> bool:
-    """Whether a path is another one, or lies below it, with links followed."""
+    """Return whether a path is another path, or lies below it, with links followed."""
     inner, outer = inner.resolve(), outer.resolve()
     if inner.is_relative_to(outer):
         return True
@@ -102,10 +102,10 @@ def refuse_live(partial: Path, output: Path) -> None:
 
     Args:
         partial: The work folder, which may not exist.
-        output: What it will become.
+        output: The output that the work folder will become.
 
     Raises:
-        OutputError.
+        OutputError: another process is writing it.
     """
     lock = partial / LOCK
     if partial.is_symlink() or lock.is_symlink() or not lock.is_file():

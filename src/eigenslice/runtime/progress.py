@@ -1,4 +1,4 @@
-"""How far a run is: what it tells whoever watches."""
+"""The progress of a run."""
 
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ class Progress(Protocol):
     """Called as the work goes on."""
 
     def __call__(self, stage: str, done: int, total: int, tokens: int = 0) -> None:
-        """stage: what is being done; done, total: steps; tokens: how many pass all steps of the stage, if known."""
+        """Report the name of a stage, its finished and total steps, and the tokens that pass all steps, if known."""
         ...
 
 
@@ -25,12 +25,12 @@ def no_progress(stage: str, done: int, total: int, tokens: int = 0) -> None:
 
 @dataclass(frozen=True)
 class Pace:
-    """How a stage is getting on.
+    """The pace of a stage.
 
     Attributes:
-        stage, done, total: As `Progress` was told.
-        tokens_per_second: Tokens through all steps of the stage; None where it is not known.
-        seconds_left: Of this stage; None while it is not known.
+        stage, done, total: Arguments of the last call of `Progress`.
+        tokens_per_second: Tokens through all steps of the stage; None if unknown.
+        seconds_left: Time left of this stage; None if unknown.
         memory: Resident memory of this process, in bytes.
         device_memory: Memory of the GPU in use by this process's tensors, in bytes; 0 without one.
     """
@@ -57,7 +57,7 @@ class Pace:
 
 @dataclass
 class Pacer:
-    """Turns what `Progress` is told into a pace. A resumed stage begins in its middle."""
+    """The pace of a run, from calls of `Progress`. A resumed stage begins in its middle."""
 
     clock: Callable[[], float] = time.monotonic
     _begun: dict[str, tuple[float, int]] = field(default_factory=dict)

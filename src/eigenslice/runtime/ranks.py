@@ -1,7 +1,7 @@
-"""Several processes that share the calibration sequences: what torchrun starts, or this one alone.
+"""Processes that share the calibration sequences: several under torchrun, otherwise this one alone.
 
-Each process runs the model over its own sequences. Sums over tokens become sums over all ranks, and what is decided
-from them is decided by the first rank, so that rounding on unlike devices can't let them part.
+Each process runs the model over its own sequences. Sums over tokens become sums over all ranks. The first rank decides
+everything that follows from the sums, so that rounding on unlike devices can't separate the ranks.
 """
 
 import json
@@ -27,9 +27,9 @@ class Ranks:
     """This process among its peers.
 
     Attributes:
-        rank: Its number.
-        size: Of how many.
-        device: Where it computes; gloo sums on the CPU, NCCL on the GPU.
+        rank: Number of this process.
+        size: Number of processes.
+        device: The process's device; gloo sums on the CPU, NCCL on the GPU.
     """
 
     rank: int = 0
@@ -38,7 +38,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes."""
+        """True for the process that writes."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 MIB = 1024**2
 LEVELS = 64
-"""Of nesting in a JSON file; deeper nesting than that breaks what walks through the values."""
+"""Deepest allowed nesting in a JSON file; deeper nesting breaks functions that walk through the values."""
 
 
 def read_text(path: Path, most: int) -> str:

@@ -1,4 +1,4 @@
-"""What an interrupted run needs to go on, kept in files while it works."""
+"""The saved state of a run, in files, from which an interrupted run goes on."""
 
 import hashlib
 import json
@@ -26,13 +26,13 @@ SHARE = 0.02
 
 @dataclass(frozen=True)
 class Position:
-    """Where a stage was when its state was saved, before the first site of a block.
+    """The position of a stage when its state was saved, before the first site of a block.
 
     Attributes:
-        block: That block.
-        tensors: What the stage had summed up or decided.
-        content: The same for numbers and text; every value is JSON.
-        folder: Holds the activations.
+        block: Number of the block.
+        tensors: Sums and decisions of the stage.
+        content: Sums and decisions that are numbers or text; every value is JSON.
+        folder: The folder of the activations.
     """
 
     block: int
@@ -49,12 +49,12 @@ class Position:
 class RunState:
     """The saved state of a run: the results of finished stages, and one position in the stage under way.
 
-    A state is on the disk before `current.json` names it, and that file is replaced in one step. It holds the SHA-256
-    of all files that it names: a stage whose files have changed begins anew.
+    A state is on the disk before `current.json` names it, and this file is replaced in one step. It holds the SHA-256
+    of all files that it names. If a file has changed, its stage begins anew.
 
     Attributes:
-        folder: Where the files are.
-        ranks: Each rank saves its own tensors.
+        folder: The folder of the files.
+        ranks: The processes; each rank saves its own tensors.
     """
 
     folder: Path
@@ -68,7 +68,7 @@ class RunState:
             self._current = current
 
     def result(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """What a stage gave, if it is finished."""
+        """Return the result of a stage, if it is finished."""
         finished = self._current["finished"].get(stage)
         if finished is None:
             return None
@@ -80,7 +80,7 @@ class RunState:
         return load_file(path), finished["content"]
 
     def finish(self, stage: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
-        """Keep what a stage gave, the same on all ranks, and forget its position."""
+        """Save the result of a stage, the same on all ranks, and forget its position."""
 
         def keep() -> dict[str, Any]:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ class RunState:
         self._earliest = 0.0
 
     def position(self, stage: str) -> Position | None:
-        """Where a stage was, if it is the one that was interrupted."""
+        """Return the position of a stage, if it is the interrupted one."""
         at = self._current["at"]
         if at is None or at["stage"] != stage:
             return None
@@ -124,8 +124,9 @@ class RunState:
             stage: The stage under way.
             block: The block that comes next.
             activations: The streams before that block.
-            tensors: See `Position`; each rank's own.
-            content: Gives `Position.content`; the first rank's is kept. Called only if the position is kept.
+            tensors: This rank's `Position.tensors`.
+            content: Function that gives `Position.content`; the first rank's is kept. Called only if the position is
+                kept.
         """
         start = time.monotonic()
         if not self.ranks.on_first(lambda: start >= self._earliest):

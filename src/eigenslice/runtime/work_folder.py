@@ -1,7 +1,7 @@
-"""The folder that a run works in, beside the output; its result takes the output's name when it is complete.
+"""The folder that a run works in, beside the output; the complete result takes the output's name.
 
-`OUTPUT.partial` holds `run.json` (what is being made from what), `lock`, and the folders below. Only a folder that is
-empty or was made by eigenslice is taken, and only what eigenslice made in it is ever removed.
+`OUTPUT.partial` holds `run.json` (input and options of the run), `lock`, and the folders below. A run takes only an
+empty folder or a folder of eigenslice, and removes only its own files.
 """
 
 import json
@@ -49,7 +49,7 @@ class WorkFolder:
 
     @property
     def began(self) -> bool:
-        """Whether there is anything to go on from."""
+        """True if there is anything to go on from."""
         return self.state.is_dir() and any(self.state.iterdir())
 
     @property
@@ -69,7 +69,7 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Remove all that eigenslice made here but the lock, and keep the rest."""
-        for path in sorted(self.path.rglob("*"), reverse=True):  # what is in a folder comes before the folder
+        for path in sorted(self.path.rglob("*"), reverse=True):  # the content of a folder comes before the folder
             if path != self.path / LOCK and self._made(path.relative_to(self.path)):
                 with suppress(OSError):  # a folder with something foreign in it
                     path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -115,14 +115,14 @@ def work_folder(
 
     Args:
         output: The file or folder that will be made.
-        identity: All that the result depends on; every value is JSON.
-        names: Names in the result, beside the weight files'.
-        resume: Go on with what is there, if it is there.
-        ranks: All get the folder; the first one makes it.
+        identity: Everything that the result depends on; every value is JSON.
+        names: Names in the result, beside the weight files.
+        resume: True to go on with an earlier run, if there is one.
+        ranks: The processes. All get the folder; the first one makes it.
 
     Raises:
-        OptionsError: what is there was made from something else.
-        OutputError: it can't be written, is somebody else's, or another process is at it.
+        OptionsError: the folder was made from something else.
+        OutputError: the folder can't be written, is somebody else's, or is in use by another process.
     """
     work = WorkFolder(partial_path(output), frozenset(names))
     with ExitStack() as owned:
@@ -143,7 +143,7 @@ def remove_finished(output: Path) -> None:
 
 @contextmanager
 def _owned(work: WorkFolder, output: Path, identity: dict[str, Any], resume: bool) -> Iterator[None]:
-    """As `work_folder`, for the one process that writes."""
+    """Give the work folder to the only process that writes; see `work_folder`."""
     check_work_folder(output, resume)
     created = [p for p in (work.path, *work.path.parents) if not p.exists()]
     lock = FileLock(work.path / LOCK)
@@ -215,7 +215,7 @@ def _read_run(path: Path) -> dict[str, Any]:
 
 
 def _begin(work: WorkFolder, identity: dict[str, Any], earlier: bool) -> None:
-    """Write what the run depends on, or compare it with an earlier run's."""
+    """Write the identity of the run, or compare it with an earlier run's identity."""
     identity = json.loads(json.dumps(identity))
     if earlier:
         different = sorted(differences(_read_run(work.path / RUN)["run"], identity))
@@ -270,7 +270,7 @@ def _take_name(result: Path, output: Path) -> None:
 
 
 def _discard(work: WorkFolder, created: list[Path]) -> None:
-    """Remove what this run made, and folders that were made for it and are empty."""
+    """Remove the files of this run, and its empty folders."""
     with suppress(OSError):  # a read-only disk: the error that led here says more
         work.remove()
         (work.path / LOCK).unlink(missing_ok=True)
@@ -295,7 +295,7 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """What differs between two JSON values, one line each."""
+    """Return the differences of two JSON values, one line each."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in before.keys() | now.keys():
             yield from differences(before.get(key), now.get(key), f"{name} {key}".strip())

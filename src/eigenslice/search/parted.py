@@ -21,6 +21,6 @@ def held_out_first(batches: list[Batch]) -> list[Batch]:
 
 
 def run_parted(site: Site, streams: OffloadedTensors) -> None:
-    """Let held-out streams, which are the first ones, pass a site's sublayers."""
+    """Let the held-out streams, which come first, pass a site's sublayers."""
     for number, batch in enumerate(site.activations[: len(streams)]):
         streams[number] = site.pass_on(batch, streams[number])

@@ -28,7 +28,8 @@ def try_plans(
         measurement: Statistics of the dense model.
         batches: Sequences from `holdout.trial_batches`, of all ranks.
         number: Number of the trial, by which the state knows it.
-        fits: Whether layers are fitted, as they will be in the result; not the readers of neurons, which takes longer.
+        fits: True if layers are fitted, as in the result. Readers of neurons aren't fitted here, because this takes
+            longer.
     """
     dense, state, stage = run.dense, run.state, f"{PLANNING_STAGE}-{number}"
     finished = state.result(stage)

@@ -1,4 +1,4 @@
-"""The experts of a mixture: which tokens each one gets, and what its writer reads.
+"""The experts of a mixture: the tokens of each expert, and the input of its writer.
 
 An expert is an MLP of its own: its neurons are chosen, and its writer is fitted, on the tokens that are routed to it.
 """
@@ -28,14 +28,14 @@ class Routing:
 
     @classmethod
     def of(cls, batch: Activations, arguments: tuple[Tensor, ...]) -> tuple[Tensor, "Routing"]:
-        """Return what experts read, (tokens, width), and the routing, from the arguments of transformers' call."""
+        """Return the experts' input, (tokens, width), and the routing, from the arguments of transformers' call."""
         hidden, index, weights = (x.reshape(-1, x.shape[-1]) for x in arguments)
         if batch.mask is not None:
             hidden, index, weights = (x[batch.mask.flatten()] for x in (hidden, index, weights))
         return hidden, cls(index, weights)
 
     def to(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Numbers of the tokens that an expert is given, (n,), and what its output is multiplied by, (n, 1)."""
+        """Return numbers of the tokens that an expert is given, (n,), and the factors of its output, (n, 1)."""
         tokens, place = torch.where(self.index == expert)
         return tokens, self.weights[tokens, place, None].float()
 
@@ -63,7 +63,7 @@ class Experts:
         return cls(module, table.transpose({name: layer.get_parameter(name)})[name], bias)
 
     def inner(self, expert: int, hidden: Tensor) -> Tensor:
-        """Return what an expert's writer reads, (n, neurons), for tokens (n, width); in float32 or more."""
+        """Return the input of an expert's writer, (n, neurons), for tokens (n, width); in float32 or more."""
         gate_up = torch.nn.functional.linear(
             hidden, self.reader[expert], None if self.bias is None else self.bias[expert]
         )
@@ -72,7 +72,7 @@ class Experts:
 
 
 class WriterInputs:
-    """The inputs of the writers of a layer's experts, and of those that all tokens pass; batch by batch."""
+    """The inputs of the writers of a layer's experts, shared ones included, batch by batch."""
 
     def __init__(self, experts: Experts, offload: Offload) -> None:
         """Begin without a batch; offload: where the inputs live."""
@@ -86,7 +86,7 @@ class WriterInputs:
         Args:
             batch: The batch.
             arguments: The arguments of transformers' call of the experts.
-            shared: What the shared experts' writer reads, (B, T, n), if there are any.
+            shared: Input of the shared experts' writer, (B, T, n), if there are any.
         """
         hidden, routing = Routing.of(batch, arguments)
         self._hidden.append(hidden)
@@ -95,12 +95,12 @@ class WriterInputs:
             self._shared.append(shared)
 
     def read(self, number: int, batch: Activations, expert: int | None) -> tuple[Tensor, Tensor]:
-        """Return what an expert's writer reads of a batch, times the router's weight.
+        """Return the input of an expert's writer for a batch, times the router's weight.
 
         Args:
             number: Number of the batch.
             batch: The batch.
-            expert: Number of the expert; None is the shared one.
+            expert: Number of the expert; None for the shared experts.
 
         Returns:
             The inputs, (n, neurons), and the dense stream at these tokens, (n, D).

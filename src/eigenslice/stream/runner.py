@@ -19,14 +19,14 @@ class _AllCapturedError(Exception):
 
 @contextmanager
 def captured_inputs(layer: nn.Module, modules: Sequence[str], *, stop: bool = False) -> Iterator[dict[str, Any]]:
-    """Give a dictionary that what is called inside the context fills with the inputs of these modules.
+    """Give a dictionary for the inputs of these modules. Calls inside the context fill it.
 
-    Of what takes several arguments (experts: tokens, which experts get them, and by which weights), it has all.
+    A module with several arguments has all of them (experts: tokens, numbers of their experts, and weights).
 
     Args:
         layer: A decoder layer.
         modules: Names of modules of the layer.
-        stop: Whether to leave the context as soon as all of them are known; what they would give isn't computed.
+        stop: True to leave the context as soon as all inputs are known; outputs aren't computed then.
     """
     inputs: dict[str, Any] = {}
 
@@ -49,7 +49,7 @@ def captured_inputs(layer: nn.Module, modules: Sequence[str], *, stop: bool = Fa
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps what it is called with, by name."""
+    """A stand-in for a decoder layer that keeps the arguments of its call, by name."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
