@@ -43,8 +43,8 @@ def refused(folder: Path) -> CheckpointError:
 def check_weights(folder: Path, model: Any) -> None:
     """Every tensor of transformers' model is found under its name, and no other."""
     dense, state = opened(folder), model.state_dict()
-    head = {f"{dense.table.lm_head}.weight"} if dense.tied else set()
-    assert set(dense.shapes) == set(state) - head
+    head = {f"{dense.table.lm_head}.weight"} if dense.anatomy.tied else set()
+    assert set(dense.anatomy.shapes) == set(state) - head
     for name, tensor in state.items():
         assert torch.equal(weight_of(dense, name), tensor.double()), name
 
@@ -71,7 +71,7 @@ def test_the_dtype_is_the_stored_one(dtype: torch.dtype, tmp_path: Path) -> None
 def test_parameters_are_counted_as_stored(dense_folder: Callable[[str], Path]) -> None:
     for case in ("llama", "llama-tied", "opt", "phi"):
         folder = dense_folder(case)
-        assert opened(folder).parameters == sum(t.numel() for t in tensors_of(folder).values())
+        assert opened(folder).anatomy.parameters == sum(t.numel() for t in tensors_of(folder).values())
 
 
 def test_a_weight_of_another_shape_is_named_with_both_shapes(copied: Copier) -> None:
@@ -192,8 +192,8 @@ def test_a_tied_model_stored_once_is_tied(case: str, dense_folder: Callable[[str
     assert ends(folder)[1] not in tensors_of(folder)
     assert shares_one_matrix(folder)
     dense = opened(folder)
-    assert dense.tied
-    assert ends(folder)[1] not in dense.shapes
+    assert dense.anatomy.tied
+    assert ends(folder)[1] not in dense.anatomy.shapes
 
 
 @pytest.mark.parametrize("case", TIED)
@@ -203,8 +203,8 @@ def test_a_tied_model_that_stores_its_matrix_twice_is_tied(case: str, copied: Co
     rewrite(folder, lambda t: t.update({head: t[embedding].clone()}))
     assert shares_one_matrix(folder)
     dense = opened(folder)
-    assert dense.tied
-    assert dense.parameters == sum(t.numel() for t in tensors_of(folder).values()) - 96 * tiny.WIDTH
+    assert dense.anatomy.tied
+    assert dense.anatomy.parameters == sum(t.numel() for t in tensors_of(folder).values()) - 96 * tiny.WIDTH
 
 
 @pytest.mark.parametrize("case", TIED)
@@ -214,9 +214,9 @@ def test_a_tied_model_that_stores_two_different_matrices_is_untied(case: str, co
     rewrite(folder, lambda t: t.update({head: -t[embedding]}))
     assert not shares_one_matrix(folder)
     dense = opened(folder)
-    assert not dense.tied
+    assert not dense.anatomy.tied
     assert torch.equal(weight_of(dense, head), -weight_of(dense, embedding))
-    assert dense.shapes[head] == (96, tiny.WIDTH)
+    assert dense.anatomy.shapes[head] == (96, tiny.WIDTH)
 
 
 @pytest.mark.parametrize("case", TIED)
@@ -225,13 +225,13 @@ def test_a_tied_model_may_store_its_head_only(case: str, copied: Copier) -> None
     embedding, head = ends(folder)
     rewrite(folder, lambda t: t.update({head: t.pop(embedding)}))
     dense = opened(folder)
-    assert dense.tied
+    assert dense.anatomy.tied
     assert torch.equal(weight_of(dense, embedding), tiny.CASES[case].build().state_dict()[embedding].double())
 
 
 def test_an_untied_model_with_equal_matrices_stays_untied(copied: Copier) -> None:
     folder = rewrite(copied("llama"), lambda t: t.update({"lm_head.weight": t[EMBEDDING].clone()}))
-    assert not opened(folder).tied
+    assert not opened(folder).anatomy.tied
 
 
 def test_an_untied_model_without_head_is_refused(copied: Copier) -> None:

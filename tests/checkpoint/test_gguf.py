@@ -39,7 +39,7 @@ def test_config_and_weights_are_the_models(model: Any, tmp_path: Path) -> None:
     for field in ("model_type", "hidden_size", "num_hidden_layers", "num_key_value_heads", "vocab_size"):
         assert getattr(dense.config, field) == getattr(model.config, field)
     assert dense.config.rms_norm_eps == pytest.approx(model.config.rms_norm_eps)
-    assert dense.tied == model.config.tie_word_embeddings
+    assert dense.anatomy.tied == model.config.tie_word_embeddings
     for name, tensor in model.state_dict().items():
         assert torch.equal(weight_of(dense, name), tensor.double()), name
 

@@ -78,10 +78,10 @@ def test_the_whole_models_config_says_whether_embeddings_are_tied(tied: bool, tm
     folder = save("llava", tmp_path / "whole", tie_word_embeddings=tied)
     with pytest.warns(EigensliceWarning):
         dense = DenseModel(open_source(str(folder)))
-    assert dense.tied == tied
+    assert dense.anatomy.tied == tied
     text = load_model(str(folder)).model.model.language_model
     head = 0 if tied else tiny.VOCABULARY * tiny.WIDTH
-    assert dense.parameters == sum(parameter.numel() for parameter in text.parameters()) + head
+    assert dense.anatomy.parameters == sum(parameter.numel() for parameter in text.parameters()) + head
 
 
 def test_memory_to_write_text_counts_what_reads_images(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_without_refit_it_is_the_dense_model_without_some_heads(
     case: str, form: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
 ) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
-    kept = dense.kv_head_count - 1
+    kept = dense.anatomy.kv_head_count - 1
     assert kept > 0
     result = run_slice(case, recipe=recipe(key_value_heads=kept), refit=False, form=form)
     model, sliced = load(dense_folder(case)), load(result.output)
@@ -46,10 +46,10 @@ def test_without_refit_it_is_the_dense_model_without_some_heads(
         got = sliced(ids).logits
     before = [writer.weight.data.clone() for writer in writers(model, dense)]
     distances = []
-    for gone in itertools.product(range(dense.kv_head_count), repeat=dense.block_count):
+    for gone in itertools.product(range(dense.anatomy.kv_head_count), repeat=dense.anatomy.block_count):
         for writer, weight, head in zip(writers(model, dense), before, gone, strict=True):
             writer.weight.data = weight.clone()
-            writer.weight.data.unflatten(1, (dense.kv_head_count, -1))[:, head] = 0
+            writer.weight.data.unflatten(1, (dense.anatomy.kv_head_count, -1))[:, head] = 0
         with torch.no_grad():
             expected = model(ids).logits
         distances.append(float((got - expected).abs().max() / expected.abs().max()))
@@ -58,9 +58,9 @@ def test_without_refit_it_is_the_dense_model_without_some_heads(
     config = result.manifest["plan"]
     assert config["key_value_heads"] == kept
     assert sliced.config.num_key_value_heads == kept
-    assert sliced.config.num_attention_heads == dense.config.num_attention_heads // dense.kv_head_count * kept
+    assert sliced.config.num_attention_heads == dense.config.num_attention_heads // dense.anatomy.kv_head_count * kept
     cut = result.manifest["parameters"]["dense"] - result.manifest["parameters"]["stored"]
-    assert cut >= sum(weight.numel() for weight in before) // dense.kv_head_count
+    assert cut >= sum(weight.numel() for weight in before) // dense.anatomy.kv_head_count
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3-tied"])
@@ -75,8 +75,8 @@ def test_the_heads_that_go_are_those_that_the_others_make_up_for(
         with captured_inputs(layer, ["input_layernorm", dense.table.attention.writers[0]]) as seen, torch.no_grad():
             model(ids)
         x, a = (inputs.flatten(0, -2) for inputs in seen.values())
-        a = a / (x.square().mean(-1, keepdim=True) + dense.eps).sqrt()
-        expected = rank_groups(a.T @ a, writer.weight.detach(), dense.kv_head_count, DEFAULT_RIDGE)
+        a = a / (x.square().mean(-1, keepdim=True) + dense.anatomy.eps).sqrt()
+        expected = rank_groups(a.T @ a, writer.weight.detach(), dense.anatomy.kv_head_count, DEFAULT_RIDGE)
         assert found.head_order[index].tolist() == expected.tolist()
 
 

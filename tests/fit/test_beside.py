@@ -135,11 +135,11 @@ class Fitted:
     def __init__(self, run: Run, width: int) -> None:
         dense = run.dense
         generator = torch.Generator().manual_seed(0)
-        matrix = torch.linalg.qr(torch.randn(dense.width, width, generator=generator, dtype=torch.float64))[0]
-        counts = (dense.neuron_count,) * dense.block_count
-        plan = Plan("global", widths(dense, "global", width), False, None, counts)
+        matrix = torch.linalg.qr(torch.randn(dense.anatomy.width, width, generator=generator, dtype=torch.float64))[0]
+        counts = (dense.anatomy.neuron_count,) * dense.anatomy.block_count
+        plan = Plan("global", widths(dense.anatomy, "global", width), False, None, counts)
         self.basis = SiteBasis(matrix)
-        cut = GlobalCut(plan, GlobalBasis(self.basis, None), [ALL] * dense.block_count)
+        cut = GlobalCut(plan, GlobalBasis(self.basis, None), [ALL] * dense.anatomy.block_count)
         self.blocks: dict[int, Tensors] = {}
         self.twin = SlicedTwin(run, cut, Fitting({0, 1}, ridge=1e-6), self.blocks.__setitem__)
 
@@ -152,7 +152,7 @@ def test_with_nothing_cut_the_sliced_stream_is_the_dense_one_in_the_basis(
     folder = dense_folder(case)
     dense = DenseModel(open_source(str(folder)))
     run, options = begun(dense, tmp_path)
-    fitted = Fitted(run, dense.width)
+    fitted = Fitted(run, dense.anatomy.width)
     with torch.no_grad():
         states = [
             load(folder)(batch.input_ids, attention_mask=batch.attention_mask, output_hidden_states=True).hidden_states
@@ -160,12 +160,12 @@ def test_with_nothing_cut_the_sliced_stream_is_the_dense_one_in_the_basis(
         ]
     compared = 0
     for site in run_beside(run, run.tokens.batches, {"twin": fitted.twin}, **options):
-        if site.index or site.block == dense.block_count:
+        if site.index or site.block == dense.anatomy.block_count:
             continue
         for batch, stream, expected in zip(run.tokens.batches, fitted.twin.streams, states, strict=True):
             counts = torch.ones_like(batch.input_ids) if batch.attention_mask is None else batch.attention_mask
             x = expected[site.block][counts > 0]
-            x = x - x.mean(-1, keepdim=True) if dense.layer_norm else x
+            x = x - x.mean(-1, keepdim=True) if dense.anatomy.layer_norm else x
             found = stream[counts > 0].double() @ fitted.basis.matrix.T
             assert (found - x).norm() < 1e-3 * x.norm()
             compared += 1

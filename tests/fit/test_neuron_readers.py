@@ -28,7 +28,7 @@ def at_mlp(dense_folder: Folders) -> Any:
 
     def find(case: str) -> tuple[DenseModel, Site, Readers]:
         dense = DenseModel(open_source(str(dense_folder(case))))
-        mlp, sites = dense.table.mlp, dense.table.sites(dense.config)
+        mlp, sites = dense.table.mlp, dense.anatomy.sites
         walk = Stream(dense, torch.float64).walk([Batch(tiny.random_ids(3, 12, seed=4))], hold=True)
         site = next(site for site in walk if site.block == 1 and mlp in sites[site.index])
         assert site.folded is not None
@@ -91,7 +91,7 @@ def test_with_enough_steps_it_is_least_squares(
     normalized = site.layer.normalize(site.index, a.hidden)
     read, slopes = (a.rows(x) for x in readers.linearize(normalized, a.kwargs[site.block]))
     generator = torch.Generator().manual_seed(0)
-    missing = torch.randn(len(read), dense.width, dtype=torch.float64, generator=generator)
+    missing = torch.randn(len(read), dense.anatomy.width, dtype=torch.float64, generator=generator)
     weight = torch.rand(len(read), 1, dtype=torch.float64, generator=generator) + 0.5
     writer = site.folded[readers.sublayer.weight(readers.writer)]
     batch = Errors(a, normalized, a.kwargs[site.block], missing, weight)

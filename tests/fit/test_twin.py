@@ -194,8 +194,14 @@ def run_twin(
         assert index == len(blocks)
         blocks.append(tensors)
 
-    plan = Plan("global", widths(dense, "global", basis.width), False, None, (dense.neuron_count,) * dense.block_count)
-    cut = GlobalCut(plan, GlobalBasis(basis, None), [ALL] * dense.block_count)
+    plan = Plan(
+        "global",
+        widths(dense.anatomy, "global", basis.width),
+        False,
+        None,
+        (dense.anatomy.neuron_count,) * dense.anatomy.block_count,
+    )
+    cut = GlobalCut(plan, GlobalBasis(basis, None), [ALL] * dense.anatomy.block_count)
     fitting, run = Fitting({batch.group for batch in batches} - set(trial)), run_of(dense, batches, folder)
     twin = SlicedTwin(run, cut, fitting, write)
     for _ in run_beside(run, batches, {"twin": twin}, stage="fit", position=None, report=run.report("fit")):
@@ -213,7 +219,7 @@ def test_with_nothing_cut_it_is_the_dense_model(case: str, dense_folder: Folders
     twin, blocks, _ = run_twin(
         dense, in_groups(1, 2, 3), SiteBasis(torch.eye(tiny.WIDTH, dtype=torch.float64)), tmp_path
     )
-    assert len(blocks) == dense.block_count
+    assert len(blocks) == dense.anatomy.block_count
     for index, tensors in enumerate(blocks):
         expected = dense.block(index)
         assert tensors.keys() == expected.keys()

@@ -18,23 +18,31 @@ def test_more_tokens_take_longer_and_refitting_more_still(dense_folder: Folders)
         assert 0 < few.seconds < many.seconds / 10
         assert few.seconds < few.refitted_seconds
         assert few.bytes < few.refitted_bytes
-        grown = activation_bytes(dense, 999_000, torch.float32) // 2
+        grown = activation_bytes(dense.anatomy, 999_000, torch.float32) // 2
         assert many.bytes - few.bytes == pytest.approx(grown, rel=0.05)  # and what this process grows meanwhile
 
 
 def test_activations_are_two_streams_and_what_writers_read(dense_folder: Folders) -> None:
     """Width 32 and 64 neurons: 128 numbers of 4 bytes a token."""
     dense = DenseModel(open_source(str(dense_folder("llama"))))
-    assert activation_bytes(dense, 10, torch.float32) == 10 * 4 * (2 * dense.width + dense.neuron_count)
-    assert activation_bytes(dense, 10, torch.bfloat16) == 10 * 2 * (2 * dense.width + dense.neuron_count)
+    assert activation_bytes(dense.anatomy, 10, torch.float32) == 10 * 4 * (
+        2 * dense.anatomy.width + dense.anatomy.neuron_count
+    )
+    assert activation_bytes(dense.anatomy, 10, torch.bfloat16) == 10 * 2 * (
+        2 * dense.anatomy.width + dense.anatomy.neuron_count
+    )
 
 
 @pytest.mark.parametrize(("case", "kinds"), [("llama", 2), ("phi3", 2), ("opt", 1), ("gpt2", 1), ("mixtral", 0)])
 def test_fitting_readers_keeps_slopes_and_what_they_read(case: str, kinds: int, dense_folder: Folders) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     for tokens, some in ((40, 40), (100_000, 25_000)):  # the curvature is that of some of many tokens
-        sizes = [activation_bytes(dense, tokens, torch.float32, refitted=refitted) for refitted in (True, False)]
-        assert sizes[0] - sizes[1] == (some * 4 * (dense.width + kinds * dense.neuron_count) if kinds else 0)
+        sizes = [
+            activation_bytes(dense.anatomy, tokens, torch.float32, refitted=refitted) for refitted in (True, False)
+        ]
+        assert sizes[0] - sizes[1] == (
+            some * 4 * (dense.anatomy.width + kinds * dense.anatomy.neuron_count) if kinds else 0
+        )
 
 
 def test_results_in_the_custom_class_take_a_pass_more(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

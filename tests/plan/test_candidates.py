@@ -7,16 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from eigenslice.checkpoint.source import open_source
 from eigenslice.errors import OptionsError
+from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.candidates import make_plans
-from eigenslice.plan.forms import choose_form
+from eigenslice.plan.forms import checked_config, choose_form, stock_config
 from eigenslice.plan.layout import stored_parameters
-from eigenslice.plan.plan import Plan
+from eigenslice.plan.plan import Plan, Sizes
 from tests import tiny
 from tests.conftest import Folders, Slicer
 from tests.messages import check_message
@@ -35,7 +38,7 @@ def plans(dense_folder: Folders) -> Planner:
         folder = case if isinstance(case, Path) else dense_folder(case)
         dense = DenseModel(open_source(str(folder)))
         options = {"model": str(folder), "output": Path("out"), "heads": False, "depth": False} | options
-        (family,) = make_plans(dense, SliceOptions(**options))
+        (family,) = make_plans(dense.anatomy, SliceOptions(**options))
         return dense, family
 
     return make
@@ -51,19 +54,19 @@ def size(plan: Plan) -> tuple[int, int]:
 @pytest.mark.parametrize("case", FAMILIES)
 def test_all_plans_are_of_the_size_that_was_asked_for(case: str, keep: float, plans: Planner) -> None:
     dense, found = plans(case, keep=keep)
-    budget = keep * dense.parameters
+    budget = keep * dense.anatomy.parameters
     assert found
     assert len({size(plan) for plan in found}) == len(found)
     for plan in found:
         width, neurons = size(plan)
-        assert stored_parameters(dense, plan) <= budget
-        assert plan == choose_form(dense, "global", width, dense.tied, "auto", neurons)
-        assert neurons >= dense.neuron_count / 4
+        assert stored_parameters(dense.anatomy, plan) <= budget
+        assert plan == choose_form(dense.anatomy, Sizes(width, neurons), tied=dense.anatomy.tied)
+        assert neurons >= dense.anatomy.neuron_count / 4
         more = [(width, min(56, neurons + 8))] if neurons < 56 else [(min(32, width + 8), 56)]
         for wider, additional in more:  # and a step more wouldn't fit
             if (wider, additional) != (width, neurons):
-                other = choose_form(dense, "global", wider, dense.tied, "auto", additional)
-                assert stored_parameters(dense, other) > budget
+                other = choose_form(dense.anatomy, Sizes(wider, additional), tied=dense.anatomy.tied)
+                assert stored_parameters(dense.anatomy, other) > budget
 
 
 def test_plans_go_from_neurons_only_to_width_only(plans: Planner) -> None:
@@ -89,7 +92,7 @@ def test_no_plan_is_wider_than_the_model(width: int, heads: int, keep: float, pl
     folder = tiny.save(tiny.tiny_model("llama", tiny.LLAMA | config), tmp_path / "odd")
     dense, found = plans(folder, keep=keep)
     assert all(size(plan)[0] <= width for plan in found)
-    assert all(stored_parameters(dense, plan) <= keep * dense.parameters for plan in found)
+    assert all(stored_parameters(dense.anatomy, plan) <= keep * dense.anatomy.parameters for plan in found)
 
 
 @pytest.mark.parametrize("neurons", [6, 8, 9])
@@ -340,13 +343,34 @@ def test_multiples_have_a_range(multiple: int) -> None:
         SliceOptions(model="m", output=Path("out"), width=8, multiple=multiple)
 
 
+def test_plans_need_a_config_only() -> None:
+    """For a wide Llama without weights: sizes by hand, and by the models that results load as."""
+    width, neurons, vocabulary, layers = 4096, 11008, 32000, 2
+    config = AutoConfig.for_model(
+        "llama", hidden_size=width, intermediate_size=neurons, num_hidden_layers=layers, vocab_size=vocabulary
+    )
+    whole = 2 * vocabulary * width + layers * (4 * width**2 + 3 * width * neurons + 2 * width) + width
+    anatomy = Anatomy.of_config(config)
+    assert anatomy.parameters == whole
+    options = SliceOptions(model="m", output=Path("out"), keep=0.75, heads=False, depth=False)
+    (family,) = make_plans(anatomy, options)
+    assert {plan.site_widths[0] for plan in family} > {width}
+    for plan in family:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(checked_config(stock_config(anatomy, plan, torch.float32)))
+        assert 0.74 * whole < model.num_parameters() <= 0.75 * whole
+        assert model.num_parameters() == stored_parameters(anatomy, plan)
+
+
 @pytest.mark.parametrize(("keep", "numbers"), [(0.9, [0]), (0.5, [0, 1]), (0.25, [0, 1])])
 @pytest.mark.parametrize("case", ["llama", "opt", "gpt_neox"])
 def test_blocks_bear_a_part_of_the_cut(case: str, keep: float, numbers: list[int], dense_folder: Folders) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     options = SliceOptions(model=case, output=Path("out"), keep=keep, heads=False)
-    families = make_plans(dense, options)
+    families = make_plans(dense.anatomy, options)
     assert [len(family[0].dropped_blocks) for family in families] == numbers
     for plan in (plan for family in families for plan in family):
-        assert len(plan.kept_blocks) == len(plan.neurons_per_block) == dense.block_count - len(plan.dropped_blocks)
-        assert stored_parameters(dense, plan) <= keep * dense.parameters
+        assert (
+            len(plan.kept_blocks) == len(plan.neurons_per_block) == dense.anatomy.block_count - len(plan.dropped_blocks)
+        )
+        assert stored_parameters(dense.anatomy, plan) <= keep * dense.anatomy.parameters

@@ -96,7 +96,7 @@ def test_a_block_s_loss_is_that_of_the_model_with_its_writer_refitted(
 def test_keeping_all_neurons_loses_nothing(dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder("llama"))))
     fit, held_out = tiny.random_ids(12, 24, seed=1), tiny.random_ids(4, 24, seed=2)
-    losses = losses_of(dense, fit, held_out, tmp_path, dense.neuron_count)
+    losses = losses_of(dense, fit, held_out, tmp_path, dense.anatomy.neuron_count)
     assert losses.kl.abs().max() < 1e-5
     assert not losses.error[:, -1].any()
 

@@ -10,6 +10,7 @@ from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.checkpoint.source import open_source
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.errors import OptionsError
+from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.search.depth import missed_least
 from eigenslice.stream.runner import captured_inputs
@@ -40,7 +41,7 @@ def test_without_refit_it_is_the_dense_model_without_a_block(
 ) -> None:
     case, ids = TYPES[model_type], tiny.random_ids(2, 20, seed=5)
     dense = DenseModel(open_source(str(dense_folder(case))))
-    if not dense.blocks_alike:
+    if not dense.anatomy.blocks_alike:
         with pytest.raises(OptionsError, match="blocks are all alike") as error:
             run_slice(case, recipe=recipe(dropped_blocks=[1]))
         check_message(error.value)
@@ -58,17 +59,19 @@ def test_without_refit_it_is_the_dense_model_without_a_block(
 
 
 def test_most_types_have_blocks_that_are_alike(dense_folder: Folders) -> None:
-    unlike = {t for t, case in TYPES.items() if not DenseModel(open_source(str(dense_folder(case)))).blocks_alike}
+    unlike = {
+        t for t, case in TYPES.items() if not DenseModel(open_source(str(dense_folder(case)))).anatomy.blocks_alike
+    }
     assert len(unlike) < len(TYPES) // 2
     assert {"gpt_neo", "gemma2"} <= unlike
     assert not {"llama", "mistral", "qwen2", "qwen3", "gpt2", "phi3", "mixtral"} & unlike
 
 
 def test_blocks_that_depend_on_their_number_stay(dense_folder: Folders) -> None:
-    dense = DenseModel(open_source(str(dense_folder("gpt2"))))
-    assert dense.blocks_alike
-    dense.config.scale_attn_by_inverse_layer_idx = True
-    assert not dense.blocks_alike
+    config = open_source(str(dense_folder("gpt2"))).config
+    assert Anatomy.of_config(config).blocks_alike
+    config.scale_attn_by_inverse_layer_idx = True
+    assert not Anatomy.of_config(config).blocks_alike
 
 
 @pytest.mark.parametrize("case", WRITERS)
@@ -81,20 +84,20 @@ def test_a_block_s_loss_is_that_of_the_model_with_the_writer_before_it_refitted(
     batches = [Batch(fit), Batch(held_out, group=HELD_OUT_GROUP)]
     found = missed_least(run_of(dense, [], tmp_path), 9, batches)
     assert list(found.values()) == sorted(found.values())
-    names = [f"{dense.table.layers}.{n}" for n in range(dense.block_count)]
+    names = [f"{dense.table.layers}.{n}" for n in range(dense.anatomy.block_count)]
     norm, last = dense.table.attention.norm, dense.table.final_norm
     assert norm
     with torch.no_grad():
         dense_logits = model(held_out).logits.log_softmax(-1)
-        for block in range(1, dense.block_count):
-            follows = f"{names[block + 1]}.{norm}" if block + 1 < dense.block_count else last
+        for block in range(1, dense.anatomy.block_count):
+            follows = f"{names[block + 1]}.{norm}" if block + 1 < dense.anatomy.block_count else last
             writers = [f"{names[block - 1]}.{writer}" for writer in WRITERS[case]]
             skipped, behind = f"{names[block]}.{norm}", follows
             with captured_inputs(model, [*writers, skipped, behind]) as seen:
                 model(fit)
             inputs = torch.cat([seen[name].flatten(0, -2) for name in writers], dim=1)
             streams = [seen[name].flatten(0, -2) for name in (skipped, behind)]
-            streams = [x - x.mean(-1, keepdim=True) if dense.layer_norm else x for x in streams]
+            streams = [x - x.mean(-1, keepdim=True) if dense.anatomy.layer_norm else x for x in streams]
             share = (streams[1].square().mean(-1, keepdim=True) + EPS).rsqrt()
             a, y = share * inputs, share * (streams[1] - streams[0])
             level = DEFAULT_RIDGE * a.square().sum() / a.shape[1]

@@ -20,7 +20,7 @@ from eigenslice.measure.importance import measure
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.calibration import CalibrationOptions
 from eigenslice.plan.forms import choose_form
-from eigenslice.plan.plan import Plan
+from eigenslice.plan.plan import Plan, Sizes
 from eigenslice.search.trials import try_plans
 from eigenslice.stream.run import Run
 from tests import tiny
@@ -38,7 +38,7 @@ def divergence(dense: Any, sliced: Any, ids: Tensor, mask: Tensor | None) -> flo
 
 
 def plans_of(dense: DenseModel, sizes: list[tuple[int, int]]) -> list[Plan]:
-    return [choose_form(dense, "global", width, dense.tied, "auto", neurons) for width, neurons in sizes]
+    return [choose_form(dense.anatomy, Sizes(*size), tied=dense.anatomy.tied) for size in sizes]
 
 
 def tried(run: Run, plans: list[Plan], batches: list[Batch], *, refit: bool = True) -> list[float]:

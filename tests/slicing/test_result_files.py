@@ -43,8 +43,8 @@ def whole_plan(run: Run, *, stock: bool) -> Plan:
     """Return the plan that cuts nothing."""
     dense = run.dense
     form = lookup(dense.config).stock[0] if stock else None
-    neurons = (dense.neuron_count,) * dense.block_count
-    return Plan("global", widths(dense, "global", dense.width), False, form, neurons)
+    neurons = (dense.anatomy.neuron_count,) * dense.anatomy.block_count
+    return Plan("global", widths(dense.anatomy, "global", dense.anatomy.width), False, form, neurons)
 
 
 def written(folder: Path) -> dict[str, Tensor]:

@@ -44,10 +44,10 @@ def site_inputs(model: Any, names: list[str], ids: torch.Tensor, mask: torch.Ten
 
 def norms(dense: DenseModel) -> list[str]:
     """Names of the norms at the dense model's sites."""
-    sites = dense.table.sites(dense.config)
+    sites = dense.anatomy.sites
     blocks = [
         f"{dense.table.layers}.{i}.{site[0].norm or site[0].modules[0]}"
-        for i in range(dense.block_count)
+        for i in range(dense.anatomy.block_count)
         for site in sites
     ]
     return [*blocks, dense.table.final_norm]
@@ -73,10 +73,10 @@ def test_moments_are_those_of_the_dense_models_norm_inputs(
     count = 0
     for site, x in zip(stream.walk([Batch(ids, mask)]), expected, strict=True):
         rows = x[real]
-        if dense.layer_norm:
+        if dense.anatomy.layer_norm:
             rows = rows - rows.mean(-1, keepdim=True)
         torch.testing.assert_close(site.moment(normalized=False), rows.T @ rows, rtol=1e-4, atol=1e-3)
-        normal = rows / (rows.square().mean(-1, keepdim=True) + dense.eps).sqrt()
+        normal = rows / (rows.square().mean(-1, keepdim=True) + dense.anatomy.eps).sqrt()
         torch.testing.assert_close(site.moment(normalized=True), normal.T @ normal, rtol=1e-4, atol=1e-3)
         count += 1
     assert count == len(norms(dense))

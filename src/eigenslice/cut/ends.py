@@ -1,4 +1,4 @@
-"""The parts of a result around its blocks: embeddings, norms, head, and what a stock config insists on."""
+"""The parts of a result around its blocks: embeddings, norms, head, and tensors that a stock config requires."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum, kept_basis, layer_norm_basis, tied_basis
 from eigenslice.cut.blocks import Kept, SiteBasis
+from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel, NamedTensors, Tensors
 from eigenslice.model.folding import carry
 from eigenslice.plan.plan import Plan
@@ -40,15 +41,15 @@ def global_basis(dense: DenseModel, plan: Plan, spectrum: Spectrum) -> GlobalBas
     """The kept basis for a plan's form."""
     width = plan.site_widths[0]
     if plan.tied:
-        basis = kept_basis(spectrum, width, constant=dense.layer_norm)
+        basis = kept_basis(spectrum, width, constant=dense.anatomy.layer_norm)
         matrix, gain = tied_basis(basis, dense.final_gain())
         return GlobalBasis(SiteBasis(matrix), gain)
-    return GlobalBasis(site_basis(dense, spectrum, width, stock=plan.stock is not None), None)
+    return GlobalBasis(site_basis(dense.anatomy, spectrum, width, stock=plan.stock is not None), None)
 
 
-def site_basis(dense: DenseModel, spectrum: Spectrum, width: int, *, stock: bool = False) -> SiteBasis:
-    """The kept basis of a site whose norm is a stock class's, or the custom one's."""
-    if (stock and dense.layer_norm) or dense.carries_shifts:
+def site_basis(anatomy: Anatomy, spectrum: Spectrum, width: int, *, stock: bool = False) -> SiteBasis:
+    """Return the kept basis of a site with a norm of a stock class or of the custom class."""
+    if (stock and anatomy.layer_norm) or anatomy.carries_shifts:
         return SiteBasis(layer_norm_basis(spectrum, width))
     return SiteBasis(kept_basis(spectrum, width))
 
@@ -68,9 +69,9 @@ def slice_embeddings(
         if plan.stock and dense.table.width_scales_embedding and name == token + ".weight":
             scale = 1 / basis.scale  # the class now multiplies by another width's root
         yield name, rows.map(lambda chunk, scale=scale: scale * basis.embed(chunk), dtype)
-    if plan.tied and dense.layer_norm:
+    if plan.tied and dense.anatomy.layer_norm:
         # The constant vector in the basis: the direction that a LayerNorm's mean subtraction removes
-        yield token + ".center", basis.matrix.sum(0) / dense.width**0.5
+        yield token + ".center", basis.matrix.sum(0) / dense.anatomy.width**0.5
 
 
 def slice_head(
@@ -89,7 +90,7 @@ def slice_head(
         basis: The basis of the site before the head.
         tied_gain: Gain of the final norm, in the basis; None if the head isn't tied.
         dtype: The dtype of an untied head.
-        reading: What an untied head reads from the normalized stream, (D, width); None is Q / c.
+        reading: The untied head's map from the normalized stream to dense coordinates, (D, width); None is Q / c.
     """
     rows, bias = dense.lm_head()
     head, norm = dense.table.lm_head, dense.table.final_norm
@@ -102,53 +103,53 @@ def slice_head(
         return
     matrix = basis.reading if reading is None else reading
     names = head + ".weight", head + ".bias"
-    carried = plan.stock is not None and bias is not None and not dense.keeps_bias(names[1], stock=True)
+    carried = plan.stock is not None and bias is not None and not dense.anatomy.keeps_bias(names[1], stock=True)
     weight = rows.map(lambda chunk: chunk @ matrix, torch.float64 if carried else dtype)
     tensors = {names[0]: weight} | ({} if bias is None else {names[1]: bias})
     if plan.stock:
-        tensors = _stock_norm(dense, "", norm, [names], tensors, basis.width)
+        tensors = _stock_norm(dense.anatomy, "", norm, [names], tensors, basis.width)
     yield from tensors.items()
 
 
-def stock_block(dense: DenseModel, plan: Plan, index: int, tensors: NamedTensors) -> NamedTensors:
-    """A sliced block (names relative to it) as a stock class has it, with what its config insists on."""
+def stock_block(anatomy: Anatomy, plan: Plan, index: int, tensors: NamedTensors) -> NamedTensors:
+    """A sliced block (names relative to it) as a stock class holds it, with the tensors that its config requires."""
     if plan.stock is None:
         yield from tensors
         return
-    prefix, width = f"{dense.table.layers}.{index}.", plan.site_widths[0]
-    if not dense.reader_bias:  # no norm has a shift that readers without bias would have to be given
+    prefix, width = f"{anatomy.table.layers}.{index}.", plan.site_widths[0]
+    if not anatomy.reader_bias:  # no norm has a shift that readers without bias would have to be given
         yield from tensors
         tensors = ()
     block = dict(tensors)
-    for norm in dict.fromkeys(sublayer.norm for sublayer in dense.table.sublayers if sublayer.norm):
-        readers = [(s.weight(n), s.bias(n)) for s in dense.table.sublayers if s.norm == norm for n in s.readers]
-        block = _stock_norm(dense, prefix, norm, readers, block, width)
+    for norm in dict.fromkeys(sublayer.norm for sublayer in anatomy.table.sublayers if sublayer.norm):
+        readers = [(s.weight(n), s.bias(n)) for s in anatomy.table.sublayers if s.norm == norm for n in s.readers]
+        block = _stock_norm(anatomy, prefix, norm, readers, block, width)
     yield from block.items()
     for module in plan.stock.zero_biases:
         yield module + ".bias", torch.zeros(width)
 
 
 def _stock_norm(
-    dense: DenseModel, prefix: str, norm: str, readers: list[tuple[str, str]], tensors: Tensors, width: int
+    anatomy: Anatomy, prefix: str, norm: str, readers: list[tuple[str, str]], tensors: Tensors, width: int
 ) -> Tensors:
     """Add a stock norm that has nothing left to do, unless its readers have no bias for the folded shift.
 
     A stock LayerNorm over `width` numbers gives n with sum zero (`layer_norm_basis`); with a shift of 1 it gives n + 1.
-    Readers whose rows sum to zero don't see the 1, and those whose rows sum to b add b.
+    A reader whose rows sum to zero doesn't see the 1. A reader whose rows sum to b adds b.
 
     Args:
-        dense: The model.
+        anatomy: The dense model.
         prefix: The prefix that names are relative to.
         norm: The norm.
         readers: Names of the weight and the bias of each reader behind it.
         tensors: The folded weights.
         width: The width of the stream.
     """
-    carried = [bias for _, bias in readers if bias in tensors and not dense.keeps_bias(prefix + bias, stock=True)]
+    carried = [bias for _, bias in readers if bias in tensors and not anatomy.keeps_bias(prefix + bias, stock=True)]
     result = {name: tensor for name, tensor in tensors.items() if name not in carried}
     for weight, bias in readers if carried else ():
         if weight in tensors:
             result[weight] = carry(tensors[weight], tensors[bias] if bias in carried else None)
-    unit = torch.zeros if dense.table.gain == "1+w" else torch.ones
+    unit = torch.zeros if anatomy.table.gain == "1+w" else torch.ones
     kinds = {".weight": unit, ".bias": torch.ones if carried else torch.zeros}
-    return result | {norm + k: make(width) for k, make in kinds.items() if prefix + norm + k in dense.shapes}
+    return result | {norm + k: make(width) for k, make in kinds.items() if prefix + norm + k in anatomy.shapes}

@@ -37,18 +37,18 @@ class SlicedTwin:
     """A sliced model in the making, which `run_beside` runs beside the dense one.
 
     Attributes:
-        streams: Its residual stream at the current site, one tensor (B, T, width) a batch; from the first site on.
-        reading: After the last site: what a head that isn't tied reads, (D, width).
+        streams: The residual stream at the current site, one tensor (B, T, width) a batch; from the first site on.
+        reading: After the last site, an untied head's map from the sliced stream to dense coordinates, (D, width).
     """
 
     streams: OffloadedTensors
 
     def __init__(self, run: Run, cut: GlobalCut, fitting: Fitting, write: Callable[[int, Tensors], None]) -> None:
-        """Nothing is computed yet.
+        """Prepare the twin; nothing is computed yet.
 
         Args:
             run: The run.
-            cut: Widths, basis, and what is kept in each block.
+            cut: Widths, basis, and the kept parts of each block.
             fitting: Options of the fits.
             write: Function that takes the number of a sliced block and its weights when the block is done.
         """
@@ -57,10 +57,10 @@ class SlicedTwin:
         self._plan, self._basis, self._kept = cut.plan, cut.basis.site, cut.kept
         self._ridges = RidgeFits(fitting, run.ranks)
         self._reader_stride = fitting.reader_stride
-        self._place = 0  # in the result, of the block whose writers, the last ones that ran, have yet to be fitted
-        config = custom_config(run.dense, replace(cut.plan, stock=None), torch.float32)
+        self._place = 0  # number in the result of the block that ran last; its last writers have yet to be fitted
+        config = custom_config(run.dense.anatomy, replace(cut.plan, stock=None), torch.float32)
         self._runner = BlockRunner(config, run.dense.table.layers, run.dense.device, run.dtype)
-        self._sites = run.dense.table.sites(run.dense.config)
+        self._sites = run.dense.anatomy.sites
         self._block: Tensors = {}
         self._inputs: list[OffloadedTensors] = []  # of each writer of a site
 
@@ -88,7 +88,7 @@ class SlicedTwin:
         return site.layer is not None and site.block not in self._plan.kept_blocks
 
     def fit_writers_before(self, site: Site) -> None:
-        """Fit what writes to a site; a block is done when the stream arrives at the next one."""
+        """Fit the writers before a site. A block is done when the stream arrives at the next block."""
         if self.is_dropped_at(site):
             return
         if site.block == 0 and site.index == 0:
@@ -103,11 +103,12 @@ class SlicedTwin:
             self._runner.release(self._layer)
 
     def fit_readers_at(self, site: Site) -> None:
-        """Let readers predict what was cut from what is kept, then run the site's sublayers up to their writers."""
+        """Let readers predict the cut part of the stream from the kept part, and run the sublayers up to their
+        writers."""
         if self.is_dropped_at(site):
             return
         if site.layer is None and self._plan.tied:
-            return  # the head reads what the embeddings' basis lets it read
+            return  # the basis of the embeddings decides the input of the head
 
         normed = site.folded is None or self._sites[site.index][0].norm
 
@@ -132,7 +133,7 @@ class SlicedTwin:
         return self._runner.layers[self._place]
 
     def _kwargs(self, batch: Activations) -> dict[str, Any]:
-        """Return what that block is called with beside the stream."""
+        """Return the arguments of this block beside the stream."""
         return batch.kwargs[self._plan.kept_blocks[self._place]]
 
     def _site_number(self, site: Site) -> int:
@@ -140,7 +141,7 @@ class SlicedTwin:
         return site.block * len(self._sites) + site.index
 
     def _run_sublayers(self, site: Site, folded: FoldedBlock, reading: Tensor) -> None:
-        """Give a site's sublayers weights, and keep what their writers read."""
+        """Give a site's sublayers weights, and keep the inputs of their writers."""
         self._place = self._plan.kept_blocks.index(site.block)
         layer, kept = self._layer, self._kept[self._place]
         for sublayer in self._sites[site.index]:
@@ -161,7 +162,7 @@ class SlicedTwin:
         self._capture(site.activations, site.index, self._fitted_writers(site.index))
 
     def _capture(self, activations: list[Activations], index: int, writers: list[str]) -> None:
-        """Keep what the writers of a site read, which have yet to be fitted, or without any what is written."""
+        """Keep the inputs of a site's writers that have yet to be fitted. Without such writers, keep their output."""
         self._inputs = [self._run.offload.tensors() for _ in writers or [""]]
         for number, batch in enumerate(activations):
             with captured_inputs(self._layer, writers, stop=True) as inputs:
@@ -176,8 +177,9 @@ class SlicedTwin:
         Args:
             site: The site before the experts.
             sublayer: The experts.
-            whole: The block's weights with all neurons; names relative to the layer, out x in. Used up.
-            kept: Neurons that each expert keeps, and shared ones.
+            whole: The block's weights with all neurons, out x in; names relative to the layer. The dictionary is
+                emptied.
+            kept: Neurons that each expert keeps, and kept neurons of shared experts.
         """
         layer = self._layer
         self._runner.assign(layer, self._dense.as_modules(whole.items(), self._basis.width))
@@ -196,14 +198,14 @@ class SlicedTwin:
         return fitted
 
     def _fitted_writers(self, index: int) -> list[str]:
-        """The writers at a site of this block, or none if there are experts: those don't repair what is before them."""
+        """Return the writers at a site of this block; none for experts, which don't repair the error before them."""
         sublayers = self._sites[index]
         if any(name in self._block for s in sublayers for name in s.stacked):
             return []
         return [name for s in sublayers for name in s.writers if s.weight(name) in self._block]
 
     def _fit_writers(self, site: Site) -> None:
-        """Fit what writes to a site so that the sliced stream becomes the dense one, in the basis."""
+        """Fit the writers before a site so that the sliced stream becomes the dense stream in the basis."""
         before = (site.index - 1) % len(self._sites)
         sublayers, writers = self._sites[before], self._fitted_writers(before)
         layer = self._layer
@@ -248,14 +250,15 @@ class SlicedTwin:
     def _fit_neuron_readers(
         self, site: Site, before: int, sublayer: Sublayer, fitted: Tensor, inputs_outputs: InputsOutputsOf
     ) -> None:
-        """Let an MLP's readers reach what its writer, as it has been fitted, can't; what writers read is kept anew.
+        """Fit an MLP's readers to the error that its fitted writer leaves, and keep the new inputs of the writers.
 
         Args:
             site: The site behind the MLP.
             before: Number of the site before the MLP, in its block.
             sublayer: The MLP.
             fitted: Weights of all writers beside each other, and the bias.
-            inputs_outputs: Function that gives what writers read, and what was missing before they wrote, weighted.
+            inputs_outputs: Function that gives the writers' inputs, and the missing part of the stream before them,
+                weighted.
         """
         layer, writers = self._layer, self._fitted_writers(before)
 

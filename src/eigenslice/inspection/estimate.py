@@ -1,4 +1,4 @@
-"""What a run will take, told before it begins."""
+"""An estimate of a run's time and memory, before it begins."""
 
 import time
 from collections.abc import Callable
@@ -13,10 +13,12 @@ from eigenslice.data.extra_sequences import BEGINNINGS_SHARE
 from eigenslice.data.holdout import FIT_TOKENS, TRIAL_TOKENS
 from eigenslice.data.tokens import longest_sequence
 from eigenslice.fit.neuron_readers import CONJUGATE_GRADIENTS, curvature_stride
+from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.slicing import OWN_SHARE, RANDOM_SHARE
 from eigenslice.plan.candidates import DROPS
 from eigenslice.plan.forms import choose_form
+from eigenslice.plan.plan import Sizes
 from eigenslice.search.choose import CANDIDATES
 from eigenslice.search.parted import TOKENS as ALLOCATION_TOKENS
 from eigenslice.slicing.memory import WRITING, activation_bytes, room_for_model, whole_bytes
@@ -26,7 +28,7 @@ PROBE_TOKENS = 512
 """Tokens that a block is timed on."""
 TRIED_TOKENS = FIT_TOKENS + TRIAL_TOKENS
 PLANS = 4
-"""That are tried at least, beside those with fewer blocks: of three widths, and one with fewer heads."""
+"""Least number of plans that are tried, beside plans with fewer blocks: three widths, and one with fewer heads."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,13 @@ class Estimate:
     """Time and memory of slicing with so many calibration tokens on this machine.
 
     Attributes:
-        tokens: Calibration tokens.
-        seconds: With a global basis and no refit: one pass of the dense model, its covariances, and writing.
-        refitted_seconds: With text that the model writes, a plan tried and layers refitted (`--keep`).
-        bytes: Peak memory without refit: this process, a block being run while the next one is read, the embeddings
-            or the activations. On a GPU, part of it is the device's.
-        refitted_bytes: With refit: one Gram matrix in float64 and its factor, too; or the whole model, to write text.
+        tokens: Number of calibration tokens.
+        seconds: Time with a global basis and no refit: one pass of the dense model, its covariances, and writing.
+        refitted_seconds: Time with text that the model writes, a plan tried and layers refitted (`--keep`).
+        bytes: Peak memory without refit: this process, a block being run while the next one is read, the embeddings or
+            the activations. On a GPU, a part of it is the device's memory.
+        refitted_bytes: Peak memory with refit. It adds one Gram matrix in float64 and its factor, or the whole model,
+            which writes text.
     """
 
     tokens: int
@@ -56,17 +59,18 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         dense: The model.
         tokens: Calibration tokens.
         seqlen: Tokens per sequence; attention grows with it.
-        dtype: Of the forward pass.
+        dtype: The dtype of the forward pass.
     """
     longest = longest_sequence(dense.config) or seqlen
     length = min(seqlen, longest, PROBE_TOKENS)
     ids = torch.zeros(PROBE_TOKENS // length, length, dtype=torch.long)
     item = torch.empty((), dtype=dtype).element_size()
+    anatomy = dense.anatomy
     site = next(iter(Stream(dense, dtype).walk([Batch(ids)])))
-    sites, batch = len(dense.table.sites(dense.config)), site.activations[0]
-    rows = torch.randn(ids.numel(), dense.width, device=dense.device)
-    wide = torch.randn(ids.numel(), max(dense.width, dense.neuron_count), device=dense.device)
-    readers = torch.randn(dense.neuron_rows, dense.width, device=dense.device)
+    sites, batch = len(anatomy.sites), site.activations[0]
+    rows = torch.randn(ids.numel(), anatomy.width, device=dense.device)
+    wide = torch.randn(ids.numel(), max(anatomy.width, anatomy.neuron_count), device=dense.device)
+    readers = torch.randn(anatomy.neuron_rows, anatomy.width, device=dense.device)
 
     def run_block() -> None:
         for index in range(sites):
@@ -81,31 +85,31 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
         fold = _seconds(fold_block, dense.device)
         read = _seconds(lambda: rows @ readers.T, dense.device)
-    share = dense.block_count * tokens / ids.numel()
-    write = dense.block_count * fold * 3  # folded to be run; folded again to be sliced, and written
+    share = anatomy.block_count * tokens / ids.numel()
+    write = anatomy.block_count * fold * 3  # folded to be run; folded again to be sliced, and written
     measuring = share * (block + sites * narrow)
     # The model's own text; plans tried on some of the tokens, in two passes; and a pass of two streams with their
     # products and solutions
     whole = whole_bytes(dense, dtype)
-    writes = whole <= room_for_model(dense, tokens, dtype)
+    writes = whole <= room_for_model(anatomy, tokens, dtype)
     text = OWN_SHARE * (measuring + share * WRITING * block) if writes else 0.0
     more = (1 + (OWN_SHARE if writes else RANDOM_SHARE)) * (1 + BEGINNINGS_SHARE)
     twin = block + 2 * sites * narrow + 2 * broad
-    # What neurons read is fitted by products as large as that of their readers, three for each gradient; they run again
+    # Readers of neurons are fitted by products as large as their own, three for each gradient, and run again
     twin_with_readers = twin + (3 + CONJUGATE_GRADIENTS / curvature_stride(tokens) * 3 + 4) * read
-    fit = more * share * (block + twin_with_readers) + dense.block_count * 2 * broad
-    plans = PLANS + (len(DROPS) if dense.blocks_alike else 0)
-    tried = dense.block_count * min(more * tokens, TRIED_TOKENS) / ids.numel()
+    fit = more * share * (block + twin_with_readers) + anatomy.block_count * 2 * broad
+    plans = PLANS + (len(DROPS) if anatomy.blocks_alike else 0)
+    tried = anatomy.block_count * min(more * tokens, TRIED_TOKENS) / ids.numel()
     trial = tried * (2 * block + plans * twin)
-    trial += (_allocation(dense) + _depth(dense)) * dense.block_count * block / ids.numel()
-    weights = dense.block_parameters
+    trial += (_allocation(anatomy) + _depth(anatomy)) * anatomy.block_count * block / ids.numel()
+    weights = anatomy.block_parameters
     rss = psutil.Process().memory_info().rss
-    activations = activation_bytes(dense, tokens, dtype)
-    vocabulary = dense.shapes[dense.table.embeddings[0] + ".weight"]
-    running = 2 * weights * max(4, item) + 6 * dense.width**2 * 8
+    activations = activation_bytes(anatomy, tokens, dtype)
+    vocabulary = anatomy.shapes[anatomy.table.embeddings[0] + ".weight"]
+    running = 2 * weights * max(4, item) + 6 * anatomy.width**2 * 8
     plain = rss + activations // 2 + max(running, torch.Size(vocabulary).numel() * item)
-    gram = max(dense.width, dense.neuron_count) ** 2 * 8
-    more_activations = activation_bytes(dense, tokens, dtype, refitted=True) - activations
+    gram = max(anatomy.width, anatomy.neuron_count) ** 2 * 8
+    more_activations = activation_bytes(anatomy, tokens, dtype, refitted=True) - activations
     refitted = plain + activations // 2 + more_activations + weights * 8 + 5 * gram // 2
     if writes:
         refitted = max(refitted, rss + whole)
@@ -125,17 +129,17 @@ def _seconds(work: Callable[[], object], device: torch.device) -> float:
     return min(taken)
 
 
-def _allocation(dense: DenseModel) -> float:
+def _allocation(anatomy: Anatomy) -> float:
     """Tokens that pass all blocks so that each block gets neurons of its own, for results in the custom class."""
-    if not dense.neuron_count or dense.expert_count:
+    if not anatomy.neuron_count or anatomy.expert_count:
         return 0.0
-    if choose_form(dense, "global", dense.width, True, "auto", dense.neuron_count // 2).stock:
+    if choose_form(anatomy, Sizes(anatomy.width, anatomy.neuron_count // 2), tied=True).stock:
         return 0.0
-    return TRIED_TOKENS + ALLOCATION_TOKENS * dense.block_count / 2  # a stream more behind each block
+    return TRIED_TOKENS + ALLOCATION_TOKENS * anatomy.block_count / 2  # a stream more behind each block
 
 
-def _depth(dense: DenseModel) -> float:
-    """Tokens that pass all blocks so that it is known which ones are missed least."""
-    if not dense.blocks_alike:
+def _depth(anatomy: Anatomy) -> float:
+    """Return the number of tokens that pass all blocks to find the least missed blocks."""
+    if not anatomy.blocks_alike:
         return 0.0
     return TRIED_TOKENS + ALLOCATION_TOKENS * CANDIDATES / 2

@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what slicing it would store."""
+"""The content of a checkpoint and the size of its results."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from eigenslice.options.calibration import CalibrationOptions
 from eigenslice.plan.candidates import rounded
 from eigenslice.plan.forms import choose_form, stock_type_of
 from eigenslice.plan.layout import count, dense_roles, layout
-from eigenslice.plan.plan import BasisKind, widths
+from eigenslice.plan.plan import BasisKind, Sizes, widths
 from eigenslice.runtime.device import resolve_device
 
 SLICINGS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
@@ -20,13 +20,13 @@ SLICINGS = (0.0, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5)
 
 @dataclass(frozen=True)
 class SizeRow:
-    """What one slicing would store.
+    """The size of one result.
 
     Attributes:
         slicing: Share of the hidden width cut.
         width: Hidden width kept.
         basis: global or per-block.
-        tied: Whether embedding and head stay one matrix.
+        tied: True if embedding and head stay one matrix.
         saved_as: model_type of the result; eigenslice is the custom class.
         parameters: Stored parameters, tied weights once, shortcuts included.
         kept: parameters / the dense model's.
@@ -43,7 +43,7 @@ class SizeRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What `eigenslice inspect` shows."""
+    """The output of `eigenslice inspect`."""
 
     model: str
     model_type: str
@@ -81,25 +81,26 @@ def inspect_model(
     CalibrationOptions(samples=samples, seqlen=seqlen)  # refuses absurd numbers
     resolved = resolve_device(device)
     dense = DenseModel(open_source(name, trust_remote_code), resolved)
-    rows = []
+    anatomy, rows = dense.anatomy, []
     for basis in ("global", "per-block"):
         for slicing in SLICINGS:
-            width = rounded((1 - slicing) * dense.width)
-            plan = choose_form(dense, basis, width, dense.can_stay_tied and basis == "global", "auto")
-            stored = sum(count(layout(dense, plan)).values())
+            width = rounded((1 - slicing) * anatomy.width)
+            tied = anatomy.can_stay_tied and basis == "global"
+            plan = choose_form(anatomy, Sizes(width), basis=basis, tied=tied)
+            stored = sum(count(layout(anatomy, plan)).values())
             saved_as = stock_type_of(plan.stock)
-            kept = stored / dense.parameters
+            kept = stored / anatomy.parameters
             rows.append(SizeRow(slicing, width, basis, plan.tied, saved_as, stored, kept))
     return Inspection(
         model=name,
         model_type=dense.table.model_type,
-        width=dense.width,
-        blocks=dense.block_count,
-        sites=len(widths(dense, "global", dense.width)),
-        tied=dense.tied,
+        width=anatomy.width,
+        blocks=anatomy.block_count,
+        sites=len(widths(anatomy, "global", anatomy.width)),
+        tied=anatomy.tied,
         dtype=str(dense.dtype).removeprefix("torch."),
-        parameters=dense.parameters,
-        by_role=dense_roles(dense),
+        parameters=anatomy.parameters,
+        by_role=dense_roles(anatomy),
         sizes=rows,
         estimate=estimate(dense, samples * seqlen, seqlen, torch.float32 if resolved.type == "cpu" else dense.dtype),
     )

@@ -1,4 +1,4 @@
-"""One pass of the dense model over the calibration tokens: what bases, neurons and heads are chosen by."""
+"""One pass of the dense model over the calibration tokens: statistics for the choice of bases, neurons and heads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -24,8 +24,8 @@ from eigenslice.stream.walk import STREAMS, Activations, Site
 MEASURING_STAGE = "measuring"
 
 HEAD_WEIGHT = 5.0
-"""How much the site before the head counts in a global basis. What is cut there is cut from the logits; measured
-on SmolLM2-135M at 3/4 of the width, 5 lowers the perplexity by 4 % against 1 before refitting (10 is no better)."""
+"""Weight of the site before the head in a global basis, because a cut there is a cut of the logits. On SmolLM2-135M at
+3/4 of the width, before refitting, 5 lowers the perplexity by 4 % against 1; 10 is no better."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,10 @@ class Measurement:
     Attributes:
         spectrum: Principal components of the normalized stream, its second moment summed over sites.
         neuron_importance: For each block, the energy that each MLP neuron adds to the stream, as a share of the
-            stream's, summed over tokens, (neurons,), or (experts, neurons). Empty where neurons aren't to be cut.
-        head_order: For each block, its key/value heads, most missed first, (heads,). Empty where heads aren't to be
-            cut.
+            stream's energy. Summed over tokens, (neurons,), or (experts, neurons). Empty if neurons won't be cut.
+        head_order: For each block, its key/value heads, most missed first, (heads,). Empty if heads won't be cut.
         shared_importance: For each block, the same as `neuron_importance` for the neurons of shared experts,
-            (neurons,). Empty where there are none.
+            (neurons,). Empty without shared experts.
     """
 
     spectrum: Spectrum
@@ -71,23 +70,25 @@ class Measurement:
 def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measurement:
     """Run the dense model once over all calibration sequences.
 
-    A neuron's importance is sum over tokens of a_i^2 / mean(x^2), times |W_i|^2: the energy that it adds to the
-    stream x, which the next norm divides by the stream's. An expert's neuron has it from the tokens that the expert is
-    given, a_i times the router's weight; where there are none, it is |W_i|^2. Heads are eliminated one after the other,
-    each time the one that the others, their writer refitted, can best make up for.
+    A neuron's importance is the sum over tokens of a_i^2 / mean(x^2), times |W_i|^2. This is the energy that the neuron
+    adds to the stream x; the next norm divides it by the stream's energy. For a neuron of an expert, the sum is over
+    the expert's tokens, and a_i is multiplied by the router's weight. Without any token, the importance is |W_i|^2.
+
+    Heads are eliminated one after the other. Each time, the head goes that the other heads can best make up for, with
+    their writer refitted.
 
     Args:
         run: The run. The measurement is saved in its state, and goes on from there.
-        neurons: Whether neurons may be cut; their energies are measured then.
-        heads: Whether heads may be cut.
+        neurons: True if neurons may be cut; their energies are measured then.
+        heads: True if heads may be cut.
     """
-    dense, state, ranks = run.dense, run.state, run.ranks
+    dense, anatomy, state, ranks = run.dense, run.dense.anatomy, run.state, run.ranks
     finished = state.result(MEASURING_STAGE)
     if finished:
         saved = {name: tensor.to(dense.device) for name, tensor in finished[0].items()}
         lists = (list(saved[name]) for name in ("importance", "heads", "shared"))
         return Measurement(_spectrum(run, saved["moment"]), *lists)
-    sums = _Sums(run, dense.neuron_count if neurons else 0, dense.kv_head_count if heads else 0)
+    sums = _Sums(run, anatomy.neuron_count if neurons else 0, anatomy.kv_head_count if heads else 0)
     position = state.position(MEASURING_STAGE)
     if position:
         sums.restore(position.tensors)
@@ -101,7 +102,7 @@ def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measuremen
             sums.begin_block(site)
         sums.moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
     energies = ranks.sum(sums.energies)
-    if dense.expert_count:
+    if anatomy.expert_count:
         energies[energies.sum(-1) == 0] = 1.0
     importance = energies * sums.columns
     moment, order, shared = ranks.sum(sums.moment), sums.order, ranks.sum(sums.shared)
@@ -111,15 +112,15 @@ def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measuremen
 
 
 class _Sums:
-    """The sums over tokens that a measurement consists of.
+    """The sums over tokens of a measurement.
 
     Attributes:
         observed: The sublayers whose writers' inputs are summed.
         moment: Second moment of the normalized stream, (D, D).
-        energies: For each block, the energies of what neurons give, (neurons,) or (experts, neurons).
+        energies: For each block, the energies of the neurons' outputs, (neurons,) or (experts, neurons).
         columns: Squared norms of the MLP writers' columns, in the same shape.
-        shared: For each block, the energies of shared experts' neurons times those norms.
-        order: For each block, its key/value heads, those first that are missed most.
+        shared: For each block, the energies of shared experts' neurons times the squared norms of their columns.
+        order: For each block, its key/value heads, the most missed head first.
     """
 
     def __init__(self, run: Run, neurons: int, heads: int) -> None:
@@ -130,25 +131,25 @@ class _Sums:
             neurons: Number of neurons to measure in each block, or in each of its experts; 0 measures none.
             heads: Number of heads to rank in each block; 0 ranks none.
         """
-        dense = run.dense
+        dense, anatomy = run.dense, run.dense.anatomy
         self._dense, self._ranks, self._neurons, self._heads = dense, run.ranks, neurons, heads
         self._attention, self._mlp = dense.table.attention, dense.table.mlp
         self.observed = [s for s, count in ((self._attention, heads), (self._mlp, neurons)) if count]
         self._options: dict[str, Any] = {"dtype": torch.float64, "device": dense.device}
-        self.moment = torch.zeros(dense.width, dense.width, **self._options)
-        each = (dense.expert_count, neurons) if dense.expert_count else (neurons,)
-        self.energies = torch.zeros(dense.block_count if neurons else 0, *each, **self._options)
+        self.moment = torch.zeros(anatomy.width, anatomy.width, **self._options)
+        each = (anatomy.expert_count, neurons) if anatomy.expert_count else (neurons,)
+        self.energies = torch.zeros(anatomy.block_count if neurons else 0, *each, **self._options)
         self.columns = torch.ones_like(self.energies)
         self.shared = torch.zeros(
-            dense.block_count if neurons and dense.shared_neuron_count else 0,
-            dense.shared_neuron_count,
+            anatomy.block_count if neurons and anatomy.shared_neuron_count else 0,
+            anatomy.shared_neuron_count,
             **self._options,
         )
-        self.order = torch.zeros(dense.block_count if heads else 0, heads, dtype=torch.int64, device=dense.device)
+        self.order = torch.zeros(anatomy.block_count if heads else 0, heads, dtype=torch.int64, device=dense.device)
         # Of the block that the stream passes
         self._experts: Experts | None = None
         self._shared_columns = torch.zeros(0, **self._options)
-        self._gram = torch.zeros(0, 0, **self._options)  # of what the attention's writer reads
+        self._gram = torch.zeros(0, 0, **self._options)  # of the inputs of the attention's writer
         self._writer = torch.zeros(0, 0, **self._options)  # the attention writer's weight
 
     def tensors(self) -> dict[str, Tensor]:
@@ -175,9 +176,9 @@ class _Sums:
             self._gram = torch.zeros(self._writer.shape[1], self._writer.shape[1], **self._options)
 
     def observe(self, block: int, sublayer: Sublayer, batch: Activations, inputs: Mapping[str, Any]) -> None:
-        """Add what a sublayer's writers read; see `Observer`."""
+        """Add the inputs of a sublayer's writers; see `Observer`."""
         mlp = self._mlp
-        size = batch.rows(batch.hidden).square().mean(-1, keepdim=True) + self._dense.eps
+        size = batch.rows(batch.hidden).square().mean(-1, keepdim=True) + self._dense.anatomy.eps
 
         def energy(writer: str) -> Tensor:
             return (batch.rows(inputs[writer]).square() / size).sum(0).to(torch.float64)
@@ -200,12 +201,12 @@ class _Sums:
 
 def _spectrum(run: Run, moment: Tensor) -> Spectrum:
     """Return the principal components of a second moment, the same on all ranks."""
-    spectrum = principal_components(moment, run.dense.layer_norm)
+    spectrum = principal_components(moment, run.dense.anatomy.layer_norm)
     return replace(spectrum, vectors=run.ranks.decide(spectrum.vectors.contiguous()))
 
 
 def _experts_energies(experts: Experts, hidden: Tensor, routing: Routing, size: Tensor) -> Tensor:
-    """Sums over tokens of a_i^2 / size, (experts, neurons): a_i is what a neuron gives, times the router's weight."""
+    """Return sums over tokens of a_i^2 / size, (experts, neurons); a_i is an output times its routing weight."""
     sums = []
     for expert in range(len(experts.reader)):
         tokens, weights = routing.to(expert)

@@ -2,15 +2,16 @@
 
 import itertools
 import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eigenslice.arch import TABLES
 from eigenslice.errors import OptionsError
-from eigenslice.model.dense import DenseModel
+from eigenslice.model.anatomy import Anatomy
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.layout import stored_parameters
-from eigenslice.plan.plan import FEWEST_NEURONS, BasisKind, Plan
+from eigenslice.plan.plan import FEWEST_NEURONS, BasisKind, Plan, Sizes
 from eigenslice.plan.recipe import read_recipe, wrong_recipe
 
 ROUND = 8
@@ -23,7 +24,49 @@ DROPS = (1 / 6, 1 / 3)
 """How much of the cut blocks that are left out may bear."""
 
 
-def make_plans(dense: DenseModel, options: SliceOptions) -> list[list[Plan]]:
+@dataclass(frozen=True)
+class _Request:
+    """What the user asked for, of a model.
+
+    Attributes:
+        anatomy: The dense model.
+        options: The options of the command.
+        tied: Whether embedding and head are to stay one matrix.
+    """
+
+    anatomy: Anatomy
+    options: SliceOptions
+    tied: bool
+
+    @property
+    def budget(self) -> int:
+        """Largest number of parameters that a plan for --keep may store."""
+        assert self.options.keep is not None
+        return int(self.options.keep * self.anatomy.parameters)
+
+    def plan(self, sizes: Sizes) -> Plan:
+        """Return the plan with these sizes, in the form that was asked for.
+
+        Raises:
+            OptionsError: a stock result was asked for and none fits.
+        """
+        options = self.options
+        return choose_form(self.anatomy, sizes, basis=options.basis, tied=self.tied, choice=options.form)
+
+    def fits(self, plan: Plan) -> bool:
+        """Return whether a plan stores no more than the budget."""
+        return stored_parameters(self.anatomy, plan) <= self.budget
+
+    def step(self, kv_heads: int | None = None) -> int:
+        """Return the number that chosen widths are multiples of: with --portable, of the query heads' number, too."""
+        if not self.options.portable:
+            return self.options.multiple
+        queries = self.anatomy.config.num_attention_heads
+        kept = queries if kv_heads is None else queries // self.anatomy.kv_head_count * kv_heads
+        return math.lcm(self.options.multiple, kept)
+
+
+def make_plans(anatomy: Anatomy, options: SliceOptions) -> list[list[Plan]]:
     """The plans that are what the user asked for; with --keep several, to be tried.
 
     Returns:
@@ -33,48 +76,41 @@ def make_plans(dense: DenseModel, options: SliceOptions) -> list[list[Plan]]:
     Raises:
         OptionsError: a width that the model doesn't have, a size that no width reaches, or a recipe that isn't one.
     """
-    tied = dense.can_stay_tied and options.basis == "global" and not options.untie
-    families = _make_plans(dense, options, tied)
+    tied = anatomy.can_stay_tied and options.basis == "global" and not options.untie
+    families = _make_plans(_Request(anatomy, options, tied))
     for plan in itertools.chain(*families) if options.portable else ():
-        _check_portable(dense, plan)
+        _check_portable(anatomy, plan)
     return families
 
 
-def _step(dense: DenseModel, options: SliceOptions, heads: int | None = None) -> int:
-    """What chosen widths are multiples of: with portable, of the number of query heads, too."""
-    if not options.portable:
-        return options.multiple
-    queries = dense.config.num_attention_heads
-    return math.lcm(options.multiple, queries if heads is None else queries // dense.kv_head_count * heads)
-
-
-def _check_portable(dense: DenseModel, plan: Plan) -> None:
+def _check_portable(anatomy: Anatomy, plan: Plan) -> None:
     if plan.stock and plan.stock.portable:
         return
     saved = f"saved as {plan.stock.model_type}" if plan.stock else "saved in eigenslice's class"
     raise OptionsError(
-        f"--portable: at width {plan.site_widths[0]} this {dense.table.model_type} model would be {saved}",
+        f"--portable: at width {plan.site_widths[0]} this {anatomy.table.model_type} model would be {saved}",
         allowed="types that llama.cpp and vLLM are known to run at sliced widths, "
         + ", ".join(sorted(t.model_type for t in TABLES.values() if any(f.portable for f in t.stock))),
-        next_step=f"drop --portable, or choose a width that divides by the {dense.config.num_attention_heads} heads",
+        next_step=f"drop --portable, or choose a width that divides by the {anatomy.config.num_attention_heads} heads",
     )
 
 
-def _make_plans(dense: DenseModel, options: SliceOptions, tied: bool) -> list[list[Plan]]:
+def _make_plans(request: _Request) -> list[list[Plan]]:
+    anatomy, options = request.anatomy, request.options
     if options.keep is not None:
-        return _plans_for_size(dense, options, tied)
+        return _plans_for_size(request)
     if options.recipe is not None:
-        return [[_plan_of_recipe(dense, options, tied)]]
+        return [[_plan_of_recipe(request)]]
     if options.width is not None:
         width, given = options.width, f"--width {options.width}"
     else:
         assert options.slicing is not None  # SliceOptions checks that a size is given
-        width = rounded((1 - options.slicing) * dense.width, _step(dense, options))
+        width = rounded((1 - options.slicing) * anatomy.width, request.step())
         given = f"--slicing {options.slicing} leaves width {width}"
-    _check_width(dense, width, given)
-    neurons = dense.neuron_count if options.neurons is None else options.neurons
-    _check_neurons(dense, options.basis, neurons, f"--neurons {neurons}")
-    return [[choose_form(dense, options.basis, width, tied, options.form, neurons)]]
+    _check_width(anatomy, width, given)
+    neurons = anatomy.neuron_count if options.neurons is None else options.neurons
+    _check_neurons(anatomy, options.basis, neurons, f"--neurons {neurons}")
+    return [[request.plan(Sizes(width, neurons))]]
 
 
 def rounded(width: float, step: int = ROUND) -> int:
@@ -83,128 +119,137 @@ def rounded(width: float, step: int = ROUND) -> int:
     return whole if whole < step == ROUND else whole // step * step
 
 
-def _least_width(dense: DenseModel) -> int:
-    return 2 if dense.layer_norm else 1
+def _least_width(anatomy: Anatomy) -> int:
+    return 2 if anatomy.layer_norm else 1
 
 
-def _check_width(dense: DenseModel, width: int, given: str) -> None:
-    least = _least_width(dense)
-    if not least <= width <= dense.width:
+def _check_width(anatomy: Anatomy, width: int, given: str) -> None:
+    least = _least_width(anatomy)
+    if not least <= width <= anatomy.width:
         raise OptionsError(
-            f"{given}; the model's hidden width is {dense.width}",
-            allowed=f"a width from {least} to {dense.width}",
-            next_step=f"for example --width {rounded(0.75 * dense.width)}",
+            f"{given}; the model's hidden width is {anatomy.width}",
+            allowed=f"a width from {least} to {anatomy.width}",
+            next_step=f"for example --width {rounded(0.75 * anatomy.width)}",
         )
 
 
-def _check_neurons(dense: DenseModel, basis: BasisKind, neurons: int, given: str) -> None:
-    if neurons != dense.neuron_count and basis == "per-block":
+def _check_neurons(anatomy: Anatomy, basis: BasisKind, neurons: int, given: str) -> None:
+    if neurons != anatomy.neuron_count and basis == "per-block":
         raise OptionsError(
             f"{given} with --basis per-block",
             allowed="all neurons: per-block is the paper's algorithm, which cuts the hidden width only",
             next_step="drop one of them",
         )
-    if neurons != dense.neuron_count and not 1 <= neurons <= dense.neuron_count:
+    if neurons != anatomy.neuron_count and not 1 <= neurons <= anatomy.neuron_count:
         raise OptionsError(
-            f"{given}; the model has {dense.neuron_count} MLP neurons in each "
-            + ("expert" if dense.expert_count else "block"),
-            allowed=f"1 to {dense.neuron_count}" if dense.neuron_count else "none: this architecture's can't be cut",
+            f"{given}; the model has {anatomy.neuron_count} MLP neurons in each "
+            + ("expert" if anatomy.expert_count else "block"),
+            allowed=f"1 to {anatomy.neuron_count}"
+            if anatomy.neuron_count
+            else "none: this architecture's can't be cut",
             next_step="leave it out to keep all of them",
         )
 
 
-def _check_heads(dense: DenseModel, basis: BasisKind, heads: int) -> None:
-    if heads != dense.kv_head_count and not (basis == "global" and 1 <= heads <= dense.kv_head_count):
+def _check_heads(anatomy: Anatomy, basis: BasisKind, heads: int) -> None:
+    if heads != anatomy.kv_head_count and not (basis == "global" and 1 <= heads <= anatomy.kv_head_count):
         raise OptionsError(
-            f"the recipe keeps {heads} key/value heads in each block; the model has {dense.kv_head_count} that can be "
-            "cut",
-            allowed=f"1 to {dense.kv_head_count}" if dense.kv_head_count and basis == "global" else "all of them",
+            f"the recipe keeps {heads} key/value heads in each block; the model has {anatomy.kv_head_count} "
+            "that can be cut",
+            allowed=f"1 to {anatomy.kv_head_count}" if anatomy.kv_head_count and basis == "global" else "all of them",
             next_step="leave key_value_heads out to keep all of them",
         )
 
 
-def _check_dropped(dense: DenseModel, basis: BasisKind, dropped: list[Any]) -> None:
-    numbers = all(type(block) is int and 0 < block < dense.block_count for block in dropped)
-    if dropped and not (numbers and len({*dropped}) == len(dropped) and basis == "global" and dense.blocks_alike):
-        can = basis == "global" and dense.blocks_alike
+def _check_dropped(anatomy: Anatomy, basis: BasisKind, dropped: list[Any]) -> None:
+    numbers = all(type(block) is int and 0 < block < anatomy.block_count for block in dropped)
+    if dropped and not (numbers and len({*dropped}) == len(dropped) and basis == "global" and anatomy.blocks_alike):
+        can = basis == "global" and anatomy.blocks_alike
         raise OptionsError(
-            f"the recipe leaves out the blocks {dropped}; the model has {dense.block_count}",
-            allowed=f"numbers from 1 to {dense.block_count - 1}, each once"
+            f"the recipe leaves out the blocks {dropped}; the model has {anatomy.block_count}",
+            allowed=f"numbers from 1 to {anatomy.block_count - 1}, each once"
             if can
             else "none: blocks are left out with --basis global, of models whose blocks are all alike",
             next_step="correct dropped_blocks" if can else "leave dropped_blocks out",
         )
 
 
-def _plan_of_recipe(dense: DenseModel, options: SliceOptions, tied: bool) -> Plan:
+def _plan_of_recipe(request: _Request) -> Plan:
     """A plan from a file: an eigenslice.json, or YAML with the same fields as its `plan`, which may untie."""
+    anatomy, options = request.anatomy, request.options
     assert options.recipe is not None
     recipe = read_recipe(options.recipe)
     dropped = recipe.get("dropped_blocks", [])
-    _check_dropped(dense, options.basis, dropped)
-    blocks = dense.block_count - len(dropped)
-    counts = recipe.get("neurons", dense.neuron_count)
+    _check_dropped(anatomy, options.basis, dropped)
+    blocks = anatomy.block_count - len(dropped)
+    counts = recipe.get("neurons", anatomy.neuron_count)
     counts = tuple(counts) if isinstance(counts, list) else (counts,) * blocks
     basis = recipe.get("basis", options.basis)
     wrong = [f"neurons (the result has {blocks} blocks)"] if len(counts) != blocks else []
     wrong += [f"basis {basis} (the run has --basis {options.basis})"] if basis != options.basis else []
     if wrong:
         raise wrong_recipe(options.recipe, wrong)
-    _check_width(dense, recipe["width"], f"the recipe's width is {recipe['width']}")
+    _check_width(anatomy, recipe["width"], f"the recipe's width is {recipe['width']}")
     for count in counts:
-        _check_neurons(dense, options.basis, count, f"the recipe keeps {count} neurons")
-    if recipe.get("tied") and not tied:
+        _check_neurons(anatomy, options.basis, count, f"the recipe keeps {count} neurons")
+    if recipe.get("tied") and not request.tied:
         raise OptionsError(
             "the recipe keeps embedding and head tied",
             allowed="tied: false here: the model's are not, or can't stay so with --basis per-block or --untie",
             next_step="leave tied out of the recipe",
         )
-    heads = recipe.get("key_value_heads", dense.kv_head_count)
-    _check_heads(dense, options.basis, heads)
-    tied = tied and recipe.get("tied", True)
-    return choose_form(dense, basis, recipe["width"], tied, options.form, counts, heads, tuple(sorted(dropped)))
+    heads = recipe.get("key_value_heads", anatomy.kv_head_count)
+    _check_heads(anatomy, options.basis, heads)
+    request = replace(request, tied=request.tied and recipe.get("tied", True))
+    return request.plan(Sizes(recipe["width"], counts, heads, tuple(sorted(dropped))))
 
 
-def _plans_for_size(dense: DenseModel, options: SliceOptions, tied: bool) -> list[list[Plan]]:
+def _plans_for_size(request: _Request) -> list[list[Plan]]:
     """Plans that store at most `keep` of the dense model's parameters."""
-    assert options.keep is not None
-    budget = int(options.keep * dense.parameters)
+    anatomy, options = request.anatomy, request.options
     more = options.mlp and options.fits and options.basis == "global"
-    cuts_heads, drops = more and options.heads and dense.kv_head_count, more and options.depth and dense.blocks_alike
-    numbers = [math.ceil(share * dense.kv_head_count) for share in HEADS] if cuts_heads else [None]
-    kinds = [(heads, 0) for heads in numbers]
-    if drops:
-        cut = (dense.parameters - budget) / dense.block_parameters
+    cuts_heads = more and options.heads and anatomy.kv_head_count
+    numbers = [math.ceil(share * anatomy.kv_head_count) for share in HEADS] if cuts_heads else [None]
+    kinds = [(kv_heads, 0) for kv_heads in numbers]
+    if more and options.depth and anatomy.blocks_alike:
+        cut = (anatomy.parameters - request.budget) / anatomy.block_parameters
         kinds += [(numbers[0], round(share * cut)) for share in DROPS]
-    families = [_family(dense, options, tied, budget, *kind) for kind in dict.fromkeys(kinds)]
+    blocks = anatomy.block_count
+    families = [
+        _family(request, Sizes(anatomy.width, None, kv_heads, tuple(range(blocks - drop, blocks))))
+        for kv_heads, drop in dict.fromkeys(kinds)
+    ]
     families = [family for family in families if family]
     if not families:
-        smallest = stored_parameters(dense, choose_form(dense, options.basis, 1, tied, options.form))
+        smallest = stored_parameters(anatomy, request.plan(Sizes(1)))
         raise OptionsError(
-            f"--keep {options.keep} is {budget} parameters; the narrowest model tried stores {smallest}",
+            f"--keep {options.keep} is {request.budget} parameters; the narrowest model tried stores {smallest}",
             allowed="a size that some width reaches",
-            next_step="raise --keep" + ("" if tied or not dense.tied else " or drop --untie"),
+            next_step="raise --keep" + ("" if request.tied or not anatomy.tied else " or drop --untie"),
         )
-    full = next((plan for family in families for plan in family if not plan.cuts(dense)), None)
+    full = next((plan for family in families for plan in family if not plan.cuts(anatomy)), None)
     return [[full]] if full else families
 
 
-def _family(
-    dense: DenseModel, options: SliceOptions, tied: bool, budget: int, heads: int | None, drop: int
-) -> list[Plan]:
-    """Plans with so many key/value heads and so many blocks less: first those that cut no width, last no neurons."""
-    dropped = tuple(range(dense.block_count - drop, dense.block_count))
-    narrow = _widest(dense, options, tied, budget, heads, dropped)
+def _family(request: _Request, whole: Sizes) -> list[Plan]:
+    """Plans with the same heads and blocks: first those that cut no width, last those that cut no neurons.
+
+    Args:
+        request: What the user asked for.
+        whole: The sizes with the dense model's width and all neurons.
+    """
+    anatomy, options = request.anatomy, request.options
+    narrow = _widest(request, whole)
     plans: list[Plan] = []
-    if options.mlp and options.basis == "global" and dense.neuron_count:
-        step = _step(dense, options, heads)
+    if options.mlp and options.basis == "global" and anatomy.neuron_count:
+        step = request.step(whole.kv_heads)
         least = narrow.site_widths[0] if narrow else step
         for share in SHARES:
-            width = dense.width - share * (dense.width - least)
-            width = dense.width if share == 0 else min(dense.width, rounded(width + step / 2, step))
-            if width < _least_width(dense):
+            width = anatomy.width - share * (anatomy.width - least)
+            width = anatomy.width if share == 0 else min(anatomy.width, rounded(width + step / 2, step))
+            if width < _least_width(anatomy):
                 continue  # --multiple is wider than the model
-            plan = _most_neurons(dense, options, tied, budget, width, heads, dropped)
+            plan = _most_neurons(request, replace(whole, width=width))
             if plan is not None and plan not in plans:
                 plans.append(plan)
     if narrow and narrow not in plans:
@@ -212,46 +257,36 @@ def _family(
     return plans
 
 
-def _widest(
-    dense: DenseModel, options: SliceOptions, tied: bool, budget: int, heads: int | None, dropped: tuple[int, ...]
-) -> Plan | None:
-    """The widest plan with all neurons that stores at most `budget` parameters."""
-    step = _step(dense, options, heads)
-    if step == ROUND and dense.width < 2 * ROUND:
+def _widest(request: _Request, whole: Sizes) -> Plan | None:
+    """The widest plan with all neurons that fits the budget; its heads and blocks are those of `whole`."""
+    width, step = request.anatomy.width, request.step(whole.kv_heads)
+    if step == ROUND and width < 2 * ROUND:
         step = 1
-    candidates = [dense.width, *range((dense.width - 1) // step * step, 0, -step)]
+    candidates = [width, *range((width - 1) // step * step, 0, -step)]
     low, high = 0, len(candidates) - 1
     best = None
     while low <= high:  # stored parameters grow with the width, so that halving finds the widest that fits
         middle = (low + high) // 2
-        plan = choose_form(dense, options.basis, candidates[middle], tied, options.form, heads=heads, dropped=dropped)
-        if stored_parameters(dense, plan) <= budget:
+        plan = request.plan(replace(whole, width=candidates[middle]))
+        if request.fits(plan):
             best, high = plan, middle - 1
         else:
             low = middle + 1
     return best
 
 
-def _most_neurons(
-    dense: DenseModel,
-    options: SliceOptions,
-    tied: bool,
-    budget: int,
-    width: int,
-    heads: int | None,
-    dropped: tuple[int, ...],
-) -> Plan | None:
-    """The plan of a width with the most neurons, in multiples, that stores at most `budget` parameters."""
+def _most_neurons(request: _Request, sizes: Sizes) -> Plan | None:
+    """The plan with the most neurons, in multiples, that fits the budget; its other sizes are those of `sizes`."""
+    every, step = request.anatomy.neuron_count, request.options.multiple
 
     def plan(count: int) -> Plan:
-        return choose_form(dense, options.basis, width, tied, options.form, count, heads, dropped)
+        return request.plan(replace(sizes, neurons=count))
 
-    step = options.multiple
-    sizes = [stored_parameters(dense, plan(count)) for count in (dense.neuron_count, step)]
-    if sizes[0] <= budget:
-        return plan(dense.neuron_count)
-    each = (sizes[0] - sizes[1]) / (dense.neuron_count - step) if dense.neuron_count > step else 0
-    count = rounded((budget - sizes[1]) / each + step, step) if each else 0
-    if count < max(step, FEWEST_NEURONS * dense.neuron_count):
+    most, least = (stored_parameters(request.anatomy, plan(count)) for count in (every, step))
+    if most <= request.budget:
+        return plan(every)
+    each = (most - least) / (every - step) if every > step else 0
+    count = rounded((request.budget - least) / each + step, step) if each else 0
+    if count < max(step, FEWEST_NEURONS * every):
         return None
     return plan(count)

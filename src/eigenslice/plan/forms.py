@@ -11,10 +11,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from eigenslice.arch import StockForm
 from eigenslice.checkpoint.empty import empty_model
 from eigenslice.errors import OptionsError, first_line
-from eigenslice.model.dense import DenseModel
+from eigenslice.model.anatomy import Anatomy
 from eigenslice.modeling import AUTO_MAP, SlicedConfig
 from eigenslice.plan.layout import layout
-from eigenslice.plan.plan import BasisKind, Plan, full_plan, widths
+from eigenslice.plan.plan import BasisKind, Plan, Sizes, full_plan, widths
 
 FormChoice = Literal["auto", "stock", "custom"]
 
@@ -32,9 +32,9 @@ OWN_FIELDS = frozenset(
 """Fields of a config that are about its own folder."""
 
 
-def architecture(dense: DenseModel) -> dict[str, Any]:
+def architecture(anatomy: Anatomy) -> dict[str, Any]:
     """What the custom class has to know of a table."""
-    table = dense.table
+    table = anatomy.table
     sublayer = {
         name: {
             "norm": s.norm,
@@ -56,7 +56,7 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
         "layers": table.layers,
         "final_norm": table.final_norm,
         "head": table.lm_head,
-        "parallel": table.is_parallel(dense.config),
+        "parallel": table.is_parallel(anatomy.config),
         "dropout": table.dropout,
         "sinusoids": table.sinusoids,
         "embedding_norm": table.embedding_norm,
@@ -65,7 +65,7 @@ def architecture(dense: DenseModel) -> dict[str, Any]:
     }
 
 
-def _dense_config(dense: DenseModel, blocks: int) -> dict[str, Any]:
+def _dense_config(anatomy: Anatomy, blocks: int) -> dict[str, Any]:
     """The dense config with so many blocks.
 
     What belongs to its folder and its old weights is left out, and what every config has anyway.
@@ -73,41 +73,41 @@ def _dense_config(dense: DenseModel, blocks: int) -> dict[str, Any]:
     common = PreTrainedConfig().to_dict()
     values = {
         key: value
-        for key, value in dense.config.to_dict().items()
+        for key, value in anatomy.config.to_dict().items()
         if key not in OWN_FIELDS and (key not in common or common[key] != value)
     }
-    if blocks == dense.block_count:
+    if blocks == anatomy.block_count:
         return values
     for key, value in values.items():
-        if isinstance(value, list) and len(value) == dense.block_count:  # an entry for each block, all alike
+        if isinstance(value, list) and len(value) == anatomy.block_count:  # an entry for each block, all alike
             values[key] = value[:blocks]
     name = "num_hidden_layers"
-    return values | {type(dense.config).attribute_map.get(name, name): blocks}
+    return values | {type(anatomy.config).attribute_map.get(name, name): blocks}
 
 
-def custom_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
+def custom_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
     """Config of the custom class."""
     values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
     return SlicedConfig(
-        text_config=_dense_config(dense, len(plan.neurons_per_block)) | {"tie_word_embeddings": plan.tied},
-        architecture=architecture(dense),
+        text_config=_dense_config(anatomy, len(plan.neurons_per_block)) | {"tie_word_embeddings": plan.tied},
+        architecture=architecture(anatomy),
         site_widths=list(plan.site_widths),
-        neurons=list(plan.neurons_per_block) if set(plan.neurons_per_block) != {dense.neuron_count} else None,
+        neurons=list(plan.neurons_per_block) if set(plan.neurons_per_block) != {anatomy.neuron_count} else None,
         key_value_heads=plan.kv_heads,
         shortcuts=plan.shortcuts,
-        norm_eps=dense.eps,
-        reader_bias=dense.reader_bias,
-        head_bias=dense.keeps_bias(dense.table.lm_head + ".bias", stock=False),
-        centered_embedding=plan.tied and dense.layer_norm,
+        norm_eps=anatomy.eps,
+        reader_bias=anatomy.reader_bias,
+        head_bias=anatomy.keeps_bias(anatomy.table.lm_head + ".bias", stock=False),
+        centered_embedding=plan.tied and anatomy.layer_norm,
         tie_word_embeddings=plan.tied,
         dtype=dtype,
         **values,
     )
 
 
-def canonical_config(dense: DenseModel) -> SlicedConfig:
+def canonical_config(anatomy: Anatomy) -> SlicedConfig:
     """Config under which the custom class is the dense model in canonical form."""
-    return custom_config(dense, full_plan(dense, tied=False), torch.float32)
+    return custom_config(anatomy, full_plan(anatomy, tied=False), torch.float32)
 
 
 def _head_dim(config: Any) -> int:
@@ -127,7 +127,7 @@ def _legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
     return legacy
 
 
-def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
+def stock_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a stock result.
 
     Raises:
@@ -135,11 +135,11 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
     """
     form = plan.stock
     assert form is not None
-    values = _dense_config(dense, len(plan.neurons_per_block)) | {"head_dim": _head_dim(dense.config)}
+    values = _dense_config(anatomy, len(plan.neurons_per_block)) | {"head_dim": _head_dim(anatomy.config)}
     if plan.kv_heads is not None:  # and as many query heads for each as before
-        queries = dense.config.num_attention_heads // dense.kv_head_count * plan.kv_heads
+        queries = anatomy.config.num_attention_heads // anatomy.kv_head_count * plan.kv_heads
         values |= {"num_attention_heads": queries, "num_key_value_heads": plan.kv_heads}
-    if form.model_type != dense.table.model_type:
+    if form.model_type != anatomy.table.model_type:
         fields = AutoConfig.for_model(form.model_type).to_dict()
         values = {key: value for key, value in values.items() if key in fields}
     values |= {
@@ -148,8 +148,8 @@ def stock_config(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> dict[str,
         "hidden_size": plan.site_widths[0],
         "tie_word_embeddings": plan.tied,
     }
-    if dense.table.mlp.can_cut_neurons:
-        values[dense.table.neurons_field] = plan.neurons_per_block[0]
+    if anatomy.table.mlp.can_cut_neurons:
+        values[anatomy.table.neurons_field] = plan.neurons_per_block[0]
     checked_config(values)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[form.model_type]
     name = str(dtype).removeprefix("torch.")
@@ -166,27 +166,27 @@ def checked_config(values: dict[str, Any]) -> Any:
     return config
 
 
-def misfit(dense: DenseModel, plan: Plan) -> str | None:
+def misfit(anatomy: Anatomy, plan: Plan) -> str | None:
     """Why a stock form can't hold a plan; None if it can.
 
     The config class validates the width; then transformers builds the model on the meta device, and its
     parameters must be exactly those that will be written.
     """
     assert plan.stock is not None
-    if not plan.stock.applies(dense.config):
+    if not plan.stock.applies(anatomy.config):
         return "the type can't express this variant of the architecture"
-    if plan.tied and dense.layer_norm:
+    if plan.tied and anatomy.layer_norm:
         return "tied embeddings behind LayerNorms need the custom class (--untie gives the stock form)"
     if len(set(plan.neurons_per_block)) > 1:
         return "stock configs have one number of MLP neurons for all blocks"
     try:
-        values = stock_config(dense, plan, torch.float32)
+        values = stock_config(anatomy, plan, torch.float32)
     except ValueError as error:
         return first_line(error).partition(": ")[2] or first_line(error)
     state = {name: tuple(p.shape) for name, p in empty_model(checked_config(values)).state_dict().items()}
     if plan.tied:
-        state.pop(dense.table.lm_head + ".weight", None)
-    ours = {name: shape for name, (_, shape) in layout(dense, plan).items()}
+        state.pop(anatomy.table.lm_head + ".weight", None)
+    ours = {name: shape for name, (_, shape) in layout(anatomy, plan).items()}
     different = sorted(name for name in state.keys() | ours.keys() if state.get(name) != ours.get(name))
     if different:
         return (
@@ -197,65 +197,62 @@ def misfit(dense: DenseModel, plan: Plan) -> str | None:
 
 
 def choose_form(
-    dense: DenseModel,
-    basis: BasisKind,
-    width: int,
-    tied: bool,
-    choice: FormChoice,
-    neurons: int | tuple[int, ...] | None = None,
-    heads: int | None = None,
-    dropped: tuple[int, ...] = (),
+    anatomy: Anatomy, sizes: Sizes, *, basis: BasisKind = "global", tied: bool, choice: FormChoice = "auto"
 ) -> Plan:
     """Complete a plan: the first stock form that fits, else the custom class.
 
     Args:
-        dense: The model.
+        anatomy: The dense model.
+        sizes: Sizes of the result.
         basis: Global or per-block.
-        width: Hidden width.
         tied: Whether embedding and head are to stay one matrix.
-        choice: What the user asked for.
-        neurons: MLP neurons, one number or one for each block that is kept; None keeps all.
-        heads: Key/value heads of every block; None keeps all.
-        dropped: Numbers of the blocks that are left out; all must be alike then.
+        choice: The form that the user asked for.
 
     Raises:
         OptionsError: a stock result was asked for and none fits.
     """
-    blocks = dense.block_count - len(dropped)
-    site_widths = widths(dense, basis, width, blocks)
-    counts = neurons if isinstance(neurons, tuple) else (neurons or dense.neuron_count,) * blocks
-    custom = Plan(basis, site_widths, tied, None, counts, None if heads == dense.kv_head_count else heads, dropped)
+    blocks = anatomy.block_count - len(sizes.dropped_blocks)
+    neurons = anatomy.neuron_count if sizes.neurons is None else sizes.neurons
+    custom = Plan(
+        basis,
+        widths(anatomy, basis, sizes.width, blocks),
+        tied,
+        stock=None,
+        neurons_per_block=neurons if isinstance(neurons, tuple) else (neurons,) * blocks,
+        kv_heads=None if sizes.kv_heads == anatomy.kv_head_count else sizes.kv_heads,
+        dropped_blocks=sizes.dropped_blocks,
+    )
     if choice == "custom":
         return custom
     reasons: list[str] = []
     if basis == "per-block":
         reasons.append("no stock config has the shortcuts of a per-block basis")
-    elif not dense.table.stock:
+    elif not anatomy.table.stock:
         reasons.append(
-            f"{dense.table.model_type!r} ties the attention's width to the hidden width, or norms its output"
+            f"{anatomy.table.model_type!r} ties the attention's width to the hidden width, or norms its output"
         )
     else:
-        for form in dense.table.stock:
+        for form in anatomy.table.stock:
             plan = replace(custom, stock=form)
-            why = misfit(dense, plan)
+            why = misfit(anatomy, plan)
             if why is None:
                 return plan
             reasons.append(f"{form.model_type}: {why}")
     if choice == "stock":
         raise OptionsError(
-            f"no stock config can hold width {width}: " + "; ".join(reasons),
+            f"no stock config can hold width {sizes.width}: " + "; ".join(reasons),
             allowed="--form auto or --form custom, or another width",
-            next_step=_how_to_save(dense, basis, width),
+            next_step=_how_to_save(anatomy, basis, sizes.width),
         )
     return custom
 
 
-def _how_to_save(dense: DenseModel, basis: BasisKind, width: int) -> str:
-    if not dense.table.stock:
+def _how_to_save(anatomy: Anatomy, basis: BasisKind, width: int) -> str:
+    if not anatomy.table.stock:
         return "drop --form stock: the result will load by eigenslice's class"
     if basis == "per-block":
         return "drop --form stock, or pass --basis global"
-    heads = dense.config.num_attention_heads
+    heads = anatomy.config.num_attention_heads
     return f"drop --form stock, or choose a width that divides by the {heads} heads such as {width // heads * heads}"
 
 

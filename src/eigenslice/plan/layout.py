@@ -3,89 +3,90 @@
 import math
 from typing import Literal
 
-from eigenslice.model.dense import DenseModel
+from eigenslice.model.anatomy import Anatomy, Shape
 from eigenslice.model.folding import is_inside
 from eigenslice.plan.plan import Plan, full_plan
 
 Role = Literal["embedding", "attention", "mlp", "norm", "head", "shortcut"]
-Shape = tuple[int, ...]
 
 
-def layout(dense: DenseModel, plan: Plan) -> dict[str, tuple[Role, Shape]]:
+def layout(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     """Role and shape of every stored parameter, by transformers' name of the dense model's.
 
     Shortcuts, the norms that a stock config insists on and biases that hold a folded shift are included.
     """
-    table, stock = dense.table, plan.stock
+    table, stock = anatomy.table, plan.stock
     result: dict[str, tuple[Role, Shape]] = {}
     for module in table.embeddings:
         name = module + ".weight"
-        result[name] = ("embedding", (dense.shapes[name][0], plan.site_widths[0]))
-    for name, rows in dense.sinusoids.items():
-        result[name] = ("embedding", (rows.shape[0], plan.site_widths[0]))
-    if plan.tied and dense.layer_norm:
+        result[name] = ("embedding", (anatomy.shapes[name][0], plan.site_widths[0]))
+    for name, rows in anatomy.fixed_positions.items():
+        result[name] = ("embedding", (rows, plan.site_widths[0]))
+    if plan.tied and anatomy.layer_norm:
         result[table.embeddings[0] + ".center"] = ("embedding", (plan.site_widths[0],))
-    sites = len(table.sites(dense.config))
+    sites = len(anatomy.sites)
     for index in range(len(plan.neurons_per_block)):  # blocks are left out only where all are alike
         ends = plan.site_widths[index * sites : (index + 1) * sites + 1]
-        result |= _block_layout(dense, plan, f"{table.layers}.{index}.", ends, plan.neurons_per_block[index])
+        result |= _block_layout(anatomy, plan, f"{table.layers}.{index}.", ends, plan.neurons_per_block[index])
     final = plan.site_widths[-1]
     for kind in ("weight", "bias"):
         name = f"{table.final_norm}.{kind}"
-        if (stock and name in dense.shapes) or (plan.tied and kind == "weight"):
+        if (stock and name in anatomy.shapes) or (plan.tied and kind == "weight"):
             result[name] = ("norm", (final,))
-    vocabulary = dense.shapes[table.embeddings[0] + ".weight"][0]
+    vocabulary = anatomy.shapes[table.embeddings[0] + ".weight"][0]
     if not plan.tied:
         result[table.lm_head + ".weight"] = ("head", (vocabulary, final))
-    if dense.keeps_bias(table.lm_head + ".bias", stock is not None):
+    if anatomy.keeps_bias(table.lm_head + ".bias", stock=stock is not None):
         result[table.lm_head + ".bias"] = ("head", (vocabulary,))
     return result
 
 
 def _block_layout(
-    dense: DenseModel, plan: Plan, prefix: str, ends: tuple[int, ...], neurons: int
+    anatomy: Anatomy, plan: Plan, prefix: str, ends: tuple[int, ...], neurons: int
 ) -> dict[str, tuple[Role, Shape]]:
     """As `layout`, for one decoder layer; ends: the widths at its sites and at the next layer's first one."""
     result: dict[str, tuple[Role, Shape]] = {}
     stock = plan.stock is not None
-    for site, sublayers in enumerate(dense.table.sites(dense.config)):
+    for site, sublayers in enumerate(anatomy.sites):
         width, following = ends[site : site + 2]
         for sublayer in sublayers:
-            role: Role = "attention" if sublayer is dense.table.attention else "mlp"
+            role: Role = "attention" if sublayer is anatomy.table.attention else "mlp"
             for name in sublayer.ends:
                 weight, bias = prefix + sublayer.weight(name), prefix + sublayer.bias(name)
                 if sublayer.post_norm and name in sublayer.writers:
-                    *experts, outputs, inputs = dense.width, dense.width
-                elif weight in dense.shapes:
-                    *experts, outputs, inputs = sublayer.transpose_shape(name, dense.shapes[weight])
+                    *experts, outputs, inputs = anatomy.width, anatomy.width
+                elif weight in anatomy.shapes:
+                    *experts, outputs, inputs = sublayer.transpose_shape(name, anatomy.shapes[weight])
                 else:
                     continue  # this layer is of another kind
                 heads = plan.kv_heads if sublayer.can_cut_heads else None
                 if name in sublayer.readers:
                     inputs = width
                     if heads is not None:
-                        outputs = outputs // dense.kv_head_count * heads
+                        outputs = outputs // anatomy.kv_head_count * heads
                     if sublayer.has_neurons(name):
-                        outputs = outputs // dense.neuron_count * neurons  # gate and up in one, or shared: a multiple
-                    biased = dense.keeps_bias(bias, stock or (dense.carries_shifts and bool(sublayer.stacked)))
+                        outputs = outputs // anatomy.neuron_count * neurons  # gate and up in one, or shared: a multiple
+                    biased = anatomy.keeps_bias(
+                        bias, stock=stock or (anatomy.carries_shifts and bool(sublayer.stacked))
+                    )
                 else:
                     outputs = following
                     if sublayer.has_neurons(name):
-                        inputs = inputs // dense.neuron_count * neurons
+                        inputs = inputs // anatomy.neuron_count * neurons
                     if heads is not None:
-                        inputs = inputs // dense.kv_head_count * heads
+                        inputs = inputs // anatomy.kv_head_count * heads
                     zero = plan.stock is not None and name in plan.stock.zero_biases
-                    biased = zero or bias in dense.shapes
+                    biased = zero or bias in anatomy.shapes
                 result[weight] = (role, sublayer.transpose_shape(name, (*experts, outputs, inputs)))
                 if biased:
                     result[bias] = (role, (*experts, outputs))
             result |= {
                 name: (role, shape)
-                for name, shape in dense.shapes.items()
+                for name, shape in anatomy.shapes.items()
                 if name.startswith(prefix) and is_inside(name.removeprefix(prefix), sublayer.inner)
             }
             for kind in ("weight", "bias"):
-                if stock and f"{prefix}{sublayer.norm}.{kind}" in dense.shapes:
+                if stock and f"{prefix}{sublayer.norm}.{kind}" in anatomy.shapes:
                     result[f"{prefix}{sublayer.norm}.{kind}"] = ("norm", (width,))
         if plan.shortcuts:
             result[f"{prefix}shortcuts.{site}.weight"] = ("shortcut", (following, width))
@@ -100,16 +101,16 @@ def count(shapes: dict[str, tuple[Role, Shape]]) -> dict[Role, int]:
     return totals
 
 
-def stored_parameters(dense: DenseModel, plan: Plan) -> int:
+def stored_parameters(anatomy: Anatomy, plan: Plan) -> int:
     """Stored parameters of a sliced model: the honest size."""
-    return sum(count(layout(dense, plan)).values())
+    return sum(count(layout(anatomy, plan)).values())
 
 
-def dense_roles(dense: DenseModel) -> dict[str, int]:
+def dense_roles(anatomy: Anatomy) -> dict[str, int]:
     """Parameters of the dense model by role; norms, which slicing folds away, have their own."""
-    names = {name: role for name, (role, _) in layout(dense, full_plan(dense, dense.can_stay_tied)).items()}
+    names = {name: role for name, (role, _) in layout(anatomy, full_plan(anatomy, tied=anatomy.can_stay_tied)).items()}
     totals: dict[str, int] = {}
-    for name, shape in dense.shapes.items():
+    for name, shape in anatomy.shapes.items():
         role = names.get(name, "norm")
         totals[role] = totals.get(role, 0) + math.prod(shape)
     return totals

@@ -4,11 +4,28 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eigenslice.arch import StockForm
-from eigenslice.model.dense import DenseModel
+from eigenslice.model.anatomy import Anatomy
 
 BasisKind = Literal["global", "per-block"]
 FEWEST_NEURONS = 0.25
 """Share of its MLP neurons that every block keeps; plans for a size that need fewer cut the width instead."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes that a plan is made from.
+
+    Attributes:
+        width: Hidden width.
+        neurons: Number of MLP neurons in every block, or a number for each kept block; None keeps all.
+        kv_heads: Number of key/value heads in every block; None keeps all.
+        dropped_blocks: Numbers of the dense model's blocks that are left out; all blocks must be alike then.
+    """
+
+    width: int
+    neurons: int | tuple[int, ...] | None = None
+    kv_heads: int | None = None
+    dropped_blocks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,11 +63,11 @@ class Plan:
         """Whether the skip connections carry matrices."""
         return self.basis == "per-block"
 
-    def cuts(self, dense: DenseModel) -> bool:
+    def cuts(self, anatomy: Anatomy) -> bool:
         """Whether anything is smaller than in the dense model."""
-        fewer = self.kv_heads is not None and self.kv_heads < dense.kv_head_count
+        fewer = self.kv_heads is not None and self.kv_heads < anatomy.kv_head_count
         fewer = fewer or bool(self.dropped_blocks)
-        return fewer or min(self.site_widths) < dense.width or min(self.neurons_per_block) < dense.neuron_count
+        return fewer or min(self.site_widths) < anatomy.width or min(self.neurons_per_block) < anatomy.neuron_count
 
     def describe(self) -> dict[str, Any]:
         """The plan in numbers, as the manifest and recipe files hold it."""
@@ -65,19 +82,19 @@ class Plan:
         return numbers | ({"dropped_blocks": list(self.dropped_blocks)} if self.dropped_blocks else {})
 
 
-def widths(dense: DenseModel, basis: BasisKind, width: int, blocks: int | None = None) -> tuple[int, ...]:
+def widths(anatomy: Anatomy, basis: BasisKind, width: int, blocks: int | None = None) -> tuple[int, ...]:
     """Width at each site. Per-block, as in the paper, the last block's output keeps the dense width, if it can.
 
     Args:
-        dense: The model.
+        anatomy: The dense model.
         basis: Global or per-block.
         width: That is kept.
         blocks: How many are kept; None is all.
     """
-    sites = (dense.block_count if blocks is None else blocks) * len(dense.table.sites(dense.config))
-    return (width,) * sites + (width if basis == "global" or dense.table.one_width else dense.width,)
+    sites = (anatomy.block_count if blocks is None else blocks) * len(anatomy.sites)
+    return (width,) * sites + (width if basis == "global" or anatomy.table.one_width else anatomy.width,)
 
 
-def full_plan(dense: DenseModel, tied: bool) -> Plan:
+def full_plan(anatomy: Anatomy, *, tied: bool) -> Plan:
     """The plan that cuts nothing, in the custom class."""
-    return Plan("global", widths(dense, "global", dense.width), tied, None, (dense.neuron_count,) * dense.block_count)
+    return Plan("global", widths(anatomy, "global", anatomy.width), tied, None, anatomy.neurons_per_block)

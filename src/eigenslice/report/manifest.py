@@ -12,6 +12,7 @@ from eigenslice._version import __version__
 from eigenslice.algebra.basis import Spectrum
 from eigenslice.data import Tokens
 from eigenslice.errors import CheckpointError, OptionsError, first_line
+from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.forms import stock_type_of
@@ -24,16 +25,16 @@ from eigenslice.runtime.work_folder import differences
 NAME = "eigenslice.json"
 SAMPLED_VALUES = 48
 ROW_BYTES = 16
-"""torch's grouped_mm refuses matrices whose rows don't begin at multiples of this."""
+"""Alignment in bytes of a matrix's rows that torch's grouped_mm requires."""
 
 
 def site_summary(name: str, spectrum: Spectrum, width: int) -> dict[str, Any]:
     """A site's spectrum in short: the share of energy kept, and eigenvalues at some ranks.
 
     Args:
-        name: Which site.
-        spectrum: Its principal components.
-        width: How many of them are kept.
+        name: Name of the site.
+        spectrum: Principal components of the site.
+        width: Number of components that are kept.
     """
     dense = len(spectrum.values)
     steps = [round(math.exp(i / (SAMPLED_VALUES - 1) * math.log(dense))) for i in range(SAMPLED_VALUES)]
@@ -73,10 +74,10 @@ def resumable(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def finished_manifest(output: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """The manifest of a result that is complete.
+    """Return the manifest of a complete result.
 
     Raises:
-        CheckpointError: it isn't what eigenslice writes.
+        CheckpointError: it isn't a manifest of eigenslice.
         OptionsError: it was made from something else.
     """
     content = _read(output / NAME)
@@ -97,8 +98,9 @@ def manifest(
     tokens: Tokens,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """The manifest's content, but what the passes add; every value is JSON."""
-    roles = count(layout(dense, plan))
+    """Return the manifest's content, without the entries of the passes; every value is JSON."""
+    anatomy = dense.anatomy
+    roles = count(layout(anatomy, plan))
     stored = sum(roles.values())
     return {
         "eigenslice": __version__,
@@ -106,27 +108,27 @@ def manifest(
         "model_type": stock_type_of(plan.stock),
         "form": "stock" if plan.stock else "custom",
         "portable": plan.stock is not None and plan.stock.portable,
-        "warning": _warning(dense, plan, dtype),
+        "warning": _warning(anatomy, plan, dtype),
         "basis": plan.basis,
         "plan": plan.describe(),
-        "dense_width": dense.width,
-        "dense_neurons": dense.neuron_count,
-        "dense_heads": dense.kv_head_count,
-        "dense_blocks": dense.block_count,
+        "dense_width": anatomy.width,
+        "dense_neurons": anatomy.neuron_count,
+        "dense_heads": anatomy.kv_head_count,
+        "dense_blocks": anatomy.block_count,
         "site_widths": list(plan.site_widths),
         "tied": plan.tied,
         "dtype": str(dtype).removeprefix("torch."),
         "parameters": {
-            "dense": dense.parameters,
+            "dense": anatomy.parameters,
             "stored": stored,
-            "kept": stored / dense.parameters,
+            "kept": stored / anatomy.parameters,
             "by_role": roles,
-            "dense_by_role": dense_roles(dense),
+            "dense_by_role": dense_roles(anatomy),
         },
         "source": {
             "name": options.model,
             "revision": dense.source.revision,
-            "model_type": dense.table.model_type,
+            "model_type": anatomy.table.model_type,
             "sha256": dense.source.hashes,
         },
         "calibration": tokens.description,
@@ -138,7 +140,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder, None if there is none.
 
     Raises:
-        CheckpointError: it isn't what eigenslice writes.
+        CheckpointError: it isn't a manifest of eigenslice.
     """
     path = folder / NAME
     try:
@@ -165,12 +167,12 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def _warning(dense: DenseModel, plan: Plan, dtype: torch.dtype) -> str:
-    """What is known to go wrong with a result elsewhere; empty where nothing is."""
+def _warning(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> str:
+    """Return a warning of known faults of other runtimes with a result; empty for none."""
     texts = [plan.stock.warning] if plan.stock and plan.stock.warning else []
     numbers = ROW_BYTES // dtype.itemsize
     sizes = (*plan.site_widths, *plan.neurons_per_block)
-    if dense.table.mlp.stacked and any(size % numbers for size in sizes):
+    if anatomy.table.mlp.stacked and any(size % numbers for size in sizes):
         texts.append(
             "grouped_mm, transformers' default for most types' experts, refuses widths and numbers of neurons in "
             f"{str(dtype).removeprefix('torch.')} that aren't multiples of {numbers}: load the result with "

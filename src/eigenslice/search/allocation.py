@@ -1,8 +1,8 @@
 """Different numbers of MLP neurons in different blocks, for results in the custom class.
 
-Stock configs have one number for all. But blocks aren't alike: where half of one block's neurons are hardly missed, a
-tenth of another's may be. How much is measured, block by block: neurons are cut and the writer is refitted on some
-sequences, and the loss of the whole model is measured on others.
+Stock configs have one number for all blocks. But blocks aren't alike: one block may hardly miss half of its neurons,
+and another block may miss a tenth. The loss is measured block by block. Neurons are cut and the writer is refitted on
+some sequences. The loss of the whole model is measured on other sequences.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,9 +34,9 @@ class BlockLosses:
 
     Attributes:
         kl: For each block, KL(dense || dense with only this block cut), in nats per token, (blocks,), float64.
-        measured: Neurons that the block keeps there.
-        error: For each block, the error that is left in what the MLP writes when only so many of the most important
-            neurons are kept, from none to all, (blocks, neurons + 1), float64.
+        measured: Number of neurons that the block keeps for `kl`.
+        error: For each block, the error of the MLP's output that is left with the k most important neurons, for k from
+            none to all, (blocks, neurons + 1), float64.
     """
 
     kl: Tensor
@@ -46,8 +46,8 @@ class BlockLosses:
     def allocate(self, mean: int, step: int, kept: Sequence[int] | None = None) -> tuple[int, ...]:
         """Choose the number of neurons of each block so that the blocks together lose least.
 
-        A block's loss is taken to be proportional to the error in what its MLP writes, and the blocks' losses to add
-        up. For a price per neuron, each block then chooses for itself; the price is what the budget asks for.
+        Two assumptions: a block's loss is proportional to the error of its MLP's output, and the blocks' losses add up.
+        For a price per neuron, each block then chooses by itself. The budget decides the price.
 
         Args:
             mean: Average number of neurons that a block may keep.
@@ -97,10 +97,10 @@ def block_losses(run: Run, measurement: Measurement, neurons: int, batches: list
     if finished:
         tensors, _ = finished
         return BlockLosses(tensors["kl"].to(dense.device), neurons, tensors["error"].to(dense.device))
-    mlp, sites = dense.table.mlp, dense.table.sites(dense.config)
+    mlp, sites = dense.table.mlp, dense.anatomy.sites
     errors: list[Tensor] = []
     streams: list[OffloadedTensors] = []
-    report = run.report(ALLOCATION_STAGE, TOKENS * dense.block_count // 2)
+    report = run.report(ALLOCATION_STAGE, TOKENS * dense.anatomy.block_count // 2)
     for site in run.walk(held_out_first(batches)):
         report(site.block)
         if site.layer is None:
@@ -125,17 +125,19 @@ def block_losses(run: Run, measurement: Measurement, neurons: int, batches: list
 
 
 def _cut(run: Run, site: Site, importance: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
-    """Cut a block's neurons and refit its MLP's writer, by ridge regression on the tokens that aren't held out.
+    """Cut a block's neurons and refit its MLP's writer, by ridge regression on tokens that aren't held out.
 
-    In the order of importance, with G + r I = L L^T (G the Gram matrix of what the writer W reads), the squared error
-    that is left with k neurons is the sum of |(W L)_j|^2 over j >= k: one factorization gives it for all k.
+    Let G be the Gram matrix of the writer's inputs, in the order of importance, and G + r I = L L^T. With k neurons,
+    the squared error of the writer W is the sum of |(W L)_j|^2 over j >= k. So one factorization gives the error for
+    all k.
 
     Returns:
-        The errors with 0 to all neurons, (neurons + 1,), and the writer's weight for as many as are asked for,
-        (D, neurons), zero where they are cut; both float64.
+        The errors with 0 to all neurons, (neurons + 1,), and the writer's weight for the requested number of neurons,
+        (D, neurons), zero for cut neurons; both float64.
     """
     dense, ranks, mlp = run.dense, run.ranks, run.dense.table.mlp
-    gram = torch.zeros(dense.neuron_count, dense.neuron_count, dtype=torch.float64, device=dense.device)
+    count = dense.anatomy.neuron_count
+    gram = torch.zeros(count, count, dtype=torch.float64, device=dense.device)
     for batch in site.activations:
         if batch.group != HELD_OUT_GROUP:
             hidden = batch.hidden

@@ -1,4 +1,4 @@
-"""The plan that loses least: how neurons are shared out, which blocks are left out, and what trials say."""
+"""The search for the plan that loses least: neurons of each block, blocks to leave out, and trials."""
 
 from dataclasses import replace
 from typing import Any
@@ -24,17 +24,17 @@ CANDIDATES = 4
 def choose_plan(
     run: Run, families: list[list[Plan]], measurement: Measurement, options: SliceOptions
 ) -> tuple[Plan, list[dict[str, Any]]]:
-    """Find the plan that loses least on held-out tokens, and what was lost with each one that was tried.
+    """Find the plan that loses least on held-out tokens, and the loss of each plan that was tried.
 
-    The numbers of heads and of blocks are chosen by each family's first plan; then that one's others are tried, for as
-    long as that pays.
+    The first plan of each family is tried, and the best family is taken. This decides the numbers of heads and blocks.
+    Then the other plans of this family are tried, for as long as they gain.
 
     Args:
         run: The run.
         families: The plans that may be tried, see `make_plans`.
         measurement: Statistics of the dense model.
-        options: Whether layers will be fitted, and whether plans are for a size, so that numbers of neurons may differ
-            from block to block where the class allows it, and it is open which blocks are left out.
+        options: The options of the command. They decide whether layers will be fitted. In plans for a size, blocks may
+            differ in their neurons, if the class allows it, and the blocks to leave out are open.
     """
     batches = trial_batches(run.tokens.batches)
     if options.keep is not None:
@@ -58,13 +58,13 @@ def choose_plan(
     for start in range(0, len(others), WIDTHS):
         last = attempt(others[start : start + WIDTHS])
         if min(loss for _, loss in trials) < last:
-            break  # those that cut more of the width lose more
+            break  # plans that cut more of the width lose more
     chosen, _ = min(trials, key=lambda trial: trial[1])
     return chosen, [plan.describe() | {"kl": loss} for plan, loss in trials]
 
 
 def _leave_out(run: Run, families: list[list[Plan]], batches: list[Batch]) -> list[list[Plan]]:
-    """The plans without those blocks that are missed least, as many as each one leaves out."""
+    """Return the plans, each without the least missed blocks, as many as it leaves out."""
     most = max(len(plan.dropped_blocks) for family in families for plan in family)
     if not most:
         return families
@@ -78,14 +78,15 @@ def _leave_out(run: Run, families: list[list[Plan]], batches: list[Batch]) -> li
 def _allocate(
     run: Run, families: list[list[Plan]], measurement: Measurement, batches: list[Batch], step: int
 ) -> list[list[Plan]]:
-    """The plans, those in the custom class with the numbers of neurons by which the blocks lose least together.
+    """Return the plans. In the custom class, each block gets its own number of neurons, so that all blocks together
+    lose least.
 
-    The first of each family is there with equal numbers, too. Experts have the same number in all blocks.
+    The first plan of each family is there with equal numbers, too. Experts have the same number in all blocks.
     """
-    dense = run.dense
+    anatomy = run.dense.anatomy
 
     def uneven(plan: Plan) -> bool:
-        return plan.stock is None and plan.neurons_per_block[0] < dense.neuron_count and not dense.expert_count
+        return plan.stock is None and plan.neurons_per_block[0] < anatomy.neuron_count and not anatomy.expert_count
 
     fewer = [plan.neurons_per_block[0] for family in families for plan in family if uneven(plan)]
     if not fewer:

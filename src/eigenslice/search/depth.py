@@ -1,9 +1,9 @@
-"""Which blocks a model can best do without.
+"""A search for the blocks that a model misses least.
 
-Leaving out a block is the coarsest cut, but stock configs can hold it, and the writer before the block makes up for
-much of it when it is refitted to the stream behind the block. What is left is measured: the loss of the whole model
-when one block alone is gone, refitted on some sequences and measured on others. (ShortGPT, arXiv 2403.03853, looks at
-how much a block changes the stream, and refits nothing.)
+Leaving out a block is the coarsest cut, but stock configs can hold it. The writer before the block makes up for much of
+it, when it is refitted to the stream behind the block. The remaining loss of the whole model is measured for each block
+alone, refitted on some sequences and measured on other sequences. ShortGPT (arXiv 2403.03853) takes the change of the
+stream by a block instead, and refits nothing.
 """
 
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ class _Gap:
 
     Attributes:
         block: Number of the block.
-        inputs: For each batch, what the writer before the block reads, (B, T, n); empty if it can't be refitted.
+        inputs: For each batch, the inputs of the writer before the block, (B, T, n); empty if it can't be refitted.
         skipped: For each batch, the stream before the block, (B, T, D).
     """
 
@@ -42,11 +42,11 @@ class _Gap:
 
 
 def missed_least(run: Run, count: int, batches: list[Batch]) -> dict[int, float]:
-    """Find the blocks that are missed least, and KL(dense || dense without that block) of each, in nats per token.
+    """Find the least missed blocks, and KL(dense || dense without the block) of each, in nats per token.
 
-    One pass: behind each block one more stream parts from the dense one, without what the block would have added. To
-    keep it short, only `count` of them run on to the head: those that are nearest to the dense stream where they part
-    from it. The first block is never left out.
+    All streams run in one pass. Behind each block one more stream parts from the dense stream, without the block's
+    output. To keep the pass short, only `count` streams run on to the head: the nearest ones to the dense stream where
+    they part. The first block is never left out.
 
     Args:
         run: The run. The blocks of its model are alike. An interrupted measurement begins again.
@@ -60,7 +60,7 @@ def missed_least(run: Run, count: int, batches: list[Batch]) -> dict[int, float]
     finished = run.state.result(DEPTH_STAGE)
     if finished:
         return {int(block): loss for block, loss in finished[1]["kl"]}
-    last = dense.table.sites(dense.config)[-1]
+    last = dense.anatomy.sites[-1]
     observed = [sublayer for sublayer in last if len(sublayer.writers) == 1 and not sublayer.stacked]
     gap: _Gap | None = None
     read: dict[int, list[Tensor]] = {}  # by the last site's writers, for each batch
@@ -106,21 +106,21 @@ def _bridge(run: Run, gap: _Gap, site: Site) -> tuple[float, OffloadedTensors]:
         site: The first site behind the block.
 
     Returns:
-        The distance of the held-out streams from the dense ones behind the block, as a share of the latter's energy;
+        The distance of the held-out streams from the dense streams behind the block, as a share of the dense energy;
         and the held-out streams.
     """
-    dense, ranks, streams = run.dense, run.ranks, run.offload.tensors()
+    dense, width, ranks, streams = run.dense, run.dense.anatomy.width, run.ranks, run.offload.tensors()
     change = None
     if len(gap.inputs):
         inputs = gap.inputs[0].shape[-1]
-        sums = NormalEquations.zeros(inputs, dense.width, dense.device)
+        sums = NormalEquations.zeros(inputs, width, dense.device)
         for number, batch in enumerate(site.activations):
             if batch.group != HELD_OUT_GROUP:
                 hidden = batch.hidden
                 weight = inverse_size(batch.rows(hidden), site.eps)
                 sums.add(batch.rows(gap.inputs[number]) * weight, batch.rows(hidden - gap.skipped[number]) * weight)
         sums.add_up(ranks.sum)
-        base = torch.zeros(dense.width, inputs, dtype=torch.float64, device=dense.device)
+        base = torch.zeros(width, inputs, dtype=torch.float64, device=dense.device)
         change = ranks.decide(sums.solve(base, DEFAULT_RIDGE))
     far = torch.zeros(2, dtype=torch.float64, device=dense.device)
     for number, batch in enumerate(site.activations):
@@ -130,6 +130,6 @@ def _bridge(run: Run, gap: _Gap, site: Site) -> tuple[float, OffloadedTensors]:
                 without = without + gap.inputs[number] @ change.T.to(without.dtype)
             streams.append(without)
             wrong, size = (batch.rows(x).square().sum(-1) for x in (hidden - without, hidden))
-            far += torch.stack([(wrong / (size + dense.width * site.eps)).sum().double(), far.new_tensor(len(size))])
+            far += torch.stack([(wrong / (size + width * site.eps)).sum().double(), far.new_tensor(len(size))])
     wrong, tokens = ranks.decide(ranks.sum(far)).tolist()
     return wrong / tokens, streams

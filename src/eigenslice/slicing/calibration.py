@@ -127,7 +127,7 @@ def _has_room(tokens: Tokens, dense: DenseModel, share: float | None, dtype: tor
     needed, free = whole_bytes(dense, dtype), free_bytes(dense.device)
     size = f"as a whole, the model takes {needed / 1e9:.1f} GB"
     if share is None:
-        room = min(room_for_model(dense, tokens.count, dtype), FREE_SHARE * free)
+        room = min(room_for_model(dense.anatomy, tokens.count, dtype), FREE_SHARE * free)
         if needed > room:
             warnings.warn(
                 f"no text of the model's own to calibrate on: {size}, more than slicing it. "

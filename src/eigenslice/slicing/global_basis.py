@@ -73,23 +73,23 @@ def slice_globally(files: ResultFiles, measurement: Measurement, *, fits: bool) 
     else:
         _cut_blocks(files, cut)
     files.write(slice_head(dense, plan, basis.site, tied_gain, files.dtype, reading))
-    run.progress(SLICING_STAGE, dense.block_count, dense.block_count)
+    run.progress(SLICING_STAGE, dense.anatomy.block_count, dense.anatomy.block_count)
     return entries
 
 
 def _write_block(files: ResultFiles, index: int, tensors: NamedTensors) -> None:
     """Write a sliced block under its number in the result."""
     dense, plan = files.run.dense, files.plan
-    files.write(block_names(dense, index, stock_block(dense, plan, index, tensors), plan.site_widths[0]))
+    files.write(block_names(dense, index, stock_block(dense.anatomy, plan, index, tensors), plan.site_widths[0]))
 
 
 def _cut_blocks(files: ResultFiles, cut: GlobalCut) -> None:
     """Rotate and slice all blocks as they are."""
     run, dense = files.run, files.run.dense
-    sites = dense.table.sites(dense.config)
+    sites = dense.anatomy.sites
     bases = [cut.basis.site] * (len(sites) + 1)
     for index, block in enumerate(cut.plan.kept_blocks):
-        run.progress(SLICING_STAGE, block, dense.block_count)
+        run.progress(SLICING_STAGE, block, dense.anatomy.block_count)
         _write_block(files, index, slice_block(sites, dense.block(block), bases, shortcuts=False, kept=cut.kept[index]))
         trim_memory()
 

@@ -20,7 +20,7 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
         Entries of the manifest.
     """
     run, plan, dense = files.run, files.plan, files.run.dense
-    sites = dense.table.sites(dense.config)
+    anatomy, sites = dense.anatomy, dense.anatomy.sites
     summaries: list[dict[str, Any]] = []
     bases: list[SiteBasis] = []
     position = files.position()
@@ -39,11 +39,11 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
             run.state.save(SLICING_STAGE, site.block, {STREAMS: site.streams}, tensors, content)
         number = site.block * len(sites) + site.index
         width = plan.site_widths[number]
-        if site.layer is None and width == dense.width:
-            basis = identity_basis(dense.width, dense.device)
+        if site.layer is None and width == anatomy.width:
+            basis = identity_basis(anatomy.width, dense.device)
         else:
-            spectrum = principal_components(run.ranks.sum(site.moment(normalized=False)), dense.layer_norm)
-            basis = SiteBasis(run.ranks.decide(site_basis(dense, spectrum, width).matrix.contiguous()))
+            spectrum = principal_components(run.ranks.sum(site.moment(normalized=False)), anatomy.layer_norm)
+            basis = SiteBasis(run.ranks.decide(site_basis(anatomy, spectrum, width).matrix.contiguous()))
             site.project(basis.matrix)
             summaries.append(site_summary(f"block {site.block} site {site.index}", spectrum, width))
         if number == 0:
@@ -55,5 +55,5 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
             bases = []
         bases.append(basis)
     files.write(slice_head(dense, plan, bases[-1], None, files.dtype))
-    run.progress(SLICING_STAGE, dense.block_count, dense.block_count)
+    run.progress(SLICING_STAGE, anatomy.block_count, anatomy.block_count)
     return {"spectra": summaries}

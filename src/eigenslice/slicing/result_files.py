@@ -34,8 +34,8 @@ class ResultFiles:
 
     @classmethod
     def begin(cls, run: Run, plan: Plan, folder: Path, dtype: torch.dtype, shard_gib: float) -> "ResultFiles":
-        """Begin to write files of at most `shard_gib` GiB into a folder, or go on with those that are there."""
-        stored_form = StoredForm(run.dense, plan)
+        """Begin to write files of at most `shard_gib` GiB into a folder, or go on with existing files."""
+        stored_form = StoredForm(run.dense.anatomy, plan)
         writer = ShardWriter(folder, stored_form.shapes, dtype, int(shard_gib * GIB), stored_form.in_float32)
         run.ranks.on_first(writer.begin)
         return cls(run, plan, writer, stored_form)

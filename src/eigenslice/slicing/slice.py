@@ -14,6 +14,7 @@ from eigenslice.checkpoint.source import Source, open_source
 from eigenslice.checkpoint.writer import check_space, write_json
 from eigenslice.data import Tokens, calibration_tokens
 from eigenslice.measure.importance import Measurement, measure
+from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.modeling import MODELING_FILE
 from eigenslice.options.slicing import SliceOptions
@@ -53,8 +54,8 @@ class SliceResult:
 def slice_model(options: SliceOptions, progress: Progress = no_progress) -> SliceResult:
     """Slice a checkpoint into a new folder.
 
-    Under torchrun, all processes call this; they share the sequences, and the first one writes. If blocks are
-    large, this process from then on gives large tensors back to the system when they are freed (`unmap_freed_tensors`).
+    Under torchrun, all processes call this; they share the sequences, and the first one writes. If blocks are large,
+    freed large tensors go back to the system in this process from now on (`unmap_freed_tensors`).
 
     Args:
         options: The options of the command.
@@ -62,7 +63,7 @@ def slice_model(options: SliceOptions, progress: Progress = no_progress) -> Slic
 
     Raises:
         EigensliceError: bad input or options; nothing has been written then.
-        IncompleteError: the disk is full, or the like; what is done is kept.
+        IncompleteError: the disk is full, or the like; finished work is kept.
     """
     device = resolve_device(options.device)
     with join_ranks(device) as ranks:
@@ -123,9 +124,9 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     source = open_source(options.model, options.trust_remote_code)
     refuse_overlap(options.output, [source.path])
     dense = DenseModel(source, device)
-    if dense.block_parameters * torch.float32.itemsize > LARGE_BLOCK:
+    if dense.anatomy.block_parameters * torch.float32.itemsize > LARGE_BLOCK:
         unmap_freed_tensors()
-    families = make_plans(dense, options)
+    families = make_plans(dense.anatomy, options)
     wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work
     given = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
     wait_for_hashes()
@@ -154,7 +155,7 @@ def _stage(source: Source, folder: Path) -> dict[str, Any]:
 def _run(job: _Job) -> SliceResult:
     """Run the passes in the work folder."""
     options, dense, ranks = job.options, job.dense, job.ranks
-    needed = max(stored_parameters(dense, plan) for plan in job.plans) * job.dtype.itemsize
+    needed = max(stored_parameters(dense.anatomy, plan) for plan in job.plans) * job.dtype.itemsize
     ranks.on_first(lambda: check_space(options.output, needed))
     with work_folder(options.output, resumable(job.identity), job.names, options.resume, ranks) as work:
         ranks.on_first(lambda: _copy(job.companions, work.companions))
@@ -162,7 +163,7 @@ def _run(job: _Job) -> SliceResult:
         measurement = _measure(run, job.plans) if options.basis == "global" else None
         plan, trials = choose_plan(run, job.families, measurement, options) if measurement else (job.plans[0], [])
         files = ResultFiles.begin(run, plan, work.result, job.dtype, options.shard_gib)
-        fits = options.fits and plan.cuts(dense)
+        fits = options.fits and plan.cuts(dense.anatomy)
         bases = slice_globally(files, measurement, fits=fits) if measurement else slice_per_block(files)
         entries = bases | {"refitted": fits, "trials": trials}
         content = ranks.on_first(lambda: _complete(job, work, files, entries))
@@ -174,7 +175,7 @@ def _begin(job: _Job, work: WorkFolder) -> Run:
     options, dense, ranks = job.options, job.dense, job.ranks
     state = RunState(work.state, ranks)
     tokens = add_sequences(job.given, dense, options, job.compute, state, ranks, job.progress)
-    needed = activation_bytes(dense, tokens.count, job.compute, refitted=options.fits) // ranks.size
+    needed = activation_bytes(dense.anatomy, tokens.count, job.compute, refitted=options.fits) // ranks.size
     place = choose_place(options.offload, needed, dense.device)
     offload = Offload(place, dense.device, work.offload / str(ranks.rank))
     return Run(dense, tokens, job.compute, offload, ranks, state, job.progress)
@@ -183,7 +184,7 @@ def _begin(job: _Job, work: WorkFolder) -> Run:
 def _complete(job: _Job, work: WorkFolder, files: ResultFiles, entries: dict[str, Any]) -> dict[str, Any]:
     """Write all files of the result but its weights, and return its manifest."""
     options, dense, plan, hashes = job.options, job.dense, files.plan, files.writer.finish()
-    _write_config(dense, plan, job.dtype, work.result)
+    _write_config(dense.anatomy, plan, job.dtype, work.result)
     if plan.stock is None:
         write_modeling_file(work.result)
     _copy(work.companions, work.result)
@@ -206,15 +207,15 @@ def _compute_dtype(options: SliceOptions, dense: DenseModel) -> torch.dtype:
     return torch.float32 if dense.device.type == "cpu" else dense.dtype
 
 
-def _write_config(dense: DenseModel, plan: Plan, dtype: torch.dtype, folder: Path) -> None:
+def _write_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype, folder: Path) -> None:
     if plan.stock:
-        write_json(folder / "config.json", stock_config(dense, plan, dtype))
+        write_json(folder / "config.json", stock_config(anatomy, plan, dtype))
     else:
-        config = json.loads(custom_config(dense, plan, dtype).to_json_string(use_diff=False))
+        config = json.loads(custom_config(anatomy, plan, dtype).to_json_string(use_diff=False))
         write_json(folder / "config.json", config)
 
 
 def _measure(run: Run, plans: list[Plan]) -> Measurement:
-    """Measure what these plans need to know of the dense model."""
-    neurons = any(plan.neurons_per_block != run.dense.neurons_per_block for plan in plans)
+    """Measure the statistics of the dense model that these plans need."""
+    neurons = any(plan.neurons_per_block != run.dense.anatomy.neurons_per_block for plan in plans)
     return measure(run, neurons=neurons, heads=any(plan.kv_heads is not None for plan in plans))

@@ -53,10 +53,10 @@ class Run:
 
         Args:
             batches: The sequences of all ranks. This rank runs its share.
-            observe: As in `Stream.walk`.
-            observed: As in `Stream.walk`.
-            position: As in `Stream.walk`.
-            hold: As in `Stream.walk`.
+            observe: Function that sees writers' inputs, see `Stream.walk`.
+            observed: Sublayers that it sees.
+            position: The position to go on from; None is the beginning.
+            hold: True to keep a block's weights in memory while the stream passes it.
         """
         self.offload.reset()
         stream = Stream(self.dense, self.dtype, self.offload)
@@ -70,4 +70,4 @@ class Run:
             tokens: Tokens that pass all blocks; None is all calibration tokens.
         """
         count = self.tokens.count if tokens is None else tokens
-        return lambda block: self.progress(stage, block, self.dense.block_count, count)
+        return lambda block: self.progress(stage, block, self.dense.anatomy.block_count, count)

@@ -28,7 +28,7 @@ STREAMS = "dense"
 
 @dataclass(frozen=True)
 class Activations:
-    """The residual stream of one batch, and what its decoder layers are called with."""
+    """The residual stream of one batch, and the arguments of its decoder layers."""
 
     streams: OffloadedTensors
     number: int
@@ -53,7 +53,7 @@ class Activations:
 
 @dataclass(frozen=True)
 class Site:
-    """The stream at one site; what the consumer of `Stream.walk` sees.
+    """The stream at one site, for the consumer of `Stream.walk`.
 
     Attributes:
         block: Number of the block, or the number of blocks before the head.
@@ -63,7 +63,7 @@ class Site:
         activations: Activations, one per batch; their streams may be changed before the walk goes on.
         streams: The streams of the activations.
         width, eps: The stream's width D and the norms' epsilon.
-        resumed: Whether the walk goes on here after an interruption.
+        resumed: True if the walk goes on here after an interruption.
     """
 
     block: int
@@ -90,7 +90,7 @@ class Site:
         return moment.matrix
 
     def update(self, batch: Activations, hidden: Tensor) -> Tensor:
-        """Return what the sublayers here add to a stream (B, T, D) of a batch."""
+        """Return the sublayers' output here for a stream (B, T, D) of a batch."""
         return self.layer.update(self.index, self.layer.normalize(self.index, hidden), **batch.kwargs[self.block])
 
     def pass_on(self, batch: Activations, hidden: Tensor) -> Tensor:
@@ -106,8 +106,8 @@ class Site:
 
 
 Observer = Callable[[int, Sublayer, Activations, Mapping[str, Any]], None]
-"""Takes the number of a block, one of its sublayers, a batch before it, and by name what `Sublayer.observed` modules
-read: writers (B, T, n); experts what they are called with."""
+"""Function that takes the number of a block, a sublayer, a batch before it, and the inputs of `Sublayer.observed`
+modules by name: inputs of writers (B, T, n), arguments of experts."""
 
 
 class Stream:
@@ -127,9 +127,9 @@ class Stream:
         """
         self.dense, self.device, self.dtype = dense, dense.device, dtype
         self.offload = offload or Offload("device", dense.device)
-        self._runner = BlockRunner(canonical_config(dense), dense.table.layers, self.device, dtype)
+        self._runner = BlockRunner(canonical_config(dense.anatomy), dense.table.layers, self.device, dtype)
         self._inner, self._layers = self._runner.model, self._runner.layers
-        self._sites = dense.table.sites(dense.config)
+        self._sites = dense.anatomy.sites
 
     def _embed(self, batches: list[Batch], streams: OffloadedTensors) -> list[Activations]:
         embeddings = self.dense.embeddings()
@@ -167,46 +167,46 @@ class Stream:
     ) -> Iterator[Site]:
         """Yield the stream at each site, the last one before the head, and run the sublayers in between.
 
-        Each block runs once; the next one is read meanwhile. The consumer may change the activations at a site. What a
-        block leaves behind goes back to the system, so that the next ones take no more memory.
+        Each block runs once; the next one is read meanwhile. The consumer may change the activations at a site. Memory
+        of a finished block goes back to the system, so that the next blocks take no more.
 
         Args:
             batches: The sequences.
-            observe: Called for each batch with what an observed sublayer's writer reads, or its experts.
+            observe: Called for each batch with the input of an observed sublayer's writer, or of its experts.
             observed: Sublayers with one writer, or with experts (in the layers that have them).
             position: The position to go on from, with the streams saved as `STREAMS`; None begins with the embeddings.
-            hold: Whether a block's weights stay in memory, in float64's precision, while the stream passes it.
+            hold: True to keep a block's weights in memory, in float64's precision, while the stream passes it.
 
         Raises:
             ActivationError: NaN or infinite numbers; says in which block.
         """
         dense, start = self.dense, position.block if position else 0
+        width, eps, blocks = dense.anatomy.width, dense.anatomy.eps, dense.anatomy.block_count
         with torch.no_grad(), ThreadPoolExecutor(1) as reader:
-            following = reader.submit(dense.read_block, start) if start < dense.block_count else None
+            following = reader.submit(dense.read_block, start) if start < blocks else None
             streams = self.offload.tensors()
             activations = self._embed(batches, streams)
             self._check([self._finite(batch, batch.hidden) for batch in activations], "the embeddings give")
             if position:
                 position.restore(STREAMS, streams)
-            width, eps = dense.width, dense.eps
-            for block in range(start, dense.block_count):
+            for block in range(start, blocks):
                 assert following is not None
                 folded, layer = dense.block(block, following.result()), self._layers[block]
                 following = None
-                self._runner.assign(layer, dense.as_modules(folded.items(), dense.width))
+                self._runner.assign(layer, dense.as_modules(folded.items(), width))
                 weights = folded if hold else None
                 del folded
                 for site in range(len(layer.sites)):
                     resumed = position is not None and block == start and site == 0
                     yield Site(block, site, layer, weights, activations, streams, width, eps, resumed)
-                    if site == 0 and block + 1 < dense.block_count:  # not before: the consumer may need memory, too
+                    if site == 0 and block + 1 < blocks:  # not before: the consumer may need memory, too
                         following = reader.submit(dense.read_block, block + 1)
                     trim_memory()
                     finite = [self._pass(layer, block, site, batch, observe, observed) for batch in activations]
                 self._runner.release(layer)
                 trim_memory()
-                self._check(finite, f"block {block} (of 0 to {dense.block_count - 1}) gives")
-            yield Site(dense.block_count, 0, None, None, activations, streams, width, eps, start == dense.block_count)
+                self._check(finite, f"block {block} (of 0 to {blocks - 1}) gives")
+            yield Site(blocks, 0, None, None, activations, streams, width, eps, start == blocks)
 
     def _pass(
         self,
@@ -231,7 +231,7 @@ class Stream:
                 observe(block, sublayer, batch, inputs)
         hidden = layer.pass_on(site, hidden + update)
         batch.put(hidden)
-        last = site == len(self._sites) - 1  # what isn't finite stays so: it is enough to look at the end of a block
+        last = site == len(self._sites) - 1  # NaN and infinity stay: it is enough to look at the end of a block
         return self._finite(batch, hidden) if last else torch.tensor(True, device=self.device)
 
     @contextmanager
@@ -258,7 +258,7 @@ class Stream:
         return all_finite(hidden if batch.mask is None else hidden[batch.mask])
 
     def _check(self, finite: list[Tensor], where: str) -> None:
-        """Refuse what isn't finite; asked once a block, since a GPU has to be waited for."""
+        """Refuse infinite numbers and NaN. Called once a block, because it waits for a GPU."""
         if finite and not bool(torch.stack(finite).all()):
             raise ActivationError(
                 f"{where} NaN or infinite activations in {str(self.dtype).removeprefix('torch.')}",
