@@ -89,10 +89,15 @@ def first_line(error: BaseException) -> str:
     Headings ("Class validation error for validator ...:"), empty and decorative lines are passed over. Colours and
     control characters are taken out, and long lines are cut.
     """
-    if type(error).__name__ in WRAPPERS and error.__cause__ is not None:
-        return first_line(error.__cause__)
+    error = cause_of(error)
     reason = printable(shortened(_reason(error).strip(), LONGEST_LINE))
     return f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """Return the cause of an error whose own text says nothing, otherwise the error."""
+    cause = error.__cause__ if type(error).__name__ in WRAPPERS else None
+    return error if cause is None else cause_of(cause)
 
 
 def printable(text: str) -> str:
@@ -101,6 +106,11 @@ def printable(text: str) -> str:
     Such characters are line breaks, control characters, changes of the writing direction, and broken Unicode.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(value: object) -> str:
+    """Return the text of a value in one short line."""
+    return printable(shortened(" ".join(str(value).split()), LONGEST_LINE))
 
 
 def shortened(text: str, longest: int) -> str:

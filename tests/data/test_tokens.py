@@ -428,7 +428,7 @@ class Broken:
 @pytest.mark.parametrize(
     ("result", "found"),
     [
-        (RuntimeError("no\nwords"), "the tokenizer can't read .*RuntimeError: no words"),
+        (RuntimeError("no words\nsee there"), r"the tokenizer can't read .*\(RuntimeError: no words\)"),
         (None, "the tokenizer can't read"),
         ([["w5"]], "the tokenizer can't read"),
         (torch.zeros(1, 0), "holds 0 tokens"),

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from eigenslice.data.presets import ALLOWED as ALLOWED_DATA
-from eigenslice.errors import LONGEST_LINE, WRAPPERS, CalibrationError, printable, shortened
+from eigenslice.errors import CalibrationError, first_line
 
 CHUNK = 2**20  # bytes
 HEAD = 4096  # bytes at the start of a file that show its kind
@@ -126,7 +126,7 @@ def local_path(data: str) -> Path | None:
     except (OSError, ValueError) as error:
         if isinstance(error, OSError) and not isinstance(error, PermissionError) and not _looks_local(data):
             return None  # such as a name of 300 characters
-        raise _absent(data, f"can't be read ({said(error)})") from error
+        raise _absent(data, f"can't be read ({first_line(error)})") from error
     if stat.S_ISREG(mode) or stat.S_ISDIR(mode):
         return path
     kinds = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"))
@@ -219,27 +219,15 @@ def reading(path: Path, file: TextFile | None = None) -> Iterator[None]:
     except CalibrationError:
         raise
     except UnicodeDecodeError as error:
-        place = _undecodable(file) if file else said(error)
+        place = _undecodable(file) if file else first_line(error)
         raise refused(path, f"can't be read: it isn't {_named(error.encoding)} at {place}") from error
     except Exception as error:  # the system, packings, csv and pyarrow raise their own
-        raise refused(path, f"can't be read ({said(error)})") from error
+        raise refused(path, f"can't be read ({first_line(error)})") from error
 
 
 def refused(path: Path, what: str, next_step: str = "check the file's encoding and format") -> CalibrationError:
     """The error of a file that can't be used."""
     return CalibrationError(f"{path} {what}", allowed=ALLOWED, next_step=next_step)
-
-
-def said(error: BaseException) -> str:
-    """The type of any error, and what it says in one line; datasets' wrappers are taken off."""
-    if type(error).__name__ in WRAPPERS and error.__cause__ is not None:
-        return said(error.__cause__)
-    return f"{type(error).__name__}: {one_line(error)}"
-
-
-def one_line(value: object) -> str:
-    """Return the text of a value in one short line."""
-    return printable(shortened(" ".join(str(value).split()), LONGEST_LINE))
 
 
 def _named(encoding: str) -> str:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any
 
-from eigenslice.data.files import TextFile, one_line, reading, refused
-from eigenslice.errors import CalibrationError
+from eigenslice.data.files import TextFile, reading, refused
+from eigenslice.errors import CalibrationError, one_line
 
 LARGEST = 2**27
 """Characters of text that are taken from a file at most, from its start: tokenizers need a hundred times the memory."""

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eigenslice.data.files import local_path, said
+from eigenslice.data.files import local_path
 from eigenslice.data.formats import Records
 from eigenslice.data.presets import ALLOWED, HubText
-from eigenslice.errors import CalibrationError
+from eigenslice.errors import CalibrationError, cause_of, one_line
 
 SHUFFLE_BUFFER = 10_000  # documents among which the next one is drawn from a streamed data set
 ADVICE = {
@@ -97,7 +97,8 @@ def _numbered(rows: Any, hub: HubText, split: str) -> Iterator[tuple[int, Any]]:
 
 
 def _failed(hub: HubText, split: str, error: Exception, what: str) -> CalibrationError:
-    reason = said(error)
+    cause = cause_of(error)
+    reason = f"{type(cause).__name__}: {one_line(cause)}"  # the second line often has the allowed names
     advice = (step for words, step in ADVICE.items() if words in f"{type(error).__name__}, {reason}")
     return CalibrationError(
         f"data set {hub.path} (split {split}) can't be {what} ({reason})",

@@ -8,8 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from eigenslice.data.files import one_line, said
-from eigenslice.errors import CalibrationError
+from eigenslice.errors import CalibrationError, first_line, one_line
 
 DEFAULT_TENSOR = "calibration"
 MASK = "attention_mask"
@@ -40,7 +39,7 @@ def read_token_ids(path: Path, name: str, config: Any) -> tuple[Tensor, Tensor |
         wrong = wrong or (_why_no_ids(ids, mask, config) if ids is not None else None)
     except Exception as error:  # safetensors', the system's, and torch's for dtypes that it can't compare
         raise CalibrationError(
-            f"{path} is not a readable safetensors file: {said(error)}",
+            f"{path} is not a readable safetensors file: {first_line(error)}",
             allowed="a safetensors file with an integer matrix, sequences x tokens",
             next_step="write the file again",
         ) from error

@@ -11,9 +11,8 @@ from types import TracebackType
 from typing import Any
 
 from eigenslice.data.conversations import Conversation, Message
-from eigenslice.data.files import one_line, said
 from eigenslice.data.unusable import UnusableError
-from eigenslice.errors import CalibrationError
+from eigenslice.errors import CalibrationError, first_line, one_line
 
 PROCESS = Path(__file__).with_name("template_process.py")
 SECONDS = 10.0  # for one conversation; templates take milliseconds
@@ -93,7 +92,7 @@ class ChatTemplate:
                 default=str,
             )
         except Exception as error:  # several templates and none to take, a record that is too deep, a tokenizer's own
-            raise UnusableError(f"is refused by the chat template ({said(error)})", NEXT) from error
+            raise UnusableError(f"is refused by the chat template ({first_line(error)})", NEXT) from error
         answer = self._ask(asked)
         if "error" in answer:
             raise UnusableError(f"is refused by the chat template ({one_line(answer['error'])})", NEXT)
@@ -152,7 +151,7 @@ def _start() -> subprocess.Popen[str]:
         )
     except OSError as error:
         raise CalibrationError(
-            f"the process that writes chat templates can't be started ({said(error)})",
+            f"the process that writes chat templates can't be started ({first_line(error)})",
             allowed="a system that can start another Python process",
             next_step="name the fields to read with --field, or free memory",
         ) from error

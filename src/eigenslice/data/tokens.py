@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from eigenslice.data.batches import Batch
-from eigenslice.data.files import said
 from eigenslice.data.ids import DEFAULT_TENSOR, longest_sequence, read_token_ids
 from eigenslice.data.sources import Source, sources
 from eigenslice.data.templates import ChatTemplate
 from eigenslice.data.texts import Chat, Documents, Purpose, load_documents
-from eigenslice.errors import CalibrationError, EigensliceWarning, printable
+from eigenslice.errors import CalibrationError, EigensliceWarning, first_line, printable
 from eigenslice.options.calibration import CalibrationOptions
 
 CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read from large data sets
@@ -45,9 +44,9 @@ class Tokens:
         """Tokens that count: no padding."""
         return sum(batch.tokens for batch in self.batches)
 
-    def with_rows(self, rows: Tensor, group: int, name: str) -> "Tokens":
+    def with_rows(self, rows: Tensor, group: int, name: str, *, own: bool = False) -> "Tokens":
         """These, and rows (count, T) of another group; the description has their number under the name."""
-        batches = [Batch(part, group=group) for part in rows.split(max(1, BATCH_TOKENS // rows.shape[1]))]
+        batches = [Batch(part, group=group, own=own) for part in rows.split(max(1, BATCH_TOKENS // rows.shape[1]))]
         return Tokens([*self.batches, *batches], self.description | {name: len(rows)})
 
     @property
@@ -220,7 +219,7 @@ def _ids(tokenizer: Any, documents: Documents, data: str, config: Any) -> Tensor
         low, high = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
     except Exception as error:  # tokenizers raise their own
         raise CalibrationError(
-            f"the tokenizer can't read {data} ({said(error)})",
+            f"the tokenizer can't read {data} ({first_line(error)})",
             allowed="text that the model's own tokenizer takes",
             next_step="check that the tokenizer files in the folder belong to the model, or pass token ids",
         ) from error

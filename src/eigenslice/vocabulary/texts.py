@@ -6,11 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from eigenslice.data.files import said
 from eigenslice.data.sources import sources
 from eigenslice.data.templates import ChatTemplate
 from eigenslice.data.texts import Chat, load_documents
-from eigenslice.errors import CalibrationError, EigensliceWarning, printable
+from eigenslice.errors import CalibrationError, EigensliceWarning, first_line, printable
 from eigenslice.options.calibration import CalibrationOptions
 
 PART = 2**20
@@ -97,7 +96,7 @@ def encode(tokenizer: Any, text: str, description: str) -> list[int]:
         return tokenizer(text, verbose=False)["input_ids"]
     except Exception as error:  # tokenizers raise their own
         raise CalibrationError(
-            f"the tokenizer can't read {description} ({said(error)})",
+            f"the tokenizer can't read {description} ({first_line(error)})",
             allowed="text that the model's own tokenizer takes",
             next_step="check that the tokenizer files in the folder belong to the model",
         ) from error
