@@ -1,8 +1,8 @@
 """The fields of a table: the readers and writers of the residual stream, and its norms.
 
 Names are module paths as transformers builds the model. Names of a `Sublayer` are relative to a decoder layer, all
-other names to the model. A name that a layer doesn't have is skipped there, because layers of one model may differ
-(dense layers and mixtures of experts), and so may variants of a family. A parameter that no name covers is an error.
+other names to the model. A name that a layer doesn't have is skipped there. Layers of one model may differ (dense
+layers and mixtures of experts), and so may variants of a family. A parameter that no name covers is an error.
 """
 
 from collections.abc import Callable, Mapping

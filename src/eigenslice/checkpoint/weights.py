@@ -51,7 +51,7 @@ class Weights(Protocol):
         ...
 
     def spans(self, file: Path) -> list[Span]:
-        """Where the tensors of one of the files lie in it."""
+        """Return the places of the tensors in one of the files."""
         ...
 
 

@@ -28,7 +28,7 @@ class Given(Generic[Model]):
     values: dict[str, Any]
 
     def options(self, revision: str | None = None) -> Model:
-        """The model's options: given ones and defaults.
+        """Return the model's options: given options and defaults.
 
         Args:
             revision: The hub's revision of the field `model`.

@@ -72,7 +72,7 @@ class Experts:
 
 
 class WriterInputs:
-    """The inputs of the writers of a layer's experts, shared ones included, batch by batch."""
+    """The inputs of the writers of a layer's experts and shared experts, batch by batch."""
 
     def __init__(self, experts: Experts, offload: Offload) -> None:
         """Begin without a batch; offload: where the inputs live."""
