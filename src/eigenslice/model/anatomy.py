@@ -21,7 +21,7 @@ class Anatomy:
         config: transformers' config of the model.
         table: Table of the model's architecture.
         shapes: Shape of each stored parameter by transformers' name; a tied head isn't stored.
-        tied: Whether embedding and head are one matrix.
+        tied: True if embedding and head are one matrix.
         fixed_positions: Number of rows of each table of positions that no checkpoint holds, by the table's name.
         in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
     """
@@ -35,7 +35,7 @@ class Anatomy:
 
     @classmethod
     def of_config(cls, config: Any) -> "Anatomy":
-        """Return the anatomy of the model that transformers builds from a config; the config says what is tied.
+        """Return the anatomy of the model that transformers builds from a config, tied as the config says.
 
         Raises:
             UnsupportedModelError: no table is known for the config.
@@ -50,7 +50,7 @@ class Anatomy:
         Args:
             config: The model's config.
             model: The model; its parameters may be on the meta device.
-            tied: Whether embedding and head are one matrix.
+            tied: True if embedding and head are one matrix.
         """
         table = lookup(config)
         shapes = parameter_shapes(model)
@@ -83,7 +83,7 @@ class Anatomy:
 
     @property
     def layer_norm(self) -> bool:
-        """Whether the norms are LayerNorms."""
+        """True if the norms are LayerNorms."""
         return self.table.norm == "layer"
 
     @cached_property
@@ -135,7 +135,7 @@ class Anatomy:
 
     @cached_property
     def blocks_alike(self) -> bool:
-        """Whether blocks can be left out: the config has one number of blocks, and says nothing of single blocks."""
+        """True if blocks can be left out: the config has one number of blocks, and no fields of single blocks."""
         if self.table.numbered and getattr(self.config, self.table.numbered):
             return False
         names = map(self.names_in_block, range(self.block_count))
@@ -145,28 +145,28 @@ class Anatomy:
 
     @property
     def can_stay_tied(self) -> bool:
-        """Whether one matrix can still be embedding and head when the norms are folded."""
+        """True if one matrix can still be embedding and head when the norms are folded."""
         return self.tied and not self.table.embedding_norm and not self.carries_shifts
 
     @property
     def reader_bias(self) -> bool:
-        """Whether folding gives every reader a bias (the norms have a shift)."""
+        """True if folding gives every reader a bias, because the norms have a shift."""
         return f"{self.table.final_norm}.bias" in self.shapes
 
     @property
     def carries_shifts(self) -> bool:
-        """Whether folded shifts reach experts without biases through the norm: see `DenseModel.as_modules`.
+        """True if folded shifts reach experts without biases through the norm, see `DenseModel.as_modules`.
 
         The stream's coordinates have to sum to zero then, in every basis (`layer_norm_basis`).
         """
         return self.reader_bias and bool(self.table.mlp.stacked)
 
     def keeps_bias(self, name: str, *, stock: bool) -> bool:
-        """Return whether a reader's bias is stored: if the dense model has it, or where it holds the norm's shift.
+        """Return whether a reader's bias is stored: the dense model has it, or it holds the norm's shift.
 
         Args:
             name: Name of the bias.
-            stock: Whether the class has the dense model's biases only.
+            stock: True if the class has the dense model's biases only.
         """
         return name in self.shapes or (self.reader_bias and not stock)
 

@@ -1,7 +1,7 @@
 """The dense model in canonical form, read one block at a time.
 
-Canonical: every norm is an RMSNorm without gain (gains and shifts are folded into the readers), and in a
-LayerNorm model every writer is centred, so that an RMSNorm does what the LayerNorm did. In this form all
+In the canonical form every norm is an RMSNorm without gain: gains and shifts are folded into the readers. In a
+LayerNorm model every writer is centred, too, so that an RMSNorm gives the same as the LayerNorm. In this form all
 architectures are alike: x <- x + sublayer(RMSN(x)).
 """
 
@@ -33,10 +33,10 @@ class DenseModel:
 
     Attributes:
         source, table, config: The checkpoint, its table and its transformers config.
-        anatomy: Sizes, sites and ties: all that needs no weights.
-        device: Where folding is computed (in float64).
+        anatomy: Sizes, sites and ties: all facts that need no weights.
+        device: The device of folding, which is computed in float64.
         sinusoids: Tables of positions that no checkpoint holds, (positions, D).
-        dtype: That the checkpoint is stored in; where several are, see `prevailing`.
+        dtype: The dtype of the checkpoint; for mixed dtypes see `prevailing`.
     """
 
     def __init__(self, source: Source, device: torch.device | str = "cpu") -> None:
@@ -71,7 +71,7 @@ class DenseModel:
                 )
 
     def _is_tied(self) -> bool:
-        """As transformers decides it: the config says so, and the two are not stored with different values."""
+        """Return whether embedding and head are tied: the config says so, and their stored values are equal."""
         ends = [self._origins[f"{module}.weight"] for module in (self.table.embeddings[0], self.table.lm_head)]
         if not self.config.tie_word_embeddings or ends[0].stored == ends[1].stored:
             return self.config.tie_word_embeddings
@@ -104,14 +104,14 @@ class DenseModel:
         return dtype
 
     def as_modules(self, tensors: NamedTensors, width: int) -> NamedTensors:
-        """Weights of a decoder layer as the custom class's modules hold them.
+        """Return weights of a decoder layer as the custom class's modules hold them.
 
-        Experts have no biases. Where the norm before them has a shift, the custom class's norm gives n + 1, n of sum
-        zero; rows that sum to zero don't see the 1, and those that sum to b add b.
+        Experts have no biases. If the norm before them has a shift, the custom class's norm gives n + 1, and n has sum
+        zero. Rows that sum to zero don't see the 1. Rows that sum to b add b.
 
         Args:
-            tensors: Out x in; names relative to the layer.
-            width: Of the stream.
+            tensors: Weights, out x in; names relative to the layer.
+            width: Width of the stream.
         """
         if not self.anatomy.carries_shifts:
             return (pair for named in tensors for pair in self.table.transpose(dict([named])).items())
@@ -182,7 +182,7 @@ class DenseModel:
 
         Args:
             index: Number of the layer.
-            stored: What `read_block` gave; None reads each when it is asked for.
+            stored: The answer of `read_block`; None reads each tensor when it is needed.
         """
         scale = float(getattr(self.config, self.table.residual_scale)) if self.table.residual_scale else 1.0
         names = self.anatomy.names_in_block(index)

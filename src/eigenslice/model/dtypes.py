@@ -1,4 +1,4 @@
-"""Which dtype a checkpoint is in, where its tensors are stored in several."""
+"""The dtype of a checkpoint with tensors in several dtypes."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ Counts = Counter[torch.dtype]
 
 
 def count_dtypes(weights: Weights, names: Iterable[str]) -> Counts:
-    """How many numbers are stored in each dtype, in some tensors of a checkpoint; each name counts once."""
+    """Count the numbers that some tensors of a checkpoint store in each dtype; each name counts once."""
     counts: Counts = Counter()
     for name in set(names):
         dtype = weights.dtype(name)
@@ -23,13 +23,14 @@ def count_dtypes(weights: Weights, names: Iterable[str]) -> Counts:
 
 
 def prevailing(counts: Counts, blocks: Counts, config: Any) -> torch.dtype:
-    """The dtype of a checkpoint. One large tensor, such as the embedding, may not decide alone.
+    """Return the dtype of a checkpoint. One large tensor, such as the embedding, may not decide alone.
 
-    Two have to agree of: most numbers, most numbers of the blocks, the config. Where none do, most numbers decide.
+    Two of three dtypes have to agree: of most numbers, of most numbers in the blocks, and of the config. If none agree,
+    most numbers decide.
 
     Args:
-        counts: Numbers in each dtype.
-        blocks: Of these, the decoder layers'.
+        counts: Count of numbers in each dtype.
+        blocks: The same for the decoder layers.
         config: Its `dtype`, if it has one, also decides between dtypes of equally many numbers.
     """
     named = getattr(config, "dtype", None)

@@ -1,4 +1,4 @@
-"""One decoder layer in canonical form: norms folded into what reads them, writers centred behind LayerNorms."""
+"""One decoder layer in canonical form: norms folded into their readers, writers centred behind LayerNorms."""
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -22,7 +22,7 @@ def gain_of(table: Table, weight: Tensor) -> Tensor:
 
 
 def is_inside(name: str, modules: tuple[str, ...]) -> bool:
-    """Whether a parameter is one of these or in one of these modules."""
+    """Return whether a parameter is one of these or in one of these modules."""
     return any(name == module or name.startswith(module + ".") for module in modules)
 
 
@@ -40,17 +40,17 @@ class FoldedBlock(Mapping[str, Tensor]):
         device: torch.device,
         residual_scale: float = 1.0,
     ) -> None:
-        """Nothing is loaded yet.
+        """Prepare the layer; nothing is loaded yet.
 
         Args:
             table: The layer's architecture.
-            stored: Names of all its parameters.
-            load: Gives one of them, as its module holds it.
-            device: Where they are folded.
-            residual_scale: What the layer multiplies by what its sublayers add to the stream.
+            stored: Names of all parameters of the layer.
+            load: Function that gives a parameter, as its module holds it.
+            device: The device of folding.
+            residual_scale: The layer's factor of its sublayers' outputs.
 
         Raises:
-            UnsupportedModelError: the table doesn't account for one of them.
+            UnsupportedModelError: the table doesn't account for a parameter.
         """
         self._table, self._stored, self._load = table, frozenset(stored), load
         self._device, self._scale = device, residual_scale

@@ -15,10 +15,10 @@ class Rows:
     """A matrix with a row for each token, read and changed a few thousand rows at a time.
 
     Attributes:
-        pieces: Reads it, (n, D) at a time, as the checkpoint has it.
+        pieces: Function that reads the matrix, (n, D) at a time, as the checkpoint has it.
         count: Number of rows.
-        device: Where it is changed, in float64.
-        changes: From rows (n, D) to rows (n, D), one after the other.
+        device: The device of the changes, in float64.
+        changes: Functions from rows (n, D) to rows (n, D), one after the other.
     """
 
     pieces: Callable[[], Iterable[Tensor]]

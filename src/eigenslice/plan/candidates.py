@@ -1,4 +1,4 @@
-"""From what the user asked for to plans that may be tried."""
+"""From the user's options to plans that may be tried."""
 
 import itertools
 import math
@@ -15,23 +15,23 @@ from eigenslice.plan.plan import FEWEST_NEURONS, BasisKind, Plan, Sizes
 from eigenslice.plan.recipe import read_recipe, wrong_recipe
 
 ROUND = 8
-"""Widths from --slicing and --keep are multiples of this: what matrix kernels like."""
+"""Divisor of widths from --slicing and --keep; matrix kernels like such widths."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
-"""How much of the cut the hidden width may bear; MLP neurons bear the rest. The first ones are tried first."""
+"""Shares of the cut that the hidden width may bear, in the order of trials; MLP neurons bear the rest."""
 HEADS = (1.0, 0.75, 0.5)
 """Shares of the key/value heads that plans may keep."""
 DROPS = (1 / 6, 1 / 3)
-"""How much of the cut blocks that are left out may bear."""
+"""Shares of the cut that blocks to leave out may bear."""
 
 
 @dataclass(frozen=True)
 class _Request:
-    """What the user asked for, of a model.
+    """The user's options for a model.
 
     Attributes:
         anatomy: The dense model.
         options: The options of the command.
-        tied: Whether embedding and head are to stay one matrix.
+        tied: True if embedding and head are to stay one matrix.
     """
 
     anatomy: Anatomy
@@ -67,14 +67,14 @@ class _Request:
 
 
 def make_plans(anatomy: Anatomy, options: SliceOptions) -> list[list[Plan]]:
-    """The plans that are what the user asked for; with --keep several, to be tried.
+    """Return the plans that fit the user's options; --keep gives several plans to try.
 
     Returns:
-        For each number of heads, and of blocks left out, those first that cut neurons rather than the width. Which
-        blocks are left out is known when they have been measured: here, they are the last ones.
+        A family for each number of heads and of blocks to leave out. In a family, plans that cut neurons come before
+        plans that cut the width. Here the last blocks are left out; measuring decides later.
 
     Raises:
-        OptionsError: a width that the model doesn't have, a size that no width reaches, or a recipe that isn't one.
+        OptionsError: the model doesn't have the width, no width reaches the size, or the recipe is wrong.
     """
     tied = anatomy.can_stay_tied and options.basis == "global" and not options.untie
     families = _make_plans(_Request(anatomy, options, tied))
@@ -232,10 +232,10 @@ def _plans_for_size(request: _Request) -> list[list[Plan]]:
 
 
 def _family(request: _Request, whole: Sizes) -> list[Plan]:
-    """Plans with the same heads and blocks: first those that cut no width, last those that cut no neurons.
+    """Return plans with the same heads and blocks: the first plan cuts no width, the last one no neurons.
 
     Args:
-        request: What the user asked for.
+        request: The user's options.
         whole: The sizes with the dense model's width and all neurons.
     """
     anatomy, options = request.anatomy, request.options
@@ -258,7 +258,7 @@ def _family(request: _Request, whole: Sizes) -> list[Plan]:
 
 
 def _widest(request: _Request, whole: Sizes) -> Plan | None:
-    """The widest plan with all neurons that fits the budget; its heads and blocks are those of `whole`."""
+    """Return the widest plan with all neurons that fits the budget, with heads and blocks of `whole`."""
     width, step = request.anatomy.width, request.step(whole.kv_heads)
     if step == ROUND and width < 2 * ROUND:
         step = 1
@@ -276,7 +276,7 @@ def _widest(request: _Request, whole: Sizes) -> Plan | None:
 
 
 def _most_neurons(request: _Request, sizes: Sizes) -> Plan | None:
-    """The plan with the most neurons, in multiples, that fits the budget; its other sizes are those of `sizes`."""
+    """Return the plan with the most neurons, in multiples, that fits the budget; other sizes are as in `sizes`."""
     every, step = request.anatomy.neuron_count, request.options.multiple
 
     def plan(count: int) -> Plan:

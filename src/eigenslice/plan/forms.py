@@ -33,7 +33,7 @@ OWN_FIELDS = frozenset(
 
 
 def architecture(anatomy: Anatomy) -> dict[str, Any]:
-    """What the custom class has to know of a table."""
+    """Return the fields of a table that the custom class needs."""
     table = anatomy.table
     sublayer = {
         name: {
@@ -68,7 +68,7 @@ def architecture(anatomy: Anatomy) -> dict[str, Any]:
 def _dense_config(anatomy: Anatomy, blocks: int) -> dict[str, Any]:
     """The dense config with so many blocks.
 
-    What belongs to its folder and its old weights is left out, and what every config has anyway.
+    Fields of its folder and its old weights are left out, and fields that every config has anyway.
     """
     common = PreTrainedConfig().to_dict()
     values = {
@@ -167,10 +167,10 @@ def checked_config(values: dict[str, Any]) -> Any:
 
 
 def misfit(anatomy: Anatomy, plan: Plan) -> str | None:
-    """Why a stock form can't hold a plan; None if it can.
+    """Return the reason why a stock form can't hold a plan; None if it can.
 
-    The config class validates the width; then transformers builds the model on the meta device, and its
-    parameters must be exactly those that will be written.
+    The config class validates the width. Then transformers builds the model on the meta device. Its parameters must be
+    exactly the parameters that will be written.
     """
     assert plan.stock is not None
     if not plan.stock.applies(anatomy.config):
@@ -205,7 +205,7 @@ def choose_form(
         anatomy: The dense model.
         sizes: Sizes of the result.
         basis: Global or per-block.
-        tied: Whether embedding and head are to stay one matrix.
+        tied: True if embedding and head are to stay one matrix.
         choice: The form that the user asked for.
 
     Raises:

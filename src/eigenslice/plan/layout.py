@@ -44,7 +44,7 @@ def layout(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[Role, Shape]]:
 def _block_layout(
     anatomy: Anatomy, plan: Plan, prefix: str, ends: tuple[int, ...], neurons: int
 ) -> dict[str, tuple[Role, Shape]]:
-    """As `layout`, for one decoder layer; ends: the widths at its sites and at the next layer's first one."""
+    """Return the layout of one decoder layer; `ends` are the widths at its sites and at the next layer's first site."""
     result: dict[str, tuple[Role, Shape]] = {}
     stock = plan.stock is not None
     for site, sublayers in enumerate(anatomy.sites):

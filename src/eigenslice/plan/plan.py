@@ -1,4 +1,4 @@
-"""What a sliced model will look like, decided before a weight is touched, and what it will store."""
+"""The sizes and the form of a sliced model, decided before a weight is touched."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,15 +33,15 @@ class Plan:
     """The widths of a sliced model and the form it is saved in.
 
     Attributes:
-        basis: One basis for all sites, or one each.
+        basis: A global basis for all sites, or a basis for each site.
         site_widths: Width of the stream at each site; the last one is before the head.
-        tied: Whether embedding and head stay one matrix.
-        stock: The config class that holds it, None for the custom class.
-        neurons_per_block: Number of MLP neurons in each block, or in each of its experts. Stock configs hold one
-            number for all blocks.
+        tied: True if embedding and head stay one matrix.
+        stock: The config class of the result, None for the custom class.
+        neurons_per_block: Number of MLP neurons in each block, or in each of its experts. Stock configs hold one number
+            for all blocks.
         kv_heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
-        dropped_blocks: Numbers of the dense model's blocks that are left out. `neurons_per_block` and `site_widths`
-            are of the other blocks.
+        dropped_blocks: Numbers of the dense model's blocks that are left out. `neurons_per_block` and `site_widths` are
+            of the other blocks.
     """
 
     basis: BasisKind
@@ -60,11 +60,11 @@ class Plan:
 
     @property
     def shortcuts(self) -> bool:
-        """Whether the skip connections carry matrices."""
+        """True if the skip connections carry matrices."""
         return self.basis == "per-block"
 
     def cuts(self, anatomy: Anatomy) -> bool:
-        """Whether anything is smaller than in the dense model."""
+        """Return whether anything is smaller than in the dense model."""
         fewer = self.kv_heads is not None and self.kv_heads < anatomy.kv_head_count
         fewer = fewer or bool(self.dropped_blocks)
         return fewer or min(self.site_widths) < anatomy.width or min(self.neurons_per_block) < anatomy.neuron_count
@@ -88,8 +88,8 @@ def widths(anatomy: Anatomy, basis: BasisKind, width: int, blocks: int | None = 
     Args:
         anatomy: The dense model.
         basis: Global or per-block.
-        width: That is kept.
-        blocks: How many are kept; None is all.
+        width: The width that is kept.
+        blocks: Number of kept blocks; None is all.
     """
     sites = (anatomy.block_count if blocks is None else blocks) * len(anatomy.sites)
     return (width,) * sites + (width if basis == "global" or anatomy.table.one_width else anatomy.width,)

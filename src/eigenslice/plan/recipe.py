@@ -66,7 +66,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 def wrong_recipe(path: Path, wrong: list[str]) -> OptionsError:
-    """The error of a recipe whose fields, in words, aren't what they should be."""
+    """Return the error of a recipe with wrong fields, which are named in words."""
     return OptionsError(
         f"--recipe {path} has a wrong {', '.join(wrong)}", allowed=ALLOWED, next_step="correct the file"
     )

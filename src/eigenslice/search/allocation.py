@@ -35,8 +35,8 @@ class BlockLosses:
     Attributes:
         kl: For each block, KL(dense || dense with only this block cut), in nats per token, (blocks,), float64.
         measured: Number of neurons that the block keeps for `kl`.
-        error: For each block, the error of the MLP's output that is left with the k most important neurons, for k from
-            none to all, (blocks, neurons + 1), float64.
+        error: For each block, the error of the MLP's output with the k most important neurons, for k from none to all,
+            (blocks, neurons + 1), float64.
     """
 
     kl: Tensor
@@ -132,8 +132,8 @@ def _cut(run: Run, site: Site, importance: Tensor, neurons: int) -> tuple[Tensor
     all k.
 
     Returns:
-        The errors with 0 to all neurons, (neurons + 1,), and the writer's weight for the requested number of neurons,
-        (D, neurons), zero for cut neurons; both float64.
+        The errors with 0 to all neurons, (neurons + 1,), and the writer's weight, (D, neurons), for the requested
+        number of neurons. Cut neurons have zeros. Both are float64.
     """
     dense, ranks, mlp = run.dense, run.ranks, run.dense.table.mlp
     count = dense.anatomy.neuron_count
