@@ -48,7 +48,7 @@ def captured_inputs(layer: nn.Module, modules: Sequence[str], *, stop: bool = Fa
             handle.remove()
 
 
-class _Recorder(nn.Module):
+class CallRecorder(nn.Module):
     """A stand-in for a decoder layer that keeps the arguments of its call, by name."""
 
     def __init__(self, layer: Any) -> None:

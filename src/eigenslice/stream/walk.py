@@ -20,7 +20,7 @@ from eigenslice.plan.forms import canonical_config
 from eigenslice.runtime.device import trim_memory
 from eigenslice.runtime.offload import Offload, OffloadedTensors
 from eigenslice.runtime.run_state import Position
-from eigenslice.stream.runner import BlockRunner, _Recorder, captured_inputs, has_experts
+from eigenslice.stream.runner import BlockRunner, CallRecorder, captured_inputs, has_experts
 
 STREAMS = "dense"
 """Name of the dense model's streams in a saved state."""
@@ -35,6 +35,9 @@ class Activations:
     mask: Tensor | None
     kwargs: list[dict[str, Any]]
     group: int
+    unnormed: OffloadedTensors
+    """What sublayers give to their post norms, (B, T, D) of each batch: of the sublayer before the current site. Empty
+    in architectures without such norms, and in passes that nothing is fitted in."""
 
     @property
     def hidden(self) -> Tensor:
@@ -135,9 +138,10 @@ class Stream:
         embeddings = self.dense.embeddings()
         self._runner.assign(self._inner, ((name, rows.to(self.dtype)) for name, rows in embeddings.items()))
         parent, _, leaf = self.dense.table.layers.rpartition(".")
-        recorders = [_Recorder(layer) for layer in self._layers]
+        recorders = [CallRecorder(layer) for layer in self._layers]
         setattr(self._inner.get_submodule(parent), leaf, nn.ModuleList(recorders))
         shared: dict[torch.Size, list[dict[str, Any]]] = {}
+        unnormed = self.offload.tensors()
         result = []
         for number, batch in enumerate(batches):
             ids = batch.input_ids.to(self.device)
@@ -150,7 +154,8 @@ class Stream:
             hidden = recorders[0].hidden
             assert hidden is not None  # the model has called its first layer
             streams.append(hidden)
-            result.append(Activations(streams, number, None if mask is None else mask.bool(), kwargs, batch.group))
+            counted = None if mask is None else mask.bool()
+            result.append(Activations(streams, number, counted, kwargs, batch.group, unnormed))
         setattr(self._inner.get_submodule(parent), leaf, self._layers)
         for module in self.dense.table.embeddings:
             self._runner.release(self._inner.get_submodule(module))
