@@ -1,4 +1,4 @@
-"""Which tokens stay."""
+"""The choice of the tokens that stay."""
 
 from collections.abc import Iterable, Mapping
 
@@ -9,15 +9,15 @@ from eigenslice.vocabulary.specification import Specification, closed, merged_fr
 def choose_tokens(
     specification: Specification, counts: Mapping[int, int], named: Iterable[int], number: int | None
 ) -> list[int]:
-    """Ids of the tokens that stay, in ascending order.
+    """Return ids of the tokens that stay, in ascending order.
 
     Args:
         specification: The tokenizer.
-        counts: How often each token occurs in the texts, by id.
+        counts: Number of times that each token occurs in the texts, by id.
         named: Ids that configs name, such as the end of a text.
-        number: How many tokens stay; None is all that occur. Tokens that the tokenizer can't do without come first,
-            then the most used ones. Of two tokens with equal use, the lower id is first, which is the earlier merge.
-            Each token brings the tokens that it is merged from, and is left out where these are too many.
+        number: Number of tokens that stay; None keeps all tokens that occur. Tokens that the tokenizer can't do without
+            come first, then the most used tokens. Of two tokens with equal use, the lower id is first, which is the
+            earlier merge. Each token brings the tokens that it is merged from, and is left out if these are too many.
 
     Raises:
         OptionsError: the tokenizer has fewer tokens, or can't do without more.

@@ -10,7 +10,7 @@ from eigenslice.vocabulary.specification import Specification, refused
 ONE = re.compile(r"(^|_)token_id$")
 """Names of fields that hold the id of a token, or several in a list."""
 SEVERAL = re.compile(r"((^|_)token_ids|^(begin_)?suppress_tokens)$")
-"""Names of fields that hold a list of ids; what isn't kept can't occur, and is left out."""
+"""Names of fields that hold a list of ids. Ids of other tokens can't occur, and are left out."""
 SEQUENCES = ("bad_words_ids", "force_words_ids")
 """Names of fields that hold lists of sequences of ids."""
 SUPPRESSED = re.compile(r"^(begin_)?suppress_tokens$")
@@ -120,8 +120,8 @@ def named_ids(content: Mapping[str, Any]) -> set[int]:
 
 
 def renumber(content: Mapping[str, Any], ids: Ids) -> dict[str, Any]:
-    """A config's content with new ids, nested configs too. An id that no kept token has becomes null, or is left out
-    of its list; negative ones stay, which stand for nothing."""
+    """Return a config's content with new ids, nested configs too. An id of no kept token becomes null, or is left out
+    of its list. Negative ids stay, because they stand for nothing."""
     return {name: _renumbered(name, value, ids) for name, value in content.items()}
 
 

@@ -26,11 +26,11 @@ class KeptTokens:
     """The tokens that stay.
 
     Attributes:
-        ids: Their ids in the dense model, ascending; the new id of each is its place here.
+        ids: Ids of the tokens in the dense model, ascending; a token's new id is its place here.
         rows: Rows of the dense model's embedding.
         tensors: Names of the checkpoint's tensors with a row for each token.
         folder: The rewritten tokenizer, and all other files that join a result.
-        description: For the manifest.
+        description: Entry of the manifest.
     """
 
     ids: tuple[int, ...]
@@ -41,12 +41,12 @@ class KeptTokens:
 
     @property
     def sha256(self) -> str:
-        """Of the kept ids."""
+        """SHA-256 of the kept ids."""
         return hashlib.sha256(repr(self.ids).encode()).hexdigest()
 
 
 class PickedWeights:
-    """Weights whose vocabulary tensors have the rows of kept tokens only; all other tensors are as stored."""
+    """Weights with the rows of kept tokens only in the vocabulary tensors; all other tensors are as stored."""
 
     def __init__(self, weights: Weights, kept: KeptTokens) -> None:
         self.files = weights.files
@@ -79,13 +79,13 @@ class PickedWeights:
             start += len(piece)
 
     def spans(self, file: Path) -> list[Span]:
-        """Where the tensors lie in a file, as stored: all rows are checked."""
+        """Return the places of the tensors in a file, as stored: all rows are checked."""
         return self._weights.spans(file)
 
 
 @dataclass(frozen=True)
 class SourceOfKeptTokens(Source):
-    """A dense checkpoint with kept tokens. `config`, weights and tokenizer are those of the small vocabulary.
+    """A dense checkpoint with kept tokens. `config`, weights and tokenizer have the small vocabulary.
 
     Attributes:
         dense: The checkpoint with all tokens.

@@ -1,4 +1,4 @@
-"""What a tokenizer.json says of its tokens, as a dictionary: their ids, their merges, those that must stay."""
+"""The content of a tokenizer.json: ids of tokens, merges, and tokens that must stay."""
 
 import itertools
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ SEPARATE_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
 def refused(found: str) -> UnsupportedModelError:
-    """The one error for a tokenizer whose vocabulary can't be cut."""
+    """Return the error for a tokenizer with a vocabulary that can't be cut."""
     return UnsupportedModelError(
         f"the vocabulary can't be cut: {found}",
         allowed="a tokenizer.json of kind BPE (of bytes, or of pieces with or without bytes as fallback) or Unigram",
@@ -27,7 +27,7 @@ def refused(found: str) -> UnsupportedModelError:
 
 @dataclass(frozen=True)
 class Specification:
-    """The content of a tokenizer.json, of a kind whose vocabulary can be cut.
+    """The content of a tokenizer.json with a vocabulary that can be cut.
 
     Attributes:
         content: The whole dictionary.
@@ -51,7 +51,7 @@ class Specification:
 
     @property
     def falls_back_to_bytes(self) -> bool:
-        """Whether text that no token covers becomes tokens of single bytes."""
+        """True if text that no token covers becomes tokens of single bytes."""
         return bool(self.model.get("byte_fallback")) and all(token in self.ids for token in BYTES)
 
     @property
@@ -78,11 +78,11 @@ class Specification:
 
     @cached_property
     def indispensable(self) -> frozenset[str]:
-        """Tokens without which some text has no encoding, or another tokenization of kept text.
+        """Return tokens without which some text has no encoding, or kept text has another encoding.
 
-        These are added tokens (special ones among them), the unknown token, and the alphabet: tokens of single bytes,
-        or without those all tokens of one character. Of Unigram, one piece of the least score stays, because the
-        score of unknown characters is measured from the least score.
+        These are added tokens (special tokens among them), the unknown token, and the alphabet. The alphabet is the
+        tokens of single bytes, or all tokens of one character if there are no tokens of bytes. Of Unigram, one piece of
+        the least score stays, because the score of unknown characters is measured from the least score.
         """
         found = {token["content"] for token in self.added}
         singles = {token for token in self.ids if len(token) == 1}

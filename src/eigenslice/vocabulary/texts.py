@@ -20,7 +20,7 @@ OVERLAP = 2**10
 
 @dataclass(frozen=True)
 class Reading:
-    """A text as a whole, and what the text is."""
+    """A text as a whole, and its description."""
 
     description: str
     text: str = field(repr=False)
@@ -61,10 +61,10 @@ def read_texts(options: CalibrationOptions, tokenizer: Any, characters: int, *, 
     """Read texts as a whole, with conversations in the tokenizer's chat template.
 
     Args:
-        options: Which texts.
-        tokenizer: The dense model's.
-        characters: Of a large data set on the hub, only so many are read.
-        warn: Whether to say what is odd about a text; calibration on the same text says so itself.
+        options: The options of the texts.
+        tokenizer: The dense model's tokenizer.
+        characters: Number of characters that are read of a large data set on the hub.
+        warn: True to warn of odd records. Calibration on the same text warns itself.
 
     Raises:
         CalibrationError: a text can't be read, or is a file of token ids.
@@ -103,7 +103,7 @@ def encode(tokenizer: Any, text: str, description: str) -> list[int]:
 
 
 def count_tokens(tokenizer: Any, readings: Iterable[Reading]) -> Counter[int]:
-    """How often each token occurs in texts, by id."""
+    """Count the occurrences of each token in texts, by id."""
     counts: Counter[int] = Counter()
     for reading in readings:
         for part in reading.parts():
@@ -129,7 +129,7 @@ def measure_length(before: Any, after: Any, readings: Iterable[Reading], most: i
 
 
 def first_difference(before: Any, after: Any, ids: dict[int, int], readings: Iterable[Reading]) -> str | None:
-    """Where two tokenizers split a text into other tokens, in words; None if all tokens are the same.
+    """Return the first place where two tokenizers split a text into other tokens, in words; None if there is none.
 
     Args:
         before: The dense model's tokenizer.
