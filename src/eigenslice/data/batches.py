@@ -1,6 +1,6 @@
 """Batches of sequences, and the groups that sequences belong to."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -20,11 +20,13 @@ class Batch:
         input_ids: Token ids, (B, T).
         attention_mask: 0 for padding, (B, T); None without padding.
         group: Number of the sequences' text, or of a part of the text. A fit on some groups is tried on other groups.
+        own: Whether the dense model wrote the sequences. The loss that is reported is measured on texts only.
     """
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
     group: int = 0
+    own: bool = False
 
     @property
     def tokens(self) -> int:
@@ -40,5 +42,5 @@ def share_batches(batches: list[Batch], ranks: Ranks) -> list[Batch]:
         first += len(batch.input_ids)
         if len(batch.input_ids[rows]):
             mask = None if batch.attention_mask is None else batch.attention_mask[rows]
-            shared.append(Batch(batch.input_ids[rows], mask, batch.group))
+            shared.append(replace(batch, input_ids=batch.input_ids[rows], attention_mask=mask))
     return shared

@@ -19,7 +19,8 @@ def hold_out(batches: list[Batch], least: int = 1) -> list[Batch]:
     """Return all sequences, a few of them in the held-out group.
 
     The last sequences of each group are held out, in turns. Nothing is held out if there are fewer than
-    `HELD_OUT_SHARE` sequences, or if fewer than `least` tokens were held out: as many numbers are fitted on them.
+    `HELD_OUT_SHARE` sequences. Nor if fewer than `least` tokens would be held out, because as many numbers are fitted
+    on them.
     """
     places: dict[int, list[tuple[int, int]]] = {}
     for number, batch in enumerate(batches):
@@ -78,4 +79,5 @@ def trial_batches(batches: list[Batch]) -> list[Batch]:
 def _rows(batch: Batch, rows: list[int], group: int | None = None) -> Batch:
     """Some sequences of a batch, in another group if one is given."""
     mask = None if batch.attention_mask is None else batch.attention_mask[rows]
-    return Batch(batch.input_ids[rows], mask, batch.group if group is None else group)
+    group = batch.group if group is None else group
+    return replace(batch, input_ids=batch.input_ids[rows], attention_mask=mask, group=group)

@@ -30,16 +30,23 @@ class Head:
         weight: W, (vocabulary, width), float32; the final norm's gain is in it.
         bias: b, (vocabulary,), float32, or None.
         scale: The config's.
+        cap: The config's bound of the logits (Gemma's c * tanh(logits / c)), or None.
     """
 
     weight: Tensor
     bias: Tensor | None
     scale: float
+    cap: float | None = None
 
     def logits(self, rows: Tensor) -> Tensor:
-        """(n, vocabulary), from rows (n, width)."""
+        """(n, vocabulary), from rows (n, width); without the bound."""
         logits = rows @ self.weight.T
         return self.scale * (logits if self.bias is None else logits + self.bias)
+
+    def log_probabilities(self, rows: Tensor) -> Tensor:
+        """Log probabilities of the next tokens (n, vocabulary), from rows (n, width)."""
+        logits = self.logits(rows)
+        return (logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)).log_softmax(-1)
 
     @property
     def at_once(self) -> int:
@@ -50,7 +57,7 @@ class Head:
 def dense_head(dense: DenseModel) -> Head:
     """Return the dense model's head."""
     rows, bias = dense.lm_head()
-    return Head(rows.to(torch.float32), None if bias is None else bias.float(), _scale(dense))
+    return Head(rows.to(torch.float32), None if bias is None else bias.float(), _scale(dense), _cap(dense))
 
 
 def sliced_head(dense: DenseModel, cut: GlobalCut, reading: Tensor | None) -> Head:
@@ -71,12 +78,17 @@ def sliced_head(dense: DenseModel, cut: GlobalCut, reading: Tensor | None) -> He
     else:
         weight = tensors[head + ".weight"]
     bias = tensors.get(head + ".bias")
-    return Head(weight, None if bias is None else bias.float(), _scale(dense))
+    return Head(weight, None if bias is None else bias.float(), _scale(dense), _cap(dense))
 
 
 def _scale(dense: DenseModel) -> float:
     """Return the factor of the logits in the config."""
     return dense.table.logit_scale(dense.config) if dense.table.logit_scale else 1.0
+
+
+def _cap(dense: DenseModel) -> float | None:
+    """Return the bound of the logits in the config; None where there is none."""
+    return getattr(dense.config, "final_logit_softcapping", None)
 
 
 def held_out_rows(
@@ -113,9 +125,9 @@ def divergences(
     totals = torch.zeros(len(streams) + 1, dtype=torch.float64, device=whole.weight.device)  # and the number of tokens
     for rows, others in held_out_rows(site, streams, whole.at_once):
         totals[-1] += len(rows)
-        expected = whole.logits(rows).log_softmax(-1)
+        expected = whole.log_probabilities(rows)
         for index, (head, other) in enumerate(zip(heads, others, strict=True)):
-            actual = head.logits(other).log_softmax(-1)
+            actual = head.log_probabilities(other)
             totals[index] += (expected.exp() * (expected - actual)).sum(-1).double().sum()
     *losses, tokens = ranks.decide(ranks.sum(totals)).tolist()
     return [loss / tokens for loss in losses]

@@ -99,13 +99,13 @@ def add_own_text(
         ids = saved[0]["ids"]
     if not len(ids):
         return tokens
-    return tokens.with_rows(ids, 1 + max(batch.group for batch in tokens.batches), "own_sequences")
+    return tokens.with_rows(ids, 1 + max(batch.group for batch in tokens.batches), "own_sequences", own=True)
 
 
 def _write_own(
     tokens: Tokens, dense: DenseModel, options: SliceOptions, dtype: torch.dtype, count: int, progress: Progress
 ) -> Tensor:
-    """Return sequences of about the texts' length, each of several short ones, (count, T); none without room."""
+    """Return sequences of about the texts' length, each of several short texts, (count, T); none without room."""
     if not _has_room(tokens, dense, options.own_text, dtype):
         return torch.empty(0, 0, dtype=torch.long)
     # Slicing runs transformers' own classes, so that this does, too: no code of the checkpoint

@@ -20,6 +20,7 @@ from eigenslice.measure.stream_error import stream_error
 from eigenslice.model.dense import NamedTensors
 from eigenslice.report.manifest import site_summary
 from eigenslice.runtime.device import trim_memory
+from eigenslice.slicing.held_out_loss import loss_beside, unfitted_loss
 from eigenslice.slicing.result_files import SLICING_STAGE, ResultFiles
 
 SLICED_STREAMS = "sliced"
@@ -31,14 +32,15 @@ class _Fit:
     """The result of fitting, beside the blocks' weights.
 
     Attributes:
-        reading: What an untied head reads, (D, width).
+        reading: The untied head's map from the sliced stream to dense coordinates, (D, width).
         errors: The errors that are left behind each block.
-        gain: The factor of the head's input; None where too few sequences were there to hold some out.
+        gain: Factors of the head's input; None if there were too few sequences to hold some out.
     """
 
     reading: torch.Tensor | None
     errors: list[dict[str, Any]]
     gain: GainFit | None
+    loss: dict[str, Any]
 
 
 def slice_globally(files: ResultFiles, measurement: Measurement, *, fits: bool) -> dict[str, Any]:
@@ -47,7 +49,7 @@ def slice_globally(files: ResultFiles, measurement: Measurement, *, fits: bool) 
     Args:
         files: The weight files to write.
         measurement: Statistics of the dense model.
-        fits: Whether blocks are fitted.
+        fits: True if blocks are fitted.
 
     Returns:
         Entries of the manifest.
@@ -63,7 +65,7 @@ def slice_globally(files: ResultFiles, measurement: Measurement, *, fits: bool) 
     reading, tied_gain = None, basis.tied_gain
     if fits:
         fit = _fit_blocks(files, cut)
-        reading, entries["refit_errors"] = fit.reading, fit.errors
+        reading, entries["refit_errors"], entries["loss"] = fit.reading, fit.errors, fit.loss
         if fit.gain:
             entries["head_gain"] = fit.gain.describe()
             if tied_gain is not None:
@@ -71,6 +73,7 @@ def slice_globally(files: ResultFiles, measurement: Measurement, *, fits: bool) 
             else:
                 reading = (basis.site.reading if reading is None else reading) * fit.gain.gain
     else:
+        entries["loss"] = unfitted_loss(run, cut)
         _cut_blocks(files, cut)
     files.write(slice_head(dense, plan, basis.site, tied_gain, files.dtype, reading))
     run.progress(SLICING_STAGE, dense.anatomy.block_count, dense.anatomy.block_count)
@@ -118,4 +121,6 @@ def _fit_blocks(files: ResultFiles, cut: GlobalCut) -> _Fit:
             error = stream_error(site, cut.basis.site, twin.streams, run.ranks)
             errors.append({"block": site.block - 1} | error)
     head = sliced_head(run.dense, cut, twin.reading)
-    return _Fit(twin.reading, errors, fit_gain(run, site, twin.streams, head))
+    gain = fit_gain(run, site, twin.streams, head)
+    loss = loss_beside(run, batches, site, twin.streams, head, gain.gain if gain else None)
+    return _Fit(twin.reading, errors, gain, loss)

@@ -5,7 +5,9 @@ from typing import Any
 from eigenslice.algebra.basis import principal_components
 from eigenslice.cut.blocks import SiteBasis, identity_basis, slice_block
 from eigenslice.cut.ends import block_names, site_basis, slice_embeddings, slice_head
+from eigenslice.data.holdout import hold_out
 from eigenslice.report.manifest import site_summary
+from eigenslice.slicing.held_out_loss import WHOLE_STREAMS, WholeStreams
 from eigenslice.slicing.result_files import SLICING_STAGE, ResultFiles
 from eigenslice.stream.walk import STREAMS
 
@@ -13,8 +15,9 @@ from eigenslice.stream.walk import STREAMS
 def slice_per_block(files: ResultFiles) -> dict[str, Any]:
     """Find a basis for each site on the network sliced so far (SliceGPT, section 3.3 and algorithm 1), and slice.
 
-    One pass. The stream stays in the dense coordinates, projected onto what each site keeps: the dense
-    sublayers then compute what the sliced ones will. A block is written when the next one's basis is known.
+    There is one pass. The stream stays in the dense coordinates, projected onto the kept span of each site. So the
+    dense sublayers compute the same as the sliced ones will. A block is written when the basis of the next block is
+    known.
 
     Returns:
         Entries of the manifest.
@@ -32,13 +35,21 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
         return {"summaries": summaries} | files.content()
 
     report = run.report(SLICING_STAGE)
-    for site in run.walk(run.tokens.batches, position=position):
+    batches = hold_out(run.tokens.batches)
+    walk = run.walk(batches, position=position)
+    whole = WholeStreams(run, batches)
+    if position:
+        whole.restore(position)
+    for site in walk:
         report(site.block)
         if site.passed_block:
             tensors = {str(n): basis.matrix for n, basis in enumerate(bases)}
-            run.state.save(SLICING_STAGE, site.block, {STREAMS: site.streams}, tensors, content)
+            streams = {STREAMS: site.streams, WHOLE_STREAMS: whole.streams}
+            run.state.save(SLICING_STAGE, site.block, streams, tensors, content)
         number = site.block * len(sites) + site.index
         width = plan.site_widths[number]
+        if number == 0:
+            whole.begin(site)
         if site.layer is None and width == anatomy.width:
             basis = identity_basis(anatomy.width, dense.device)
         else:
@@ -54,6 +65,9 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
             files.write(block_names(dense, before, block, width))
             bases = []
         bases.append(basis)
+        if site.layer is not None:
+            whole.pass_on(site)
+    loss = whole.loss(site)
     files.write(slice_head(dense, plan, bases[-1], None, files.dtype))
     run.progress(SLICING_STAGE, anatomy.block_count, anatomy.block_count)
-    return {"spectra": summaries}
+    return {"spectra": summaries, "loss": loss}

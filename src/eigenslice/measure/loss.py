@@ -1,0 +1,123 @@
+"""The loss of a sliced model on held-out text, which tells the user how good the result is.
+
+Both models predict the tokens of held-out sequences of the calibration texts, as `eigenslice eval` lets a model predict
+them: tokens 2 to T of a sequence, without padding. Text of the model's own and random tokens don't count.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eigenslice.algebra.covariance import normalize
+from eigenslice.data.batches import HELD_OUT_GROUP, Batch
+from eigenslice.measure.divergence import Head
+from eigenslice.runtime.ranks import Ranks
+
+LARGEST = 700.0
+"""Largest exponent, in nats: exp() of more is no float."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss of a sliced model on held-out text, in nats per predicted token.
+
+    Attributes:
+        kl: KL(dense || sliced).
+        dense: Cross entropy of the dense model.
+        sliced: Cross entropy of the sliced model.
+        tokens: Number of predicted tokens.
+    """
+
+    kl: float
+    dense: float
+    sliced: float
+    tokens: int
+
+    def describe(self) -> dict[str, Any]:
+        """Return the manifest's entry."""
+        if not all(map(math.isfinite, (self.kl, self.dense, self.sliced))):
+            return not_measured("the sliced model's logits on held-out text are NaN or infinite")
+        return {
+            "kl": max(0.0, self.kl),  # rounding may take it below
+            "perplexity_ratio": _exp(self.sliced - self.dense),
+            "dense_perplexity": _exp(self.dense),
+            "sliced_perplexity": _exp(self.sliced),
+            "tokens": self.tokens,
+        }
+
+
+def not_measured(reason: str) -> dict[str, Any]:
+    """Return the manifest's entry where no loss is known, with the reason."""
+    return {"not_measured": reason}
+
+
+def held_out_texts(batches: list[Batch]) -> Iterator[tuple[int, Batch]]:
+    """Yield held-out sequences of texts, each batch with its number."""
+    for number, batch in enumerate(batches):
+        if batch.group == HELD_OUT_GROUP and not batch.own:
+            yield number, batch
+
+
+def predicting_rows(batch: Batch, stream: Tensor, eps: float) -> Tensor:
+    """Normalized rows (n, width), in at least float32, at which a batch's next tokens are predicted.
+
+    Args:
+        batch: The sequences.
+        stream: Their stream before the head, (B, T, width).
+        eps: The epsilon of the norm.
+    """
+    rows = normalize(stream, eps)[:, :-1][_predicted(batch).to(stream.device)]
+    return rows.to(torch.promote_types(rows.dtype, torch.float32))
+
+
+def next_tokens(batch: Batch) -> Tensor:
+    """Ids of a batch's predicted tokens, (n,)."""
+    return batch.input_ids[:, 1:][_predicted(batch)]
+
+
+def _predicted(batch: Batch) -> Tensor:
+    """Whether a token and the one after it count, (B, T - 1)."""
+    mask = batch.attention_mask
+    if mask is None:
+        return torch.ones_like(batch.input_ids[:, 1:], dtype=torch.bool)
+    return (mask[:, 1:] * mask[:, :-1]).bool()
+
+
+def measure_loss(
+    whole: Head, head: Head, predictions: Iterable[tuple[Tensor, Tensor, Tensor]], ranks: Ranks
+) -> Loss | None:
+    """Measure the loss of a sliced model.
+
+    Args:
+        whole: The dense model's head.
+        head: The sliced model's head.
+        predictions: The dense model's rows (n, D), the sliced model's rows (n, width) and the next tokens' ids (n,).
+        ranks: The processes that share the sequences.
+
+    Returns:
+        None where no token was held out.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=whole.weight.device)
+    for dense, sliced, targets in predictions:
+        for start in range(0, len(targets), whole.at_once):
+            part = slice(start, start + whole.at_once)
+            ids = targets[part, None].to(dense.device)
+            expected = whole.log_probabilities(dense[part])
+            actual = head.log_probabilities(sliced[part])
+            sums[1] -= expected.gather(1, ids).double().sum()
+            sums[2] -= actual.gather(1, ids).double().sum()
+            sums[3] += len(ids)
+            sums[0] += (expected.exp() * (expected - actual)).sum(-1).double().sum()
+    *losses, tokens = ranks.decide(ranks.sum(sums)).tolist()
+    if not tokens:
+        return None
+    kl, of_dense, of_sliced = (loss / tokens for loss in losses)
+    return Loss(kl, of_dense, of_sliced, int(tokens))
+
+
+def _exp(nats: float) -> float:
+    return math.exp(min(nats, LARGEST))
