@@ -55,7 +55,7 @@ def measure(model_name: str, options: list[str], calibration: list[str], repeats
     from eigenslice.checkpoint.loading import load_model
     from eigenslice.cli import app
     from eigenslice.data import calibration_tokens
-    from eigenslice.options.calibration import CalibrationOptions
+    from eigenslice.options.calibration_text import CalibrationOptions
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--calibration", action="append")

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import SliceResult, slice_model
 from tests import tiny

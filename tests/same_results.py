@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import slice_model
 from tests import processes, tiny, words

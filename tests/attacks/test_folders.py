@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import slice_model
 from tests import tiny, words

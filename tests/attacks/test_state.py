@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from eigenslice.errors import EigensliceError, EigensliceWarning
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.runtime import run_state as resume
 from eigenslice.runtime.output import partial_path

@@ -12,7 +12,7 @@ import typer
 from eigenslice.cli import VERBS, app
 from eigenslice.cli.commands import Flag, flags_of
 from eigenslice.cli.reference import reference
-from eigenslice.options.bench import BenchOptions
+from eigenslice.options.benchmark import BenchOptions
 from eigenslice.options.flags import PANELS, Nested, Option, Options, Range, described
 from tests.cli.conftest import Command
 

@@ -10,8 +10,8 @@ import pyarrow.parquet
 import pytest
 
 from eigenslice.data import formats
-from eigenslice.data.files import open_file
 from eigenslice.data.formats import Broken, read_records, read_text, records_in
+from eigenslice.data.text_files import open_file
 from eigenslice.errors import CalibrationError
 from tests.messages import check_message
 

@@ -14,7 +14,7 @@ from eigenslice.data import Tokens, calibration_tokens, evaluation_tokens
 from eigenslice.data.sources import Source, one_by_one, sources
 from eigenslice.data.texts import MIXTURES, PRESETS
 from eigenslice.errors import CalibrationError, EigensliceWarning, OptionsError
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from tests import words
 from tests.data.test_tokens import CONFIG, IDS, calibrate, groups, no_tokenizer, rows
 from tests.messages import check_message

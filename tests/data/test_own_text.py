@@ -9,7 +9,7 @@ import torch
 
 from eigenslice.data.own_text import sample_text
 from eigenslice.errors import OptionsError, OutputError
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.sampling import SampleOptions
 from tests import words
 from tests.checkpoint.files import copy_of

@@ -16,7 +16,7 @@ from torch import Tensor
 from eigenslice.data import Tokens, calibration_tokens, evaluation_tokens
 from eigenslice.data.tokens import BATCH_TOKENS
 from eigenslice.errors import CalibrationError, CheckpointError, EigensliceWarning
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from tests import words
 from tests.messages import check_message
 from tests.tiny import VOCABULARY, random_ids

@@ -1,11 +1,16 @@
-"""ARCHITECTURE.md has one line for each room, in the order of imports."""
+"""ARCHITECTURE.md has one line for each room, in the order of imports; files have names of their own."""
 
 import re
 import tomllib
+from collections import Counter
+
+import pytest
 
 from tests.docs.markdown import ROOT, spans
 
 SOURCE = ROOT / "src/eigenslice"
+VERBS = {"inspect.py", "slice.py"}
+"""Names of files in `cli/` and in the room of the verb's algorithm."""
 
 
 def test_rooms_stand_in_the_order_of_imports() -> None:
@@ -24,3 +29,10 @@ def test_files_of_rooms_exist() -> None:
     files = [file for file in files if not file.startswith(("tests/", "benchmarks/"))]
     assert len(files) > 3
     assert [file for file in files if not (SOURCE / file).exists()] == []
+
+
+@pytest.mark.parametrize("folder", ["src/eigenslice", "tests"])
+def test_no_two_files_share_a_name(folder: str) -> None:
+    names = Counter(path.name for path in (ROOT / folder).rglob("*.py"))
+    assert {name for name, count in names.items() if count > 1} - {"__init__.py", "conftest.py"} - VERBS == set()
+    assert sum(names.values()) > 100

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from eigenslice.data.batches import Batch
 from eigenslice.errors import CheckpointError
 from eigenslice.evaluation.perplexity import evaluate, perplexity
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from tests import tiny
 from tests.conftest import Slicer
 from tests.results import load

@@ -12,7 +12,7 @@ import torch
 from eigenslice.errors import CheckpointError, OptionsError
 from eigenslice.evaluation.costs import peak_memory
 from eigenslice.evaluation.speed import Runner, bench
-from eigenslice.options.bench import BenchOptions
+from eigenslice.options.benchmark import BenchOptions
 from tests import processes, tiny
 from tests.conftest import Slicer
 from tests.results import load
@@ -46,7 +46,7 @@ def llama_costs(width: int, neurons: int, prompt: int, batch: int) -> int:
 @pytest.fixture(scope="module")
 def result(dense_folder: Folders, tmp_path_factory: pytest.TempPathFactory, calibration: Path) -> dict[str, Any]:
     """Dense and sliced Llama, timed with a growing cache."""
-    from eigenslice.options.calibration import CalibrationOptions
+    from eigenslice.options.calibration_text import CalibrationOptions
     from eigenslice.options.slicing import SliceOptions
     from eigenslice.slicing import slice_model
 

@@ -10,7 +10,7 @@ import yaml
 
 from eigenslice.errors import CalibrationError, EigensliceWarning, OptionsError
 from eigenslice.evaluation.tasks import evaluate_tasks, scores
-from eigenslice.options.tasks import TaskOptions
+from eigenslice.options.evaluation import TaskOptions
 from eigenslice.report.measured import tasks as plot
 from tests import tiny, words
 from tests.checkpoint.files import copy_of

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from eigenslice.export import Export, export_model
-from eigenslice.options.calibration import CalibrationOptions
-from eigenslice.options.export import ExportOptions
+from eigenslice.options.calibration_text import CalibrationOptions
+from eigenslice.options.exporting import ExportOptions
 from tests import tiny
 from tests.conftest import Recipe, Slicer
 from tests.export import models

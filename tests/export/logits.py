@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from eigenslice.export import export_model
-from eigenslice.options.export import ExportOptions
+from eigenslice.options.exporting import ExportOptions
 from tests import tiny
 from tests.results import load
 

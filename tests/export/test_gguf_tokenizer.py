@@ -9,10 +9,10 @@ from transformers import PreTrainedTokenizerFast
 
 from eigenslice.errors import UnsupportedModelError
 from eigenslice.export import export_model
-from eigenslice.export.check import TEXTS
+from eigenslice.export.agreement import TEXTS
 from eigenslice.export.gguf.llama_cpp import LlamaCpp
 from eigenslice.export.gguf.tokenizer import split_name
-from eigenslice.options.export import ExportOptions
+from eigenslice.options.exporting import ExportOptions
 from tests import tiny
 from tests.export.models import CONFIG
 from tests.messages import check_message

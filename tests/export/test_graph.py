@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicCache
 from eigenslice.errors import ExportError
 from eigenslice.export import export_model, openvino
 from eigenslice.export.graph import CachedModel, graph_of
-from eigenslice.options.export import ExportOptions
+from eigenslice.options.exporting import ExportOptions
 from tests import tiny
 from tests.conftest import Slicer
 from tests.messages import check_message

@@ -6,7 +6,7 @@ import pytest
 
 from eigenslice.export import export_model
 from eigenslice.export.onnx import OnnxRuntime
-from eigenslice.options.export import ExportOptions
+from eigenslice.options.exporting import ExportOptions
 from tests.conftest import Slicer
 from tests.export import models
 from tests.export.logits import assert_same_logits, save_two_layers

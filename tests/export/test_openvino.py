@@ -10,7 +10,7 @@ import torch
 from eigenslice.errors import EigensliceError, ExportError
 from eigenslice.export import export_model
 from eigenslice.export.openvino import BEAM, FILE, OpenVino
-from eigenslice.options.export import ExportOptions
+from eigenslice.options.exporting import ExportOptions
 from tests import tiny
 from tests.conftest import Slicer
 from tests.export import models

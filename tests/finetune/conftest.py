@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import save_file
 
 from eigenslice.finetune import FinetuneOptions, FinetuneResult, finetune
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.runtime.output import partial_path
 from eigenslice.slicing import slice_model

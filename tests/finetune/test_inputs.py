@@ -79,7 +79,7 @@ def test_the_lock_is_tried_before_anything_else(resume: bool, training: Training
 def test_logs_of_somebody_else_are_left_alone(
     name: str, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("eigenslice.options.finetune.find_spec", lambda name: True)
+    monkeypatch.setattr("eigenslice.options.finetuning.find_spec", lambda name: True)
     (tmp_path / "out.logs").mkdir()
     (tmp_path / "out.logs" / name).write_text("mine")
     options = training.at(tmp_path / "out", log_to=("tensorboard",))

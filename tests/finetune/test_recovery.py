@@ -16,7 +16,7 @@ from eigenslice.data.batches import Batch
 from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.evaluation.perplexity import perplexity
 from eigenslice.finetune import FinetuneOptions, finetune, with_recipe
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.runtime.output import partial_path
 from tests import processes, tiny
 from tests.checkpoint.files import copy_of

@@ -12,7 +12,7 @@ from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.data.holdout import hold_out
 from eigenslice.fit import gain as gains
 from eigenslice.fit import neuron_readers as neuronfit
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.slicing import SliceResult
 from tests import tiny
 from tests.conftest import Folders, Slicer

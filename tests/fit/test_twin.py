@@ -24,7 +24,7 @@ from eigenslice.fit.ridges import Fitting
 from eigenslice.fit.twin import SlicedTwin
 from eigenslice.measure.importance import HEAD_WEIGHT
 from eigenslice.model.dense import DenseModel, Tensors
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.plan.plan import Plan, widths
 from eigenslice.slicing import SliceResult
 from tests import tiny

@@ -14,7 +14,7 @@ from eigenslice.data.holdout import hold_out
 from eigenslice.evaluation.perplexity import perplexity
 from eigenslice.measure.divergence import Head
 from eigenslice.measure.loss import Loss, held_out_texts, measure_loss, next_tokens, predicting_rows
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.runtime.ranks import ALONE
 from tests import tiny
 from tests.conftest import Folders, Slicer

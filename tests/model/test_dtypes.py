@@ -14,7 +14,7 @@ from eigenslice.errors import EigensliceWarning
 from eigenslice.inspection.inspect import inspect_model
 from eigenslice.model.dense import DenseModel
 from eigenslice.model.dtypes import prevailing
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import slice_model
 from tests import tiny

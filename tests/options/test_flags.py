@@ -5,10 +5,10 @@ from typing import Annotated
 import pytest
 from pydantic import ValidationError
 
-from eigenslice.options.calibration import CalibrationOptions
-from eigenslice.options.finetune import FinetuneOptions
+from eigenslice.options.calibration_text import CalibrationOptions
+from eigenslice.options.evaluation import PerplexityOptions
+from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.options.flags import SIZE, Option, Options, Range, described, flag_at, flag_of, nested_of, type_of
-from eigenslice.options.perplexity import PerplexityOptions
 from eigenslice.options.slicing import SliceOptions
 from tests.cli.conftest import Failure, command, fails  # noqa: F401
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from eigenslice.errors import OptionsError
-from eigenslice.options.export import ExportOptions
-from eigenslice.options.finetune import FinetuneOptions
+from eigenslice.options.evaluation import TaskOptions
+from eigenslice.options.exporting import ExportOptions
+from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.options.paths import expanded
 from eigenslice.options.sampling import SampleOptions
 from eigenslice.options.slicing import SliceOptions
-from eigenslice.options.tasks import TaskOptions
 from eigenslice.report import ReportOptions
 from tests.cli.conftest import Command, Failure, command, fails, model, text  # noqa: F401
 from tests.messages import check_message

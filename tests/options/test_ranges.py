@@ -9,11 +9,11 @@ import pytest
 from eigenslice.errors import OptionsError
 from eigenslice.finetune import FinetuneOptions
 from eigenslice.inspection.inspect import inspect_model
-from eigenslice.options.bench import BenchOptions
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.benchmark import BenchOptions
+from eigenslice.options.calibration_text import CalibrationOptions
+from eigenslice.options.evaluation import TaskOptions
 from eigenslice.options.sampling import SampleOptions
 from eigenslice.options.slicing import SliceOptions
-from eigenslice.options.tasks import TaskOptions
 from eigenslice.report import ReportOptions
 from tests.messages import check_message
 

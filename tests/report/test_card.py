@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 from eigenslice.cli import main
 from eigenslice.errors import EigensliceWarning
 from eigenslice.finetune import FinetuneOptions, finetune
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.report.card import write_card
 from eigenslice.report.manifest import read_manifest
 from eigenslice.report.story import base_model, custom_note, is_hub_id, slice_command

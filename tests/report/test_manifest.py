@@ -34,7 +34,7 @@ TRAINING: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def genuine(tmp_path_factory: pytest.TempPathFactory, dense_folder: Any, calibration: Path) -> dict[str, Any]:
     """A manifest that slicing wrote, with what fine-tuning adds."""
-    from eigenslice.options.calibration import CalibrationOptions
+    from eigenslice.options.calibration_text import CalibrationOptions
     from eigenslice.options.slicing import SliceOptions
     from eigenslice.slicing import slice_model
 

@@ -12,7 +12,7 @@ from eigenslice.errors import CheckpointError, OptionsError, OutputError
 from eigenslice.report import ReportOptions, report
 from eigenslice.report import page as page_module
 from eigenslice.report.figures import spectra
-from eigenslice.report.inputs import read_input
+from eigenslice.report.json_inputs import read_input
 from eigenslice.report.measured import perplexities, speeds, tasks
 from eigenslice.report.page import _json, short
 from eigenslice.report.samples import generate

@@ -18,7 +18,7 @@ from eigenslice.data.holdout import trial_batches
 from eigenslice.fit import neuron_readers as neuronfit
 from eigenslice.measure.importance import measure
 from eigenslice.model.dense import DenseModel
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Plan, Sizes
 from eigenslice.search.trials import try_plans

@@ -11,7 +11,7 @@ from eigenslice.data.batches import BESIDE_GROUP, Batch
 from eigenslice.data.own_text import draw
 from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.measure.importance import measure
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import calibration, slice_model
 from eigenslice.stream.run import Run

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from eigenslice.errors import IncompleteError, OptionsError, OutputError
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.runtime import run_state as resume
 from eigenslice.runtime.offload import Offload

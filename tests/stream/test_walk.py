@@ -13,7 +13,7 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.data.batches import Batch
 from eigenslice.errors import ActivationError, CheckpointError
 from eigenslice.model.dense import DenseModel
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.slicing import slice_model
 from eigenslice.stream.runner import captured_inputs

@@ -8,7 +8,7 @@ from rich.table import Table
 from eigenslice.cli.commands import Given
 from eigenslice.cli.console import output, progress_bar
 from eigenslice.cli.options import AsJson, Compared, Quiet
-from eigenslice.options.bench import BenchOptions
+from eigenslice.options.benchmark import BenchOptions
 
 
 def bench(models: Compared, given: Given[BenchOptions], as_json: AsJson = False, quiet: Quiet = False) -> None:

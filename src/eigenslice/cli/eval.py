@@ -8,8 +8,7 @@ from eigenslice.cli.commands import Given
 from eigenslice.cli.console import output, progress_bar
 from eigenslice.cli.options import AsJson, Compared, Quiet
 from eigenslice.errors import OptionsError
-from eigenslice.options.perplexity import PerplexityOptions
-from eigenslice.options.tasks import TaskOptions
+from eigenslice.options.evaluation import PerplexityOptions, TaskOptions
 
 
 def eval_(

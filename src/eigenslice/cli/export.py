@@ -5,7 +5,7 @@ import json
 from eigenslice.cli.commands import Given
 from eigenslice.cli.console import output, progress_bar
 from eigenslice.cli.options import AsJson, Quiet, Revision
-from eigenslice.options.export import ExportOptions
+from eigenslice.options.exporting import ExportOptions
 
 
 def export(

@@ -6,7 +6,7 @@ import os
 from eigenslice.cli.commands import Given
 from eigenslice.cli.console import errors, output, progress_bar
 from eigenslice.cli.options import ManifestAsJson, Private, PushToHub, Quiet, RecipeName, Revision
-from eigenslice.options.finetune import FinetuneOptions, with_recipe
+from eigenslice.options.finetuning import FinetuneOptions, with_recipe
 
 
 def finetune(

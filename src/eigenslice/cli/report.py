@@ -3,7 +3,7 @@
 from eigenslice.cli.commands import Given
 from eigenslice.cli.console import output, progress_bar
 from eigenslice.cli.options import Quiet
-from eigenslice.options.report import ReportOptions
+from eigenslice.options.reporting import ReportOptions
 
 
 def report(given: Given[ReportOptions], quiet: Quiet = False) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from io import TextIOWrapper
 from typing import Any
 
-from eigenslice.data.files import TextFile, reading, refused
+from eigenslice.data.text_files import TextFile, reading, refused
 from eigenslice.errors import CalibrationError, one_line
 
 LARGEST = 2**27

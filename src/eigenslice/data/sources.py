@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from eigenslice.data.files import local_path
 from eigenslice.data.presets import BUILTIN, MIXTURES, PRESETS
+from eigenslice.data.text_files import local_path
 from eigenslice.errors import CalibrationError
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from eigenslice.data.builtin import language_reference, library_docstrings
 from eigenslice.data.conversations import Conversation
-from eigenslice.data.files import local_path, open_file
 from eigenslice.data.formats import LARGEST, read_records, read_text, records_in
-from eigenslice.data.hub import hub_records, parse_hub
+from eigenslice.data.hub_sets import hub_records, parse_hub
 from eigenslice.data.presets import ALLOWED, BUILTIN, MIXTURES, PRESETS, HubText, Purpose
 from eigenslice.data.records import PATIENCE, Reading, Texts
+from eigenslice.data.text_files import local_path, open_file
 from eigenslice.errors import CalibrationError
 
 __all__ = ["ALLOWED", "BUILTIN", "MIXTURES", "PRESETS", "Chat", "Documents", "Purpose", "load_documents"]

@@ -17,7 +17,7 @@ from eigenslice.data.sources import Source, sources
 from eigenslice.data.templates import ChatTemplate
 from eigenslice.data.texts import Chat, Documents, Purpose, load_documents
 from eigenslice.errors import CalibrationError, EigensliceWarning, first_line, printable
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 
 CHARACTERS_PER_TOKEN = 12  # generous for English, so that enough text is read from large data sets
 BATCH_TOKENS = 2048  # a forward pass of more tokens isn't faster, and takes more memory

@@ -15,7 +15,7 @@ from eigenslice.checkpoint.loading import load_model
 from eigenslice.data import evaluation_tokens
 from eigenslice.data.batches import Batch
 from eigenslice.errors import ActivationError, CalibrationError
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.common import DtypeName
 
 LARGEST_LOSS = 700.0  # exp() of more is no float

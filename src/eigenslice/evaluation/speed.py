@@ -14,7 +14,7 @@ from eigenslice._version import __version__
 from eigenslice.checkpoint.loading import load_model
 from eigenslice.errors import OptionsError
 from eigenslice.evaluation.costs import bytes_per_step, operations, peak_memory, weight_bytes_on_disk
-from eigenslice.options.bench import BenchOptions
+from eigenslice.options.benchmark import BenchOptions
 from eigenslice.runtime.device import resolve_device
 
 Progress = Callable[[str, int, int], None]

@@ -12,7 +12,7 @@ import torch
 
 from eigenslice.checkpoint.loading import load_model
 from eigenslice.errors import CalibrationError, EigensliceError, EigensliceWarning, OptionsError, first_line
-from eigenslice.options.tasks import TaskOptions
+from eigenslice.options.evaluation import TaskOptions
 
 Progress = Callable[[str, int, int], None]
 

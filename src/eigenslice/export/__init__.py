@@ -19,8 +19,8 @@ from eigenslice.checkpoint.loading import LoadedModel, load_model
 from eigenslice.checkpoint.names import CONFIG
 from eigenslice.checkpoint.source import locate
 from eigenslice.errors import CheckpointError, EigensliceError, ExportError, OptionsError, first_line
-from eigenslice.export.check import Agreement, Runtime
-from eigenslice.options.export import ExportOptions
+from eigenslice.export.agreement import Agreement, Runtime
+from eigenslice.options.exporting import ExportOptions
 from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, work_folder
 
@@ -116,7 +116,7 @@ def _work_folder(options: ExportOptions, names: Collection[str] = ()) -> Abstrac
 
 
 def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
-    from eigenslice.export.check import check_tokens, compare, prompts, reference, require_agreement
+    from eigenslice.export.agreement import check_tokens, compare, prompts, reference, require_agreement
     from eigenslice.export.gguf import llama_cpp
     from eigenslice.export.gguf.arch import architecture_of
     from eigenslice.export.gguf.types import round_weights, type_for
@@ -190,7 +190,7 @@ def _export_graph(
     name: str,
 ) -> Export:
     """Write a graph with the files that go with it, and check it."""
-    from eigenslice.export.check import compare, prompts, reference, require_agreement
+    from eigenslice.export.agreement import compare, prompts, reference, require_agreement
     from eigenslice.export.graph import graph_of
 
     folder, _ = _open(options)

@@ -36,7 +36,7 @@ from eigenslice.finetune.training import (
     training_arguments,
     with_adapters,
 )
-from eigenslice.options.finetune import FinetuneOptions
+from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.report.card import write_card
 from eigenslice.report.manifest import NAME, finished_manifest, versions
 from eigenslice.runtime.device import resolve_device

@@ -17,7 +17,7 @@ from eigenslice.data import Tokens
 from eigenslice.errors import IncompleteError, OutputError
 from eigenslice.evaluation.perplexity import Perplexity
 from eigenslice.finetune.inputs import Sliced, stored_tensors
-from eigenslice.options.finetune import FinetuneOptions
+from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.report.card import CARD
 from eigenslice.report.manifest import NAME
 from eigenslice.runtime.durable import file_hashes

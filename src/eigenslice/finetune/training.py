@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from eigenslice.errors import OptionsError, OutputError, first_line
 from eigenslice.finetune.checkpoints import Checkpoints, load_weights
 from eigenslice.finetune.objective import shifted_targets, summed_loss
-from eigenslice.options.finetune import FinetuneOptions
+from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.ranks import Ranks
 

@@ -19,7 +19,7 @@ from eigenslice.algebra.refit import InputsOutputs
 from eigenslice.arch import Sublayer
 from eigenslice.cut.blocks import Kept, keep_units, rotate_end
 from eigenslice.cut.ends import GlobalCut
-from eigenslice.fit.experts import InputsOutputsOf, fit_experts
+from eigenslice.fit.expert_writers import InputsOutputsOf, fit_experts
 from eigenslice.fit.neuron_readers import Errors, Readers, fit_readers, take_largest_step
 from eigenslice.fit.ridges import Fitting, RidgeFits
 from eigenslice.model.dense import Tensors

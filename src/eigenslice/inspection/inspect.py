@@ -8,7 +8,7 @@ import torch
 from eigenslice.checkpoint.source import open_source
 from eigenslice.inspection.estimate import Estimate, estimate
 from eigenslice.model.dense import DenseModel
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.plan.candidates import rounded
 from eigenslice.plan.forms import choose_form, stock_type_of
 from eigenslice.plan.layout import count, dense_roles, layout

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.common import GPU, TrustTokenizer
 from eigenslice.options.flags import CALIBRATION, MACHINE, Nested, Option, Options
 

@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
-from eigenslice.options.calibration import MOST_SAMPLES
+from eigenslice.options.calibration_text import MOST_SAMPLES
 from eigenslice.options.common import LONGEST, SEED, Device, RunDtype, TrustCheckpoint
 from eigenslice.options.flags import MACHINE, TEXT, Option, Options, Range
 from eigenslice.options.paths import UserPath

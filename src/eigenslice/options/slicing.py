@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.common import Device, DtypeName, ShardGib, TrustTokenizer
 from eigenslice.options.flags import CALIBRATION, MACHINE, RESULT, SIZE, Nested, Option, Options, Range
 from eigenslice.options.paths import UserPath

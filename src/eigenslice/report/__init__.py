@@ -1,6 +1,6 @@
 """Reports on a result for people: an HTML page, and the model card in its folder."""
 
-from eigenslice.options.report import ReportOptions
+from eigenslice.options.reporting import ReportOptions
 from eigenslice.report.page import report
 
 __all__ = ["ReportOptions", "report"]

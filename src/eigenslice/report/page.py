@@ -10,9 +10,9 @@ from typing import Any
 from eigenslice._version import __version__
 from eigenslice.errors import CheckpointError, OutputError
 from eigenslice.options.paths import expanded
-from eigenslice.options.report import ReportOptions
+from eigenslice.options.reporting import ReportOptions
 from eigenslice.report import figures, measured, story
-from eigenslice.report.inputs import read_input
+from eigenslice.report.json_inputs import read_input
 from eigenslice.report.manifest import NAME, read_manifest
 from eigenslice.report.samples import Sample, generate
 from eigenslice.runtime.durable import write_whole

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from eigenslice.options.finetune import FinetuneOptions
+from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.options.flags import Options, flag_of, nested_of
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.report.escape import python_string, shell_words

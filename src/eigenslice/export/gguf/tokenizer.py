@@ -2,7 +2,7 @@
 
 llama.cpp has its own tokenizers, and a word (`tokenizer.ggml.pre`) for each way of splitting text. Its converter finds
 the word by hashes of token ids. Here the word follows from the tokenizer's own rules of splitting. When the file is
-written, a check compares llama.cpp's tokens (`check.py`).
+written, a check compares llama.cpp's tokens (`agreement.py`).
 """
 
 import json

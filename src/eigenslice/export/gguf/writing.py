@@ -4,7 +4,7 @@ llama.cpp's `convert_hf_to_gguf.py` isn't used: it is a script of a source tree,
 work is small on top of llama.cpp's `gguf` package, which has the names of all tensors and keys, and the writer. The
 rest is the architecture (`arch.py`, `table.py`), a handful of numbers (below), the tensors (`tensors.py`, `rope.py`),
 the tokenizer (`tokenizer.py`) and the number formats (`types.py`). llama.cpp then runs each file, and the result is
-compared with transformers (`check.py`). So an error here can't go unnoticed.
+compared with transformers (`agreement.py`). So an error here can't go unnoticed.
 
 Tensors are read, converted and written one at a time.
 """

@@ -10,7 +10,7 @@ from eigenslice.data.sources import sources
 from eigenslice.data.templates import ChatTemplate
 from eigenslice.data.texts import Chat, load_documents
 from eigenslice.errors import CalibrationError, EigensliceWarning, first_line, printable
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 
 PART = 2**20
 """Characters that are encoded at once: tokenizers need a hundred times the memory of a text."""

@@ -10,7 +10,7 @@ from gguf import GGUFReader
 from transformers import AutoConfig
 
 from eigenslice.errors import ExportError, OptionsError, OutputError, UnsupportedModelError
-from eigenslice.export.check import TEXTS
+from eigenslice.export.agreement import TEXTS
 from eigenslice.export.gguf import tensors as gguf_tensors
 from eigenslice.export.gguf.arch import architecture_of
 from eigenslice.export.gguf.llama_cpp import LlamaCpp

@@ -1,4 +1,4 @@
-"""Options of `eigenslice eval --tasks`."""
+"""Options of `eigenslice eval`."""
 
 from importlib.util import find_spec
 from typing import Annotated
@@ -6,9 +6,35 @@ from typing import Annotated
 from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.common import Device, RunDtype, TrustCheckpoint
-from eigenslice.options.flags import TASKS, Option, Options, Range
+from eigenslice.options.flags import TASKS, TEXT, Nested, Option, Options, Range
 from eigenslice.options.paths import UserPath
+
+TEXT_TO_PREDICT: dict[str, Option | None] = {
+    "data": Option(
+        "Text to predict: builtin, wikitext2, c4, alpaca, ptb, fineweb-edu, tinystories, code (their held-out "
+        "parts), mixed (one after another), a file (as slice's --calibration), or a hub data set "
+        "NAME[:CONFIG[:SPLIT]]. Several: a perplexity for each.",
+        TEXT,
+    ),
+    "field": Option(
+        "Text field of records or tensor of a file, as slice's --field; once, or once for each text.",
+        TEXT,
+        "text, or else a conversation",
+    ),
+    "samples": Option("Windows of each text, from its start.", TEXT),
+    "seqlen": Option("Tokens per window.", TEXT),
+}
+
+
+class PerplexityOptions(Options):
+    """Text to predict, and how models run on it."""
+
+    text: Annotated[CalibrationOptions, Nested(TEXT_TO_PREDICT)] = CalibrationOptions(data="wikitext2")
+    device: Device = None
+    dtype: RunDtype = None
+    trust_remote_code: TrustCheckpoint = False
 
 
 class TaskOptions(Options):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import model_validator
 
 from eigenslice.errors import OptionsError
-from eigenslice.options.calibration import MOST_SAMPLES, CalibrationOptions
+from eigenslice.options.calibration_text import MOST_SAMPLES, CalibrationOptions
 from eigenslice.options.common import GPU, ShardGib, TrustCheckpoints
 from eigenslice.options.flags import ADAPTERS, MACHINE, OUTPUT, TEXT, TRAINING, Nested, Option, Options, Range
 from eigenslice.options.paths import UserPath

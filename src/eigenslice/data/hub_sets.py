@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from eigenslice.data.files import local_path
 from eigenslice.data.formats import Records
 from eigenslice.data.presets import ALLOWED, HubText
+from eigenslice.data.text_files import local_path
 from eigenslice.errors import CalibrationError, cause_of, one_line
 
 SHUFFLE_BUFFER = 10_000  # documents among which the next one is drawn from a streamed data set

@@ -12,7 +12,7 @@ from torch import Tensor
 from eigenslice.algebra.refit import RIDGES
 from eigenslice.arch import lookup
 from eigenslice.cut.blocks import Kept
-from eigenslice.fit.experts import fit_experts
+from eigenslice.fit.expert_writers import fit_experts
 from eigenslice.stream.runner import has_experts
 from tests import tiny
 from tests.conftest import Folders, Slicer

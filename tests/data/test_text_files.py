@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow
 import pytest
 
-from eigenslice.data.files import KINDS, local_path, open_file, reading
+from eigenslice.data.text_files import KINDS, local_path, open_file, reading
 from eigenslice.errors import CalibrationError
 from tests.messages import check_message
 

@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from eigenslice.data import Tokens, evaluation_tokens
-from eigenslice.data.files import BINARY_NAMES, KINDS, PACKED
+from eigenslice.data.text_files import BINARY_NAMES, KINDS, PACKED
 from eigenslice.errors import CalibrationError, EigensliceWarning
-from eigenslice.options.calibration import CalibrationOptions
+from eigenslice.options.calibration_text import CalibrationOptions
 from tests import words
 from tests.data.test_tokens import CONFIG
 from tests.messages import check_message
