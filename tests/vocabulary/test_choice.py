@@ -136,3 +136,14 @@ WRONG = {
 def test_other_tokenizers_are_refused(why: str) -> None:
     with pytest.raises(UnsupportedModelError, match=why):
         read_specification(WRONG[why])
+
+
+def test_added_tokens_without_a_row_are_passed_over() -> None:
+    """transformers adds such tokens when it reads the tokenizer of a GGUF."""
+    added = [{"id": 5, "content": "<s>", "special": True}, {"id": 2, "content": "<end>", "special": True}]
+    content = {"model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []}, "added_tokens": added}
+    specification = read_specification(content, rows=5)
+    assert specification.ids == {"a": 0, "b": 1, "<end>": 2}
+    assert [token["content"] for token in rewrite_tokenizer(specification, {0: 0, 2: 1})["added_tokens"]] == ["<end>"]
+    with pytest.raises(UnsupportedModelError, match="token 1, the embedding has 1 rows"):
+        read_specification(content, rows=1)

@@ -58,6 +58,16 @@ class Source:
         """The commit of a model on the hub; None for a folder or file here."""
         return commit_of(self.folder)
 
+    @property
+    def dropped_rows(self) -> int:
+        """Rows of the checkpoint's embedding that are left out: none, unless the vocabulary is cut."""
+        return 0
+
+    @property
+    def vocabulary(self) -> dict[str, Any] | None:
+        """Entry of the manifest on a vocabulary that is cut; None if all tokens stay."""
+        return None
+
     @cached_property
     def weights(self) -> Weights:
         """The tensors, read one at a time. Tensors of a GGUF are dequantized."""

@@ -34,6 +34,12 @@ def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: As
         roles.add_row(role, f"{size:,}", f"{100 * size / result.parameters:.1f} %")
     roles.add_row("total", f"{result.parameters:,}", "100.0 %")
     output.print(roles)
+    output.print(
+        f"The vocabulary's {result.tokens:,} tokens take {100 * result.vocabulary_share:.1f} % of the parameters: "
+        "--vocabulary-from keeps those that texts need.",
+        highlight=False,
+        soft_wrap=True,
+    )
     sizes = Table("slicing", "width", "basis", "head", "saved as", "parameters", "kept")
     for row in result.sizes:
         head = "tied" if row.tied else "separate"

@@ -43,6 +43,7 @@ from eigenslice.runtime.device import resolve_device
 from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.ranks import Ranks, join_ranks
 from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, remove_finished, work_folder
+from eigenslice.vocabulary import keep_rows, kept_ids
 
 KEPT = 3
 """Checkpoints on the disk at the same time: the last one, the one before, and the one that is being written."""
@@ -137,7 +138,7 @@ def _finetune(options: FinetuneOptions, ranks: Ranks, progress: Progress) -> Fin
         base.check_saving(loaded.model)
         teacher = dense.load(None, options.trust_remote_code) if dense else None
         if teacher:
-            _check_teacher(options, loaded, teacher)
+            _fit_teacher(options, base.manifest, loaded, teacher)
         tokens, train, held_out = _windows(options, loaded, loaded.model.config.get_text_config())
         identity = ranks.on_first(lambda: _identity(options, inputs, tokens, ranks))
         for one, stamp in zip(inputs, stamps, strict=True):
@@ -172,14 +173,19 @@ def _finished(output: Path, content: dict[str, Any]) -> FinetuneResult:
     return FinetuneResult(output, content, before, after)
 
 
-def _check_teacher(options: FinetuneOptions, loaded: LoadedModel, teacher: LoadedModel) -> None:
+def _fit_teacher(options: FinetuneOptions, manifest: dict[str, Any], loaded: LoadedModel, teacher: LoadedModel) -> None:
+    """Leave only the kept tokens to a teacher of a model whose vocabulary was cut; refuse other vocabularies."""
     ours, theirs = (m.model.config.get_text_config().vocab_size for m in (loaded, teacher))
-    if ours != theirs:
+    if ours == theirs:
+        return
+    kept = kept_ids(teacher.tokenizer(), loaded.tokenizer()) if "vocabulary" in manifest else None
+    if kept is None or kept[-1] >= theirs:
         raise OptionsError(
             f"--teacher {options.teacher} has a vocabulary of {theirs} tokens, {options.model} of {ours}",
             allowed="the dense model that was sliced, or one with the same tokenizer",
             next_step="pass the dense model",
         )
+    keep_rows(teacher.model, kept)
 
 
 def _windows(options: FinetuneOptions, loaded: LoadedModel, config: Any) -> tuple[Tokens, list[Tensor], list[Tensor]]:

@@ -54,6 +54,8 @@ class Inspection:
     dtype: str
     parameters: int
     by_role: dict[str, int]
+    tokens: int
+    vocabulary_share: float
     sizes: list[SizeRow]
     estimate: Estimate
 
@@ -101,6 +103,8 @@ def inspect_model(
         dtype=str(dense.dtype).removeprefix("torch."),
         parameters=anatomy.parameters,
         by_role=dense_roles(anatomy),
+        tokens=anatomy.tokens,
+        vocabulary_share=sum(anatomy.vocabulary_parameters.values()) / anatomy.parameters,
         sizes=rows,
         estimate=estimate(dense, samples * seqlen, seqlen, torch.float32 if resolved.type == "cpu" else dense.dtype),
     )

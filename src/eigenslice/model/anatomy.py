@@ -24,6 +24,7 @@ class Anatomy:
         tied: True if embedding and head are one matrix.
         fixed_positions: Number of rows of each table of positions that no checkpoint holds, by the table's name.
         in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
+        dropped_tokens: Number of the checkpoint's tokens that are left out; config and shapes are of the others.
     """
 
     config: Any
@@ -32,6 +33,7 @@ class Anatomy:
     tied: bool
     fixed_positions: dict[str, int]
     in_float32: frozenset[str]
+    dropped_tokens: int = 0
 
     @classmethod
     def of_config(cls, config: Any) -> "Anatomy":
@@ -44,13 +46,14 @@ class Anatomy:
         return cls.of_model(config, empty_model(config), tied=bool(config.tie_word_embeddings))
 
     @classmethod
-    def of_model(cls, config: Any, model: Any, *, tied: bool) -> "Anatomy":
+    def of_model(cls, config: Any, model: Any, *, tied: bool, dropped_tokens: int = 0) -> "Anatomy":
         """Return the anatomy of a model that transformers has built.
 
         Args:
             config: The model's config.
             model: The model; its parameters may be on the meta device.
             tied: True if embedding and head are one matrix.
+            dropped_tokens: Number of the checkpoint's tokens that the config doesn't count, see `Source.dropped_rows`.
         """
         table = lookup(config)
         shapes = parameter_shapes(model)
@@ -59,7 +62,8 @@ class Anatomy:
         positions = {}
         if table.sinusoids:
             positions[table.sinusoids + ".weights"] = len(model.get_submodule(table.sinusoids).weights)
-        return cls(config, table, shapes, tied, positions, frozenset(model._keep_in_fp32_modules_strict or ()))
+        in_float32 = frozenset(model._keep_in_fp32_modules_strict or ())
+        return cls(config, table, shapes, tied, positions, in_float32, dropped_tokens)
 
     @cached_property
     def width(self) -> int:
@@ -125,8 +129,29 @@ class Anatomy:
 
     @cached_property
     def parameters(self) -> int:
-        """Number of stored parameters; a tied head counts once."""
+        """Number of the checkpoint's parameters, with the rows of all tokens; a tied head counts once."""
+        return self.remaining_parameters + sum(self.dropped_parameters.values())
+
+    @cached_property
+    def remaining_parameters(self) -> int:
+        """Number of parameters without the rows of tokens that are left out; a tied head counts once."""
         return sum(Size(shape).numel() for shape in self.shapes.values())
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of rows of the embedding."""
+        return self.shapes[self.table.embeddings[0] + ".weight"][0]
+
+    @cached_property
+    def vocabulary_parameters(self) -> dict[str, int]:
+        """Parameters of embedding and head, which have a row for each token, by the tensor's name."""
+        names = [self.table.embeddings[0] + ".weight", self.table.lm_head + ".weight", self.table.lm_head + ".bias"]
+        return {name: Size(self.shapes[name]).numel() for name in names if name in self.shapes}
+
+    @cached_property
+    def dropped_parameters(self) -> dict[str, int]:
+        """Parameters in the rows of tokens that are left out, by the tensor's name."""
+        return {name: size // self.tokens * self.dropped_tokens for name, size in self.vocabulary_parameters.items()}
 
     @cached_property
     def block_parameters(self) -> int:

@@ -46,7 +46,7 @@ class DenseModel:
         model = empty_model(source.config)
         self._origins = origins(source, model)
         self._check(parameter_shapes(model))
-        self.anatomy = Anatomy.of_model(source.config, model, tied=self._is_tied())
+        self.anatomy = Anatomy.of_model(source.config, model, tied=self._is_tied(), dropped_tokens=source.dropped_rows)
         self.sinusoids = self._fixed_positions(model)
         self.dtype = self._choose_dtype()
 

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Literal
 
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from eigenslice.errors import OptionsError
 from eigenslice.options.calibration_text import CalibrationOptions
@@ -55,6 +55,25 @@ class SliceOptions(Options):
     mlp: Annotated[bool, Option("With --keep: cut MLP neurons, too; --no-mlp cuts the width only.", SIZE)] = True
     heads: Annotated[bool, Option("With --keep: cut key/value heads, each with its query heads, too.", SIZE)] = True
     depth: Annotated[bool, Option("With --keep: leave out whole blocks, too, where all are alike.", SIZE)] = True
+    vocabulary: Annotated[
+        int | None,
+        Option(
+            "Tokens to keep: the most used ones on the calibration text, or on --vocabulary-from; special and added "
+            "tokens, bytes and letters always stay.",
+            SIZE,
+            "all",
+        ),
+        Range(1, 2**31 - 1, "1 to the number of tokens that the tokenizer has"),
+    ] = None
+    vocabulary_from: Annotated[
+        str | tuple[str, ...],
+        Option(
+            "Keep only the tokens that these texts need (as --calibration takes them; several: repeat it). Other text "
+            "is still encoded, with more tokens.",
+            SIZE,
+            "all tokens",
+        ),
+    ] = ()
     basis: Annotated[
         Literal["global", "per-block"],
         Option("One basis for all sites, or one for each site with shortcuts (the paper).", RESULT),
@@ -112,6 +131,11 @@ class SliceOptions(Options):
     resume: Annotated[bool, Option("Go on with an interrupted run of the same command.", MACHINE)] = False
     trust_remote_code: TrustTokenizer = False
 
+    @field_validator("vocabulary_from", mode="after")
+    @classmethod
+    def _as_tuple(cls, value: str | tuple[str, ...]) -> tuple[str, ...]:
+        return (value,) if isinstance(value, str) else value
+
     @model_validator(mode="after")
     def _check(self) -> "SliceOptions":
         given = [f"--{n}" for n in ("keep", "slicing", "width", "recipe") if getattr(self, n) is not None]
@@ -140,6 +164,11 @@ class SliceOptions(Options):
                 next_step="drop one of them",
             )
         return self
+
+    @property
+    def cuts_vocabulary(self) -> bool:
+        """True if tokens are left out."""
+        return self.vocabulary is not None or bool(self.vocabulary_from)
 
     @property
     def fits(self) -> bool:

@@ -212,7 +212,7 @@ def _plans_for_size(request: _Request) -> list[list[Plan]]:
     numbers = [math.ceil(share * anatomy.kv_head_count) for share in HEADS] if cuts_heads else [None]
     kinds = [(kv_heads, 0) for kv_heads in numbers]
     if more and options.depth and anatomy.blocks_alike:
-        cut = (anatomy.parameters - request.budget) / anatomy.block_parameters
+        cut = max(0, anatomy.remaining_parameters - request.budget) / anatomy.block_parameters
         kinds += [(numbers[0], round(share * cut)) for share in DROPS]
     blocks = anatomy.block_count
     families = [

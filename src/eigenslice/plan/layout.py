@@ -112,5 +112,5 @@ def dense_roles(anatomy: Anatomy) -> dict[str, int]:
     totals: dict[str, int] = {}
     for name, shape in anatomy.shapes.items():
         role = names.get(name, "norm")
-        totals[role] = totals.get(role, 0) + math.prod(shape)
+        totals[role] = totals.get(role, 0) + math.prod(shape) + anatomy.dropped_parameters.get(name, 0)
     return totals

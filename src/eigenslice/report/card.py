@@ -16,6 +16,7 @@ from eigenslice.report.story import (
     neurons_text,
     slice_command,
     source_name,
+    vocabulary_text,
 )
 
 __all__ = ["CARD", "read_card_metadata", "write_card"]
@@ -43,9 +44,13 @@ def write_card(folder: Path, manifest: dict[str, Any], name: str, metadata: dict
 
 
 def _fewer(manifest: dict[str, Any]) -> list[str]:
-    """Rows about key/value heads and blocks, if some were cut."""
+    """Rows about tokens, key/value heads and blocks, if some were cut."""
     heads, dropped = manifest["plan"].get("key_value_heads"), manifest["plan"].get("dropped_blocks")
-    rows = [] if heads is None else [f"| key/value heads per block | {manifest['dense_heads']} | {heads} |"]
+    rows = []
+    if "vocabulary" in manifest:
+        section = manifest["vocabulary"]
+        rows.append(f"| tokens in the vocabulary | {section['dense']:,} | {section['kept']:,} |")
+    rows += [] if heads is None else [f"| key/value heads per block | {manifest['dense_heads']} | {heads} |"]
     if dropped:
         dense, gone = manifest["dense_blocks"], ", ".join(map(str, dropped))
         rows.append(f"| blocks | {dense} | {dense - len(dropped)} (without {gone}, counted from 0) |")
@@ -73,6 +78,7 @@ def _text(manifest: dict[str, Any], name: str) -> str:
         "",
         f"Calibrated on {markdown(calibration_text(manifest['calibration']))}.",
         "",
+        *([markdown(vocabulary_text(manifest["vocabulary"])), ""] if "vocabulary" in manifest else []),
         "## Use",
         "",
         "```python",

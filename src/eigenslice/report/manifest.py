@@ -57,7 +57,7 @@ def run_identity(options: SliceOptions, dense: DenseModel, tokens: Tokens) -> di
         "option": {name: value for name, value in options.model_dump(mode="json").items() if name not in free},
         "input": dense.source.hashes,
         "calibration tokens": tokens.sha256,
-    }
+    } | ({"vocabulary": dense.source.vocabulary["sha256"]} if dense.source.vocabulary else {})
 
 
 def versions() -> dict[str, str]:
@@ -133,7 +133,7 @@ def manifest(
         },
         "calibration": tokens.description,
         "options": options.model_dump(mode="json"),
-    }
+    } | ({"vocabulary": dense.source.vocabulary} if dense.source.vocabulary else {})
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:

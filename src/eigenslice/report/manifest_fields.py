@@ -65,6 +65,34 @@ class Text(_Fields):
     tokens: Count
 
 
+class Characters(_Fields):
+    """A text that decided which tokens stay."""
+
+    data: Name
+    characters: Count
+
+
+class Length(_Fields):
+    """Tokens of a text before and after the cut of the vocabulary."""
+
+    data: Name
+    characters: Count
+    tokens_before: Count
+    tokens_after: Count
+
+
+class Vocabulary(_Fields):
+    """The tokens that stay, if some are left out."""
+
+    dense: Size
+    kept: Size
+    chosen: Literal["number", "needed"]
+    share_of_text: Number
+    texts: list[Characters]
+    lengths: list[Length]
+    left_out_files: list[Name] = []
+
+
 class Options(_Fields):
     """The options of the user."""
 
@@ -134,6 +162,7 @@ class Manifest(_Fields):
     parameters: Parameters
     source: Source
     calibration: Text
+    vocabulary: Vocabulary | None = None
     options: Options
     spectra: list[Site]
     refit_errors: list[Fit] | None = None

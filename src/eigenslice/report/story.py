@@ -103,6 +103,26 @@ def calibration_text(description: dict[str, Any]) -> str:
     return f"{description['sequences']} sequences, {description['tokens']:,} tokens: {named}"
 
 
+def vocabulary_text(section: dict[str, Any]) -> str:
+    """What became of the vocabulary, in words, from the manifest's section on it."""
+    texts = ", ".join(f"{text['data']} ({text['characters']:,} characters)" for text in section["texts"])
+    chosen = "the most used tokens of" if section["chosen"] == "number" else "the tokens that occur in"
+    lengths = [length for length in section["lengths"] if length["characters"]]
+    grown = ", ".join(
+        f"{1000 * length['tokens_before'] / length['characters']:.0f} → "
+        f"{1000 * length['tokens_after'] / length['characters']:.0f} on {length['data']}"
+        for length in lengths
+    )
+    files = ", ".join(section.get("left_out_files", []))
+    return (
+        f"The vocabulary has {section['kept']:,} of {section['dense']:,} tokens: {chosen} {texts}, all that these are "
+        "merged from, special and added tokens, and bytes and letters. Any other text, such as text in other "
+        "languages, is still encoded, by bytes or smaller pieces, and so in longer sequences. Tokens per 1000 "
+        f"characters: {grown}."
+        + (f" Files that hold the whole vocabulary ({files}) are left out; tokenizer.json has all." if files else "")
+    )
+
+
 def neurons_text(neurons: int | list[int]) -> str:
     """Numbers of MLP neurons in words."""
     return str(neurons) if isinstance(neurons, int) else f"{min(neurons)} to {max(neurons)}"

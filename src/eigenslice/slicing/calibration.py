@@ -20,6 +20,7 @@ from eigenslice.runtime.progress import Progress
 from eigenslice.runtime.ranks import Ranks
 from eigenslice.runtime.run_state import RunState
 from eigenslice.slicing.memory import room_for_model, whole_bytes
+from eigenslice.vocabulary import SourceOfKeptTokens, keep_rows
 
 OWN_LENGTH = 128
 """Tokens of a text beside calibration texts. Many short texts show more kinds, and cost less, than a few long texts."""
@@ -110,6 +111,8 @@ def _write_own(
         return torch.empty(0, 0, dtype=torch.long)
     # Slicing runs transformers' own classes, so that this does, too: no code of the checkpoint
     model, tokenizer = load_model(options.model, str(dense.device), dtype).model, dense.source.tokenizer
+    if isinstance(dense.source, SourceOfKeptTokens):
+        keep_rows(model, dense.source.kept.ids)
     start, seqlen = len(tokenizer("")["input_ids"]), int(tokens.description["seqlen"])
     length = max(2, min(OWN_LENGTH, seqlen) - start)
     together = max(1, seqlen // (start + length))

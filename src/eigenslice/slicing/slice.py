@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from eigenslice.checkpoint.companions import stage_companions, write_modeling_file
+from eigenslice.checkpoint.companions import write_modeling_file
 from eigenslice.checkpoint.source import Source, open_source
 from eigenslice.checkpoint.writer import check_space, write_json
 from eigenslice.data import Tokens, calibration_tokens
@@ -38,6 +38,7 @@ from eigenslice.slicing.memory import activation_bytes
 from eigenslice.slicing.per_block import slice_per_block
 from eigenslice.slicing.result_files import ResultFiles
 from eigenslice.stream.run import Run
+from eigenslice.vocabulary import cut_vocabulary, stage_files
 
 LARGE_BLOCK = 64 * 1024**2
 """Size of a block in float32, in bytes, from which on less memory is worth more time (`unmap_freed_tensors`)."""
@@ -118,11 +119,24 @@ class _Job:
 
 
 def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: Progress) -> SliceResult:
-    finished = options.resume and (options.output / NAME).exists()
-    if not finished:
+    if not _is_finished(options):
         ranks.on_first(lambda: check_work_folder(options.output, options.resume, [Path(options.model)]))
     source = open_source(options.model, options.trust_remote_code)
     refuse_overlap(options.output, [source.path])
+    with TemporaryDirectory(prefix="eigenslice-") as folder:
+        companions, tokenizer = Path(folder) / "companions", Path(folder) / "tokenizer"
+        return _slice_source(options, cut_vocabulary(source, options, tokenizer), companions, device, ranks, progress)
+
+
+def _is_finished(options: SliceOptions) -> bool:
+    """Return whether the run to resume was interrupted after the last step."""
+    return options.resume and (options.output / NAME).exists()
+
+
+def _slice_source(
+    options: SliceOptions, source: Source, companions: Path, device: torch.device, ranks: Ranks, progress: Progress
+) -> SliceResult:
+    """Slice a checkpoint that was opened; `companions` is a folder for files that join the result."""
     dense = DenseModel(source, device)
     if dense.anatomy.block_parameters * torch.float32.itemsize > LARGE_BLOCK:
         unmap_freed_tensors()
@@ -133,14 +147,12 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     compute = _compute_dtype(options, dense)
     ranks.on_first(lambda: source.check_finite(compute))
     identity = run_identity(options, dense, given)
-    if finished:  # it was interrupted after the last step
+    if _is_finished(options):
         content = finished_manifest(options.output, identity)
         ranks.on_first(lambda: remove_finished(options.output))
         return SliceResult(options.output, content)
-    with TemporaryDirectory(prefix="eigenslice-") as folder:
-        companions = Path(folder)
-        card = ranks.on_first(lambda: _stage(source, companions))
-        return _run(_Job(options, dense, families, given, identity, companions, card, ranks, progress))
+    card = ranks.on_first(lambda: _stage(source, companions))
+    return _run(_Job(options, dense, families, given, identity, companions, card, ranks, progress))
 
 
 def _stage(source: Source, folder: Path) -> dict[str, Any]:
@@ -148,7 +160,7 @@ def _stage(source: Source, folder: Path) -> dict[str, Any]:
 
     A file that can't be read or written is an error now, not when the work is done.
     """
-    stage_companions(source, folder)
+    stage_files(source, folder)
     return {} if source.gguf else read_card_metadata(source.folder / CARD)
 
 

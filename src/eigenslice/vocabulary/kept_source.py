@@ -108,6 +108,11 @@ class SourceOfKeptTokens(Source):
         return self.kept.rows - len(self.kept.ids)
 
     @property
+    def vocabulary(self) -> dict[str, Any]:
+        """What the manifest says of the kept tokens."""
+        return self.kept.description | {"sha256": self.kept.sha256}
+
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer of the kept tokens."""
         return self.small_tokenizer
@@ -143,3 +148,16 @@ def keep_rows(model: Any, ids: tuple[int, ...]) -> None:
         head.bias = nn.Parameter(head.bias.detach()[picked], requires_grad=False)
     head.out_features = len(ids)
     model.config.get_text_config().vocab_size = len(ids)
+
+
+def kept_ids(dense: Any, small: Any) -> tuple[int, ...] | None:
+    """Ids of a result's tokens in the dense model, by the tokens themselves; None if these aren't the dense model's.
+
+    Args:
+        dense: The dense model's tokenizer.
+        small: The result's tokenizer.
+    """
+    ids, tokens = dense.get_vocab(), sorted(small.get_vocab().items(), key=lambda token: token[1])
+    found = [ids.get(token) for token, _ in tokens]
+    known = tuple(i for i in found if i is not None)
+    return known if known and len(known) == len(found) and list(known) == sorted(known) else None

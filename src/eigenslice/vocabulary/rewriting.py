@@ -113,10 +113,15 @@ def named_ids(content: Mapping[str, Any]) -> set[int]:
     for name, value in content.items():
         if isinstance(value, dict):
             found |= named_ids(value)
-        elif (ONE.search(name) or SEVERAL.search(name)) and not SUPPRESSED.search(name):
+        elif _names_tokens(name) and not SUPPRESSED.search(name):
             values = value if isinstance(value, list) else [value]
             found |= {i for i in values if isinstance(i, int) and not isinstance(i, bool) and i >= 0}
     return found
+
+
+def _names_tokens(name: Any) -> bool:
+    """Return whether a field's name says that the field holds ids; in id2label and the like, names are numbers."""
+    return isinstance(name, str) and bool(ONE.search(name) or SEVERAL.search(name))
 
 
 def renumber(content: Mapping[str, Any], ids: Ids) -> dict[str, Any]:
@@ -125,7 +130,7 @@ def renumber(content: Mapping[str, Any], ids: Ids) -> dict[str, Any]:
     return {name: _renumbered(name, value, ids) for name, value in content.items()}
 
 
-def _renumbered(name: str, value: Any, ids: Ids) -> Any:
+def _renumbered(name: Any, value: Any, ids: Ids) -> Any:
     if isinstance(value, dict):
         return renumber(value, ids)
     if name in SEQUENCES and isinstance(value, list):
@@ -134,7 +139,7 @@ def _renumbered(name: str, value: Any, ids: Ids) -> Any:
         return [[[ids[i] for i in s], bias] for s, bias in value if all(i in ids for i in s)] or None
     if name == "forced_decoder_ids" and isinstance(value, list):
         return [[place, ids[i]] for place, i in value if i in ids] or None
-    if not (ONE.search(name) or SEVERAL.search(name)):
+    if not _names_tokens(name):
         return value
     if isinstance(value, list):
         return [ids.get(i, i) for i in value if i in ids or i < 0] or None

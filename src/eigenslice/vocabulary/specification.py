@@ -47,7 +47,7 @@ class Specification:
     @property
     def added(self) -> list[dict[str, Any]]:
         """Added tokens, special tokens among them."""
-        return self.content.get("added_tokens") or []
+        return self.content["added_tokens"]
 
     @property
     def falls_back_to_bytes(self) -> bool:
@@ -99,8 +99,13 @@ class Specification:
         return frozenset(found)
 
 
-def read_specification(content: dict[str, Any]) -> Specification:
+def read_specification(content: dict[str, Any], rows: int | None = None) -> Specification:
     """Read the content of a tokenizer.json.
+
+    Args:
+        content: The content.
+        rows: Rows of the embedding. Added tokens without a row are passed over: the model can't read these. None is
+            as many rows as there are tokens.
 
     Raises:
         UnsupportedModelError: the vocabulary of such a tokenizer can't be cut.
@@ -122,13 +127,17 @@ def read_specification(content: dict[str, Any]) -> Specification:
             model["merges"][:0]
         else:
             ids = {str(piece): number for number, (piece, _) in enumerate(model["vocab"])}
-        count = len(ids)
-        ids |= {str(token["content"]): int(token["id"]) for token in content.get("added_tokens") or []}
+        count, added = len(ids), content.get("added_tokens") or []
+        if rows is not None:
+            added = [token for token in added if token["id"] < rows or token["content"] in ids]
+        ids |= {str(token["content"]): int(token["id"]) for token in added}
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise refused(f"tokenizer.json is no {kind} tokenizer as tokenizers writes it") from error
     if len(set(ids.values())) < len(ids) or (kind == "Unigram" and count < len(model["vocab"])):
         raise refused("the tokenizer has one id, or one piece, twice")
-    return Specification(content, kind, ids)
+    if rows is not None and max(ids.values(), default=0) >= rows:
+        raise refused(f"the tokenizer has token {max(ids.values())}, the embedding has {rows} rows")
+    return Specification(content | {"added_tokens": added}, kind, ids)
 
 
 def _kind(model: dict[str, Any]) -> str:
