@@ -33,8 +33,10 @@ class Sublayer:
     """Modules or parameters that touch the stream at neither end; kept as they are."""
     post_norm: str | None = None
     """An RMSNorm between the last linear layer and the stream. It doesn't commute with a rotation: gain * RMSN(W a), in
-    a basis Q, is Q^T diag(gain) RMSN(W a), which needs W as it is. So W is inner, and the norm, in the custom class, is
-    followed by a matrix: `POST_NORM.project` is the writer."""
+    a basis Q, is Q^T diag(gain) RMSN(W a). So W keeps its outputs. Where the stream is rotated, the custom class has a
+    matrix behind the norm, `POST_NORM.project`; where it isn't, the norm keeps its gain."""
+    normed_writers: tuple[str, ...] = ()
+    """Linear layers whose output passes the `post_norm` before it is added to the stream."""
     can_cut_neurons: bool = False
     """True if neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in between
     joins two neurons. In a mixture, the neurons of each expert (`stacked`) are cut, and of `shared` experts."""
@@ -77,12 +79,24 @@ class Sublayer:
     def observed(self) -> tuple[str, ...]:
         """Modules whose inputs show the input of the writer of neurons or heads: experts, in a mixture."""
         shared = (self.shared_writer,) if self.shared_writer else ()
-        return (self.experts, *shared) if self.stacked else self.writers[:1]
+        if self.stacked:
+            return (self.experts, *shared)
+        return (self.neuron_writer, self.post_norm) if self.post_norm else (self.neuron_writer,)
 
     @property
     def neuron_writer(self) -> str:
         """The writer whose columns are the neurons."""
-        return self.stacked[-1] if self.stacked else self.writers[0]
+        return self.stacked[-1] if self.stacked else (self.normed_writers or self.writers)[0]
+
+    @property
+    def post_gain(self) -> str:
+        """Name of the post norm's weight."""
+        return f"{self.post_norm}.weight"
+
+    @property
+    def projection(self) -> str:
+        """Name of the matrix behind the post norm, where the stream is rotated."""
+        return f"{self.post_norm}.project.weight"
 
     def has_neurons(self, name: str) -> bool:
         """Return whether the neurons that can be cut are rows of this reader, or columns of this writer."""
@@ -117,6 +131,8 @@ class StockForm:
     """Linear layers (relative to a decoder layer) that this type gives a bias which the source doesn't have."""
     portable: bool = False
     """True if llama.cpp and vLLM are known to run this type at widths other than heads x head_dim."""
+    rotated: bool = True
+    """False if the type holds the stream in the dense model's own coordinates only, at full width."""
     warning: str = ""
     """A known fault of other runtimes at such widths, for the user."""
 
@@ -188,6 +204,16 @@ class Table:
     def sublayers(self) -> tuple[Sublayer, Sublayer]:
         """Attention and MLP."""
         return self.attention, self.mlp
+
+    @property
+    def has_post_norms(self) -> bool:
+        """True if sublayers' outputs are normed before they are added to the stream."""
+        return any(sublayer.post_norm for sublayer in self.sublayers)
+
+    @property
+    def forms(self) -> tuple[StockForm, ...]:
+        """Stock forms, the preferred one first; the last one is the architecture's own, at full width."""
+        return (*self.stock, StockForm(model_type=self.model_type, rotated=False))
 
     @property
     def one_width(self) -> bool:

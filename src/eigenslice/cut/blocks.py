@@ -21,9 +21,11 @@ class SiteBasis:
 
     Attributes:
         matrix: Q, (D, width), orthonormal columns, float64.
+        rotated: Whether the stream leaves the dense model's coordinates; if not, Q is the identity.
     """
 
     matrix: Tensor
+    rotated: bool = True
 
     @property
     def width(self) -> int:
@@ -54,7 +56,7 @@ class SiteBasis:
 
 def identity_basis(width: int, device: torch.device | str) -> SiteBasis:
     """The dense model's own coordinates."""
-    return SiteBasis(torch.eye(width, dtype=torch.float64, device=device))
+    return SiteBasis(torch.eye(width, dtype=torch.float64, device=device), rotated=False)
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ ALL = Kept()
 
 
 def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = ALL) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a sublayer's readers and writers with only some of its neurons or heads.
+    """The weights of a sublayer's ends, with only some of its neurons or heads, and the gain of its post norm.
 
     Args:
         sublayer: The sublayer.
@@ -118,7 +120,7 @@ def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = AL
     Yields:
         Names and tensors.
     """
-    for name in sublayer.ends:
+    for name in (*sublayer.ends, *sublayer.normed_writers):
         weight, bias = sublayer.weight(name), sublayer.bias(name)
         for part in (weight, bias):
             if part not in folded:
@@ -129,10 +131,16 @@ def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = AL
             elif part == weight:
                 tensor = kept.pick(sublayer, name, tensor, 1)
             yield part, tensor
+    if sublayer.post_norm:
+        yield sublayer.post_gain, folded[sublayer.post_gain]
 
 
-def rotate_end(sublayer: Sublayer, part: str, tensor: Tensor, reading: Tensor, writing: SiteBasis) -> Tensor:
-    """A weight or bias of a sublayer's reader or writer, for the stream in bases; computed in the tensor's dtype.
+def rotate_end(
+    sublayer: Sublayer, part: str, tensor: Tensor, reading: Tensor, writing: SiteBasis
+) -> tuple[str, Tensor]:
+    """Return the name and value of what `keep_units` gave, for the stream in bases; in the tensor's dtype.
+
+    The gain of a post norm becomes the projection behind the norm, c Q^T diag(gain), if the stream is rotated.
 
     Args:
         sublayer: The sublayer.
@@ -142,10 +150,12 @@ def rotate_end(sublayer: Sublayer, part: str, tensor: Tensor, reading: Tensor, w
         writing: The basis that writers write in.
     """
     if part in (sublayer.weight(name) for name in sublayer.readers):
-        return tensor @ reading.to(tensor.dtype)
+        return part, tensor @ reading.to(tensor.dtype)
     if part in (sublayer.weight(name) for name in sublayer.writers):
-        return writing.write(tensor)
-    return writing.embed(tensor) if part in (sublayer.bias(name) for name in sublayer.writers) else tensor
+        return part, writing.write(tensor)
+    if sublayer.post_norm and part == sublayer.post_gain and writing.rotated:
+        return sublayer.projection, writing.write(torch.diag(tensor))
+    return part, writing.embed(tensor) if part in (sublayer.bias(name) for name in sublayer.writers) else tensor
 
 
 def slice_block(
@@ -175,7 +185,7 @@ def slice_block(
         for sublayer in sublayers:
             for name, tensor in keep_units(sublayer, folded, kept):
                 done.add(name)
-                yield name, rotate_end(sublayer, name, tensor.to(torch.float32), basis.reading, following)
+                yield rotate_end(sublayer, name, tensor.to(torch.float32), basis.reading, following)
         if shortcuts:
             yield f"shortcuts.{index}.weight", basis.shortcut_to(following)
     for name in folded:

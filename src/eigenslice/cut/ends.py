@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum, kept_basis, layer_norm_basis, tied_basis
-from eigenslice.cut.blocks import Kept, SiteBasis
+from eigenslice.arch import Table
+from eigenslice.cut.blocks import Kept, SiteBasis, identity_basis
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel, NamedTensors, Tensors
 from eigenslice.model.folding import carry
@@ -40,6 +41,8 @@ class GlobalCut:
 def global_basis(dense: DenseModel, plan: Plan, spectrum: Spectrum) -> GlobalBasis:
     """The kept basis for a plan's form."""
     width = plan.site_widths[0]
+    if not plan.rotated:
+        return GlobalBasis(identity_basis(width, dense.device), dense.final_gain() if plan.tied else None)
     if plan.tied:
         basis = kept_basis(spectrum, width, constant=dense.anatomy.layer_norm)
         matrix, gain = tied_basis(basis, dense.final_gain())
@@ -69,7 +72,7 @@ def slice_embeddings(
         if plan.stock and dense.table.width_scales_embedding and name == token + ".weight":
             scale = 1 / basis.scale  # the class now multiplies by another width's root
         yield name, rows.map(lambda chunk, scale=scale: scale * basis.embed(chunk), dtype)
-    if plan.tied and dense.anatomy.layer_norm:
+    if plan.tied and dense.anatomy.layer_norm and not plan.stock:
         # The constant vector in the basis: the direction that a LayerNorm's mean subtraction removes
         yield token + ".center", basis.matrix.sum(0) / dense.anatomy.width**0.5
 
@@ -98,6 +101,9 @@ def slice_head(
         scaled = plan.stock is not None and dense.table.width_scales_embedding
         gain = tied_gain / (basis.scale if scaled else basis.scale**2)
         yield norm + ".weight", gain - 1 if plan.stock and dense.table.gain == "1+w" else gain
+        if plan.stock and dense.anatomy.layer_norm:  # not rotated: the stock norm adds the shift itself
+            bias, shift = dense.raw(head + ".bias"), dense.raw(norm + ".bias")
+            yield from () if shift is None else ((norm + ".bias", shift),)
         if bias is not None:
             yield head + ".bias", bias
         return
@@ -116,6 +122,7 @@ def stock_block(anatomy: Anatomy, plan: Plan, index: int, tensors: NamedTensors)
     if plan.stock is None:
         yield from tensors
         return
+    tensors = _stock_gains(anatomy.table, tensors)
     prefix, width = f"{anatomy.table.layers}.{index}.", plan.site_widths[0]
     if not anatomy.reader_bias:  # no norm has a shift that readers without bias would have to be given
         yield from tensors
@@ -127,6 +134,13 @@ def stock_block(anatomy: Anatomy, plan: Plan, index: int, tensors: NamedTensors)
     yield from block.items()
     for module in plan.stock.zero_biases:
         yield module + ".bias", torch.zeros(width)
+
+
+def _stock_gains(table: Table, tensors: NamedTensors) -> NamedTensors:
+    """Yield a block's tensors, with the gains of post norms as a stock norm's weights."""
+    gains = {sublayer.post_gain for sublayer in table.sublayers if sublayer.post_norm}
+    for name, tensor in tensors:
+        yield name, tensor - 1 if name in gains and table.gain == "1+w" else tensor
 
 
 def _stock_norm(

@@ -61,6 +61,13 @@ class Readers:
         """Number of a reader's outputs."""
         return self.sublayer.transpose_shape(name, tuple(self.layer.get_submodule(name).weight.shape))[0]
 
+    @property
+    def width(self) -> int:
+        """Number of the readers' inputs."""
+        return self.sublayer.transpose_shape(
+            self.names[0], tuple(self.layer.get_submodule(self.names[0]).weight.shape)
+        )[1]
+
     def linearize(self, normalized: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return the readers' input and the slopes of the neurons' outputs by each reader's row.
 
@@ -141,7 +148,7 @@ def fit_readers(
     passed, squares = 0, torch.zeros(1, dtype=torch.float64, device=device)
     weight = readers.layer.get_parameter(readers.sublayer.weight(readers.names[0]))
     columns = writer.to(torch.promote_types(weight.dtype, torch.float32))
-    rows, width = [readers.rows(name) for name in readers.names], writer.shape[0]
+    rows, width = [readers.rows(name) for name in readers.names], readers.width
     shapes = (sum(rows), width), (width, width), (sum(rows),)
     # The gradient, the second moment of the input, each row's own curvature
     sums = [torch.zeros(shape, dtype=torch.float64, device=device) for shape in shapes]

@@ -21,6 +21,7 @@ from eigenslice.cut.blocks import Kept, keep_units, rotate_end
 from eigenslice.cut.ends import GlobalCut
 from eigenslice.fit.expert_writers import InputsOutputsOf, fit_experts
 from eigenslice.fit.neuron_readers import Errors, Readers, fit_readers, take_largest_step
+from eigenslice.fit.normed_writers import NormedWriter
 from eigenslice.fit.ridges import Fitting, RidgeFits
 from eigenslice.model.dense import Tensors
 from eigenslice.model.folding import FoldedBlock, is_inside
@@ -63,6 +64,8 @@ class SlicedTwin:
         self._sites = run.dense.anatomy.sites
         self._block: Tensors = {}
         self._inputs: list[OffloadedTensors] = []  # of each writer of a site
+        self._scale: Tensor | None = None  # of the stream behind the sublayers that ran last
+        self._normed: NormedWriter
 
     def content(self) -> dict[str, Any]:
         """Return all that `restore` needs beside the streams, once the writers before a block are fitted; as JSON."""
@@ -149,7 +152,7 @@ class SlicedTwin:
 
             def rotated_weights(units: Kept, sublayer: Sublayer = sublayer, inner: Tensors = inner) -> Tensors:
                 ends = keep_units(sublayer, folded, units)
-                return {name: rotate_end(sublayer, name, weight, reading, self._basis) for name, weight in ends} | inner
+                return dict(rotate_end(sublayer, name, weight, reading, self._basis) for name, weight in ends) | inner
 
             fitted: Tensors = {}
             if sublayer.stacked and kept.neurons is not None and has_experts(layer, sublayer):
@@ -157,6 +160,8 @@ class SlicedTwin:
                     site, sublayer, rotated_weights(replace(kept, neurons=None, shared_neurons=None)), kept
                 )
             weights = rotated_weights(kept) | fitted
+            if sublayer.post_norm:
+                self._normed = NormedWriter(folded[sublayer.post_gain], self._basis, site.eps)
             self._runner.assign(layer, self._dense.as_modules(weights.items(), self._basis.width))
             self._block |= weights
         self._capture(site.activations, site.index, self._fitted_writers(site.index))
@@ -202,18 +207,21 @@ class SlicedTwin:
         sublayers = self._sites[index]
         if any(name in self._block for s in sublayers for name in s.stacked):
             return []
-        return [name for s in sublayers for name in s.writers if s.weight(name) in self._block]
+        return [name for s in sublayers for name in (*s.writers, *s.normed_writers) if s.weight(name) in self._block]
 
     def _fit_writers(self, site: Site) -> None:
         """Fit the writers before a site so that the sliced stream becomes the dense stream in the basis."""
         before = (site.index - 1) % len(self._sites)
         sublayers, writers = self._sites[before], self._fitted_writers(before)
         layer = self._layer
-        scale = layer.scale_behind(before)
+        self._scale = layer.scale_behind(before)
         if not writers:
             for number, update in enumerate(self._inputs[0]):
                 self.streams[number] = layer.pass_on(before, self.streams[number] + update)
             self._inputs[0].clear()
+            return
+        if sublayers[0].post_norm:
+            self._fit_normed_writer(site, before, sublayers[0])
             return
         biases = [name for name in _names(writers, self._block) if name.endswith(".bias")]
         parts = [self._block[module + ".weight"] for module in writers]
@@ -222,10 +230,8 @@ class SlicedTwin:
 
         def inputs_outputs(number: int, batch: Activations) -> InputsOutputs:
             inputs = self._stacked(number, bias=bool(biases))
-            target = self._basis.embed(batch.hidden)
-            missing = (target if scale is None else target / scale) - self.streams[number]
             weight = inverse_size(batch.rows(batch.hidden), site.eps)
-            return batch.rows(inputs) * weight, batch.rows(missing) * weight
+            return batch.rows(inputs) * weight, batch.rows(self._missing(number, batch)) * weight
 
         kind = "neurons" if any(sublayer.can_cut_neurons for sublayer in sublayers) else "write"
         fitted = self._ridges.fit(
@@ -246,6 +252,50 @@ class SlicedTwin:
             self.streams[number] = layer.pass_on(before, self.streams[number] + written)
         for inputs in self._inputs:
             inputs.clear()
+
+    def _fit_normed_writer(self, site: Site, before: int, sublayer: Sublayer) -> None:
+        """Fit the writer before a post norm, then the projection behind the norm, if there is one."""
+        layer, normed, number_of = self._layer, self._normed, self._site_number(site)
+        weight, projection = sublayer.weight(sublayer.neuron_writer), sublayer.projection
+        bias = self._block.get(sublayer.bias(sublayer.neuron_writer))
+        scale = normed.scale[:, None]
+
+        def inputs_outputs(number: int, batch: Activations) -> InputsOutputs:
+            outputs = normed.outputs(batch, batch.rows(self._missing(number, batch)))
+            if bias is not None:
+                outputs = outputs - (normed.scale * bias).to(outputs.dtype) * normed.weight(batch)
+            return batch.rows(self._inputs[0][number]) * normed.weight(batch), outputs
+
+        kind = "neurons" if sublayer.can_cut_neurons else "write"
+        base = scale * self._block[weight]
+        fitted = self._ridges.fit(kind, number_of, site.activations, base, inputs_outputs)
+        self._put({weight: fitted / scale})
+        if self._reader_stride and sublayer.can_cut_neurons:
+            self._fit_neuron_readers(site, before, sublayer, fitted, inputs_outputs)
+        writer = layer.get_submodule(sublayer.neuron_writer)
+        if self._basis.rotated:
+
+            def normed_missing(number: int, batch: Activations) -> InputsOutputs:
+                inputs = batch.rows(normalize(writer(self._inputs[0][number]), site.eps))
+                size = inverse_size(batch.rows(batch.hidden), site.eps)
+                return inputs * size, batch.rows(self._missing(number, batch)) * size
+
+            base = self._block[projection]
+            self._put({projection: self._ridges.fit("write", number_of, site.activations, base, normed_missing)})
+        norm = layer.get_submodule(sublayer.post_norm)
+        for number, inputs in enumerate(self._inputs[0]):
+            self.streams[number] = layer.pass_on(before, self.streams[number] + norm(writer(inputs)))
+        self._inputs[0].clear()
+
+    def _missing(self, number: int, batch: Activations) -> Tensor:
+        """Return what the sublayer that ran last is to add to the sliced stream, (B, T, width)."""
+        target, scale = self._basis.embed(batch.hidden), self._scale
+        return (target if scale is None else target / scale) - self.streams[number]
+
+    def _put(self, weights: Tensors) -> None:
+        """Change weights of the block."""
+        self._block |= weights
+        self._runner.assign(self._layer, self._dense.as_modules(weights.items(), self._basis.width))
 
     def _fit_neuron_readers(
         self, site: Site, before: int, sublayer: Sublayer, fitted: Tensor, inputs_outputs: InputsOutputsOf
@@ -271,7 +321,8 @@ class SlicedTwin:
         def batches() -> Iterator[Errors]:
             for number, batch, missing in left():
                 normalized = layer.normalize(before, self.streams[number])
-                weight = inverse_size(batch.rows(batch.hidden), site.eps)
+                size = inverse_size(batch.rows(batch.hidden), site.eps)
+                weight = self._normed.weight(batch) if sublayer.post_norm else size
                 yield Errors(batch, normalized, self._kwargs(batch), missing, weight)
 
         def error() -> float:
@@ -281,12 +332,12 @@ class SlicedTwin:
             return float(self._run.ranks.decide(self._run.ranks.sum(squares)))
 
         def put(changed: Tensors) -> None:
-            self._runner.assign(layer, self._dense.as_modules(changed.items(), self._basis.width))
-            self._block |= changed
+            self._put(changed)
             self._capture(site.activations, before, writers)
 
         names = tuple(name for name in sublayer.readers if sublayer.weight(name) in self._block)
-        writer = self._block[sublayer.weight(sublayer.neuron_writer)]
+        neurons = self._block[sublayer.weight(sublayer.neuron_writer)]
+        writer = self._normed.scale[:, None] * neurons if sublayer.post_norm else neurons
         readers = Readers(layer, before, sublayer, names)
         step, most = fit_readers(readers, batches(), writer, self._run, self._reader_stride)
         changes = {sublayer.weight(name): change for name, change in step.items()}

@@ -167,26 +167,29 @@ class _Sums:
         """Take the weights of a block's writers, at its first site."""
         dense, mlp = self._dense, self._mlp
         if self._neurons and (not mlp.stacked or has_experts(site.layer, mlp)):
-            self.columns[site.block] = writer_weight(dense, mlp, site).square().sum(-2)
+            self.columns[site.block] = added_weight(dense, mlp, site).square().sum(-2)
             self._experts = Experts.of(dense.table, mlp, site.layer) if mlp.stacked else None
             if mlp.shared_writer:
-                self._shared_columns = writer_weight(dense, mlp, site, mlp.shared_writer).square().sum(-2)
+                self._shared_columns = added_weight(dense, mlp, site, mlp.shared_writer).square().sum(-2)
         if self._heads:
-            self._writer = writer_weight(dense, self._attention, site)
+            self._writer = added_weight(dense, self._attention, site)
             self._gram = torch.zeros(self._writer.shape[1], self._writer.shape[1], **self._options)
 
     def observe(self, block: int, sublayer: Sublayer, batch: Activations, inputs: Mapping[str, Any]) -> None:
         """Add the inputs of a sublayer's writers; see `Observer`."""
         mlp = self._mlp
-        size = batch.rows(batch.hidden).square().mean(-1, keepdim=True) + self._dense.anatomy.eps
+        eps = self._dense.anatomy.eps
+        size = batch.rows(batch.hidden).square().mean(-1, keepdim=True) + eps
+        if sublayer.post_norm:  # which divides, too
+            size = size * (batch.rows(inputs[sublayer.post_norm]).square().mean(-1, keepdim=True) + eps)
 
         def energy(writer: str) -> Tensor:
             return (batch.rows(inputs[writer]).square() / size).sum(0).to(torch.float64)
 
         if sublayer is self._attention:
-            self._gram = self._gram + gram_matrix(batch.rows(inputs[sublayer.writers[0]]) * size.rsqrt())
+            self._gram = self._gram + gram_matrix(batch.rows(inputs[sublayer.neuron_writer]) * size.rsqrt())
         elif self._experts is None:
-            self.energies[block] += energy(mlp.writers[0])
+            self.energies[block] += energy(mlp.neuron_writer)
         else:
             self.energies[block] += _experts_energies(self._experts, *Routing.of(batch, inputs[mlp.experts]), size)
             if mlp.shared_writer:
@@ -216,6 +219,17 @@ def _experts_energies(experts: Experts, hidden: Tensor, routing: Routing, size: 
 
 
 def writer_weight(dense: DenseModel, sublayer: Sublayer, site: Site, writer: str | None = None) -> Tensor:
-    """Weight of a writer (None: of neurons or heads) in a site's block, (D, n) or (experts, D, n); float64."""
+    """Return the weight of a writer (None: of neurons or heads) in a block, (D, n) or (experts, D, n); float64."""
     name = sublayer.weight(writer or sublayer.neuron_writer)
     return dense.table.transpose({name: site.layer.get_parameter(name)})[name].to(torch.float64)
+
+
+def added_weight(dense: DenseModel, sublayer: Sublayer, site: Site, writer: str | None = None) -> Tensor:
+    """Return a writer's weight as `writer_weight`, times the gain of a norm between the writer and the stream."""
+    weight = writer_weight(dense, sublayer, site, writer)
+    return weight * post_gain(sublayer, site)[:, None] if sublayer.post_norm else weight
+
+
+def post_gain(sublayer: Sublayer, site: Site) -> Tensor:
+    """Return the gain of a sublayer's post norm in a site's block, (D,), float64."""
+    return site.layer.get_parameter(sublayer.post_gain).to(torch.float64)

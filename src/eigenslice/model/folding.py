@@ -60,16 +60,15 @@ class FoldedBlock(Mapping[str, Tensor]):
             shift = f"{sublayer.norm}.bias" in stored
             for name in sublayer.ends:
                 weight, bias = sublayer.weight(name), sublayer.bias(name)
-                if weight not in stored and not (sublayer.post_norm and name in sublayer.writers):
+                if weight not in stored:
                     continue  # this layer is of another kind
                 self._ends[weight] = sublayer, name
                 if bias in stored or (shift and name in sublayer.readers):
                     self._ends[bias] = sublayer, name
-            inner += [name for name in stored if is_inside(name, sublayer.inner)]
+            kept = (*sublayer.inner, *sublayer.normed_writers, sublayer.post_norm or "")
+            inner += [name for name in stored if is_inside(name, kept)]
         self._names = list(dict.fromkeys([*self._ends, *inner]))
-        norms = {
-            f"{norm}.{kind}" for s in table.sublayers for norm in (s.norm, s.post_norm) for kind in ("weight", "bias")
-        }
+        norms = {f"{sublayer.norm}.{kind}" for sublayer in table.sublayers for kind in ("weight", "bias")}
         unknown = set(stored) - set(self._names) - norms
         if unknown:
             raise UnsupportedModelError(
@@ -91,15 +90,14 @@ class FoldedBlock(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._names:
             raise KeyError(name)
+        if any(sublayer.post_norm and name == sublayer.post_gain for sublayer in self._table.sublayers):
+            return self._scale * gain_of(self._table, self._must(name))
         if name not in self._ends:
             return self._must(name)
         sublayer, end = self._ends[name]
         if end in sublayer.readers:
             return self._read(sublayer, end, name == sublayer.weight(end))
-        if name == sublayer.weight(end) and sublayer.post_norm:
-            tensor = torch.diag(gain_of(self._table, self._must(f"{sublayer.post_norm}.weight")))
-        else:
-            tensor = self._must(name)
+        tensor = self._must(name)
         tensor = tensor if self._scale == 1 else tensor * self._scale
         if self._table.norm == "rms":
             return tensor

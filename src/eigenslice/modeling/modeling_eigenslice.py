@@ -69,6 +69,7 @@ class SlicedConfig(PreTrainedConfig):
     neurons: list[int] | None = None
     key_value_heads: int | None = None
     shortcuts: bool = False
+    rotated: bool = True
     norm_eps: float = 1e-5
     reader_bias: bool = False
     head_bias: bool = False
@@ -354,7 +355,8 @@ def _neurons_of(layer: Any, sublayer: dict, neurons: int | None) -> dict[str, in
     if sublayer["attention"] or not neurons:
         return {}
     if not sublayer["stacked"]:
-        return dict.fromkeys((*sublayer["readers"], *sublayer["writers"]), neurons)
+        names = (*sublayer["readers"], *sublayer["writers"], *sublayer.get("normed_writers", ()))
+        return dict.fromkeys(names, neurons)
     counts = dict.fromkeys(sublayer["stacked"], neurons)
     shared = sublayer.get("shared", [])  # folders of earlier versions don't say
     path, _, leaf = sublayer["stacked"][-1].rpartition(".")
@@ -381,7 +383,10 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
             setattr(layer, sublayers[0]["norm"], norm)
         for sublayer in sublayers:
             if sublayer["post_norm"]:
-                norm = ProjectedRMSNorm(dense_width, next_width, config.norm_eps, weight)
+                if config.rotated:
+                    norm = ProjectedRMSNorm(dense_width, next_width, config.norm_eps, weight)
+                else:
+                    norm = SlicedRMSNorm(dense_width, config.norm_eps, gain=True, like=weight)
                 setattr(layer, sublayer["post_norm"], norm)
             of = _neurons_of(layer, sublayer, neurons)
             for name in sublayer["readers"]:
@@ -390,11 +395,12 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
                 if sublayer["attention"] and config.key_value_heads is not None:
                     outputs = _of_heads(layer.get_submodule(name).weight.shape[0], config)
                 _resize(layer, sublayer, name, width, outputs, config.reader_bias and not sublayer["stacked"])
-            for name in sublayer["writers"]:
+            normed = sublayer.get("normed_writers", ())  # folders of earlier versions don't say
+            for name in (*sublayer["writers"], *normed):
                 inner = of.get(name)
                 if sublayer["attention"] and config.key_value_heads is not None:
                     inner = _of_heads(layer.get_submodule(name).weight.shape[1], config)
-                _resize(layer, sublayer, name, inner, next_width)
+                _resize(layer, sublayer, name, inner, None if name in normed else next_width)
             if sublayer["stacked"]:
                 _narrow_experts(layer.get_submodule(sublayer["modules"][0]), dense_width, width)
             for name in sublayer["modules"]:

@@ -41,6 +41,7 @@ def architecture(anatomy: Anatomy) -> dict[str, Any]:
             "modules": list(s.modules),
             "readers": list(s.readers),
             "writers": list(s.writers),
+            "normed_writers": list(s.normed_writers),
             "post_norm": s.post_norm,
             "gated": list(s.gated),
             "transposed": list(s.transposed),
@@ -95,6 +96,7 @@ def custom_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> SlicedCon
         neurons=list(plan.neurons_per_block) if set(plan.neurons_per_block) != {anatomy.neuron_count} else None,
         key_value_heads=plan.kv_heads,
         shortcuts=plan.shortcuts,
+        rotated=plan.rotated,
         norm_eps=anatomy.eps,
         reader_bias=anatomy.reader_bias,
         head_bias=anatomy.keeps_bias(anatomy.table.lm_head + ".bias", stock=False),
@@ -119,6 +121,9 @@ def _legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
     rope = values.get("rope_parameters")
     if not rope:
         return {}
+    if "rope_theta" not in rope:  # a kind of attention has its own
+        legacy = _legacy_rope({"rope_parameters": rope["full_attention"]})
+        return legacy | {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
     legacy: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     if "partial_rotary_factor" in rope:
         legacy["partial_rotary_factor"] = rope["partial_rotary_factor"]
@@ -175,7 +180,9 @@ def misfit(anatomy: Anatomy, plan: Plan) -> str | None:
     assert plan.stock is not None
     if not plan.stock.applies(anatomy.config):
         return "the type can't express this variant of the architecture"
-    if plan.tied and anatomy.layer_norm:
+    if plan.rotated and anatomy.table.has_post_norms:
+        return "norms behind sublayers don't commute with a rotation"
+    if plan.tied and anatomy.layer_norm and plan.rotated:
         return "tied embeddings behind LayerNorms need the custom class (--untie gives the stock form)"
     if len(set(plan.neurons_per_block)) > 1:
         return "stock configs have one number of MLP neurons for all blocks"
@@ -212,6 +219,7 @@ def choose_form(
         OptionsError: a stock result was asked for and none fits.
     """
     blocks = anatomy.block_count - len(sizes.dropped_blocks)
+    whole = basis == "global" and sizes.width == anatomy.width
     neurons = anatomy.neuron_count if sizes.neurons is None else sizes.neurons
     custom = Plan(
         basis,
@@ -221,19 +229,19 @@ def choose_form(
         neurons_per_block=neurons if isinstance(neurons, tuple) else (neurons,) * blocks,
         kv_heads=None if sizes.kv_heads == anatomy.kv_head_count else sizes.kv_heads,
         dropped_blocks=sizes.dropped_blocks,
+        rotated=not (whole and anatomy.table.has_post_norms),
     )
     if choice == "custom":
         return custom
     reasons: list[str] = []
     if basis == "per-block":
         reasons.append("no stock config has the shortcuts of a per-block basis")
-    elif not anatomy.table.stock:
-        reasons.append(
-            f"{anatomy.table.model_type!r} ties the attention's width to the hidden width, or norms its output"
-        )
     else:
-        for form in anatomy.table.stock:
-            plan = replace(custom, stock=form)
+        for form in anatomy.table.forms:
+            if not (form.rotated or whole):
+                reasons.append(f"{form.model_type}: the type can't hold this width")
+                continue
+            plan = replace(custom, stock=form, rotated=form.rotated)
             why = misfit(anatomy, plan)
             if why is None:
                 return plan
@@ -249,7 +257,7 @@ def choose_form(
 
 def _how_to_save(anatomy: Anatomy, basis: BasisKind, width: int) -> str:
     if not anatomy.table.stock:
-        return "drop --form stock: the result will load by eigenslice's class"
+        return "drop --form stock: the result will load by eigenslice's class; or keep the whole width"
     if basis == "per-block":
         return "drop --form stock, or pass --basis global"
     heads = anatomy.config.num_attention_heads

@@ -22,7 +22,7 @@ def layout(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[Role, Shape]]:
         result[name] = ("embedding", (anatomy.shapes[name][0], plan.site_widths[0]))
     for name, rows in anatomy.fixed_positions.items():
         result[name] = ("embedding", (rows, plan.site_widths[0]))
-    if plan.tied and anatomy.layer_norm:
+    if plan.tied and anatomy.layer_norm and not stock:
         result[table.embeddings[0] + ".center"] = ("embedding", (plan.site_widths[0],))
     sites = len(anatomy.sites)
     for index in range(len(plan.neurons_per_block)):  # blocks are left out only where all are alike
@@ -51,14 +51,11 @@ def _block_layout(
         width, following = ends[site : site + 2]
         for sublayer in sublayers:
             role: Role = "attention" if sublayer is anatomy.table.attention else "mlp"
-            for name in sublayer.ends:
+            for name in (*sublayer.ends, *sublayer.normed_writers):
                 weight, bias = prefix + sublayer.weight(name), prefix + sublayer.bias(name)
-                if sublayer.post_norm and name in sublayer.writers:
-                    *experts, outputs, inputs = anatomy.width, anatomy.width
-                elif weight in anatomy.shapes:
-                    *experts, outputs, inputs = sublayer.transpose_shape(name, anatomy.shapes[weight])
-                else:
+                if weight not in anatomy.shapes:
                     continue  # this layer is of another kind
+                *experts, outputs, inputs = sublayer.transpose_shape(name, anatomy.shapes[weight])
                 heads = plan.kv_heads if sublayer.can_cut_heads else None
                 if name in sublayer.readers:
                     inputs = width
@@ -70,7 +67,7 @@ def _block_layout(
                         bias, stock=stock or (anatomy.carries_shifts and bool(sublayer.stacked))
                     )
                 else:
-                    outputs = following
+                    outputs = following if name in sublayer.writers else outputs
                     if sublayer.has_neurons(name):
                         inputs = inputs // anatomy.neuron_count * neurons
                     if heads is not None:
@@ -80,6 +77,10 @@ def _block_layout(
                 result[weight] = (role, sublayer.transpose_shape(name, (*experts, outputs, inputs)))
                 if biased:
                     result[bias] = (role, (*experts, outputs))
+            if sublayer.post_norm and plan.rotated:
+                result[prefix + sublayer.projection] = (role, (following, anatomy.width))
+            elif sublayer.post_norm:
+                result[prefix + sublayer.post_gain] = ("norm", (anatomy.width,))
             result |= {
                 name: (role, shape)
                 for name, shape in anatomy.shapes.items()

@@ -42,6 +42,8 @@ class Plan:
         kv_heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
         dropped_blocks: Numbers of the dense model's blocks that are left out. `neurons_per_block` and `site_widths` are
             of the other blocks.
+        rotated: Whether the stream leaves the dense model's coordinates. If not, all of the width is kept, and the
+            result can have norms that don't commute with a rotation.
     """
 
     basis: BasisKind
@@ -51,6 +53,7 @@ class Plan:
     neurons_per_block: tuple[int, ...]
     kv_heads: int | None = None
     dropped_blocks: tuple[int, ...] = ()
+    rotated: bool = True
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:
@@ -97,4 +100,5 @@ def widths(anatomy: Anatomy, basis: BasisKind, width: int, blocks: int | None = 
 
 def full_plan(anatomy: Anatomy, *, tied: bool) -> Plan:
     """The plan that cuts nothing, in the custom class."""
-    return Plan("global", widths(anatomy, "global", anatomy.width), tied, None, anatomy.neurons_per_block)
+    site_widths, rotated = widths(anatomy, "global", anatomy.width), not anatomy.table.has_post_norms
+    return Plan("global", site_widths, tied, None, anatomy.neurons_per_block, rotated=rotated)

@@ -16,7 +16,7 @@ from eigenslice.algebra.covariance import gram_matrix, inverse_size
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.measure.divergence import dense_head, divergences
-from eigenslice.measure.importance import Measurement, writer_weight
+from eigenslice.measure.importance import Measurement, added_weight, writer_weight
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import FEWEST_NEURONS
 from eigenslice.runtime.offload import OffloadedTensors
@@ -141,16 +141,19 @@ def _cut(run: Run, site: Site, importance: Tensor, neurons: int) -> tuple[Tensor
     for batch in site.activations:
         if batch.group != HELD_OUT_GROUP:
             hidden = batch.hidden
-            with captured_inputs(site.layer, mlp.writers[:1], stop=True) as inputs:
+            with captured_inputs(site.layer, mlp.observed, stop=True) as inputs:
                 site.update(batch, hidden)
             weight = inverse_size(batch.rows(hidden), site.eps)
-            gram += gram_matrix(batch.rows(inputs[mlp.writers[0]]) * weight)
+            if mlp.post_norm:
+                weight = weight * inverse_size(batch.rows(inputs[mlp.post_norm]), site.eps)
+            gram += gram_matrix(batch.rows(inputs[mlp.neuron_writer]) * weight)
     order = importance.argsort(descending=True)
     gram = ranks.sum(gram)[order][:, order]
     gram.diagonal().add_(DEFAULT_RIDGE * gram.diagonal().mean().clamp_min(1e-30))
     factor = torch.linalg.cholesky(gram)
     writer = writer_weight(dense, mlp, site)[:, order]
-    error = (writer @ factor).square().sum(0).flip(0).cumsum(0).flip(0)
+    added = added_weight(dense, mlp, site)[:, order]
+    error = (added @ factor).square().sum(0).flip(0).cumsum(0).flip(0)
     missing = gram[:neurons, neurons:] @ writer[:, neurons:].T
     fitted = writer[:, :neurons] + torch.cholesky_solve(missing, factor[:neurons, :neurons]).T
     cut = torch.zeros_like(writer).index_copy(1, order[:neurons], fitted)
@@ -160,7 +163,7 @@ def _cut(run: Run, site: Site, importance: Tensor, neurons: int) -> tuple[Tensor
 @contextmanager
 def _replaced(dense: DenseModel, site: Site, weight: Tensor) -> Iterator[None]:
     """Let the MLP's writer in a site's block have another weight, (D, neurons)."""
-    name = dense.table.mlp.weight(dense.table.mlp.writers[0])
+    name = dense.table.mlp.weight(dense.table.mlp.neuron_writer)
     parameter = site.layer.get_parameter(name)
     before = parameter.data
     parameter.data = dense.table.transpose({name: weight.to(before.dtype)})[name].contiguous()

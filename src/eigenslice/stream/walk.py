@@ -36,8 +36,7 @@ class Activations:
     kwargs: list[dict[str, Any]]
     group: int
     unnormed: OffloadedTensors
-    """What sublayers give to their post norms, (B, T, D) of each batch: of the sublayer before the current site. Empty
-    in architectures without such norms, and in passes that nothing is fitted in."""
+    """Input of the post norm before the current site, (B, T, D) for each batch; empty without such a norm."""
 
     @property
     def hidden(self) -> Tensor:
@@ -47,6 +46,13 @@ class Activations:
     def put(self, hidden: Tensor) -> None:
         """Let the stream be another."""
         self.streams[self.number] = hidden
+
+    def keep_unnormed(self, tensor: Tensor) -> None:
+        """Keep the input of a post norm."""
+        if self.number < len(self.unnormed):
+            self.unnormed[self.number] = tensor
+        else:
+            self.unnormed.append(tensor)
 
     def rows(self, x: Tensor) -> Tensor:
         """The tokens of x (B, T, n) that count, (tokens, n), in at least float32."""
@@ -226,14 +232,18 @@ class Stream:
         seen = [s for s in self._sites[site] if observe is not None and s in observed]
         seen = [s for s in seen if not s.stacked or has_experts(layer, s)]
         hidden = batch.hidden
+        post_norms = [s.post_norm for s in self._sites[site] if s.post_norm]
+        modules = dict.fromkeys([*(name for s in seen for name in s.observed), *post_norms])
         with (
-            captured_inputs(layer, [name for s in seen for name in s.observed]) as inputs,
+            captured_inputs(layer, list(modules)) as inputs,
             self._runs(f"block {block}"),
         ):
             update = layer.update(site, layer.normalize(site, hidden), **batch.kwargs[block])
         if observe is not None:
             for sublayer in seen:
                 observe(block, sublayer, batch, inputs)
+        for post_norm in post_norms:
+            batch.keep_unnormed(inputs[post_norm])
         hidden = layer.pass_on(site, hidden + update)
         batch.put(hidden)
         last = site == len(self._sites) - 1  # NaN and infinity stay: it is enough to look at the end of a block

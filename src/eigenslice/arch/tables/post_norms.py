@@ -15,10 +15,9 @@ def followed(sublayer: Sublayer, norm: str | None, post_norm: str, inner: tuple[
         norm=norm,
         post_norm=post_norm,
         modules=(*sublayer.modules, post_norm),
-        writers=(post_norm + ".project",),
-        inner=(*sublayer.writers, *inner),
-        can_cut_neurons=False,
-        can_cut_heads=False,
+        writers=(),
+        normed_writers=sublayer.writers,
+        inner=inner,
     )
 
 
