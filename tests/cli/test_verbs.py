@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoTokenizer
 
 import eigenslice
+from eigenslice.report import stated_loss
 from tests import tiny, words
 from tests.checkpoint.files import tensors_of
 from tests.cli.conftest import Command
@@ -182,6 +183,23 @@ def test_slice_sums_up_in_words(command: Command, model: Path, calibration: Path
     assert outcome.code == 0
     assert "width 32 -> 24, saved as llama (stock)" in outcome.out
     assert f"{100 * stored_parameters(tmp_path / 'out') / stored_parameters(model):.1f} %" in outcome.out
+
+
+def test_the_last_line_of_slice_is_the_measured_loss(
+    command: Command, model: Path, calibration: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large loss is said with what to do; nothing is lost without a cut."""
+    monkeypatch.setattr(stated_loss, "BOUND", 1.1)
+    outcome = command("slice", model, "-o", tmp_path / "out", "--width", 8, "--calibration", calibration)
+    loss = json.loads((tmp_path / "out" / "eigenslice.json").read_text())["loss"]
+    assert loss["kl"] > math.log(1.1)
+    assert outcome.out.splitlines()[-1].startswith(f"estimated loss: perplexity x{loss['perplexity_ratio']:.3f} (")
+    assert f"KL {loss['kl']:.3f} nats per token" in outcome.out.splitlines()[-1]
+    assert "much worse than the dense model" in outcome.err
+    assert "--samples" in outcome.err
+    whole = command("slice", model, "-o", tmp_path / "whole", "--width", tiny.WIDTH, "--calibration", calibration)
+    assert "perplexity x1.000" in whole.out.splitlines()[-1]
+    assert "much worse" not in whole.err
 
 
 def test_slice_says_how_a_custom_result_is_loaded(

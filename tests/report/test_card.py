@@ -13,7 +13,7 @@ from eigenslice.cli import main
 from eigenslice.errors import EigensliceWarning
 from eigenslice.finetune import FinetuneOptions, finetune
 from eigenslice.options.calibration_text import CalibrationOptions
-from eigenslice.report.card import write_card
+from eigenslice.report.card import CARD, write_card
 from eigenslice.report.manifest import read_manifest
 from eigenslice.report.story import base_model, custom_note, is_hub_id, slice_command
 from tests.checkpoint.files import copy_of
@@ -41,7 +41,21 @@ def test_slicing_writes_a_card(dense_folder: Folders, run_slice: Slicer, tmp_pat
     assert sizes["stored"] == stored
     assert f"| parameters | {sizes['dense']:,} | {stored:,} |" in card.text
     assert "| hidden width | 32 | 24 |" in card.text
+    loss = result.manifest["loss"]
+    assert f"| {loss['dense_perplexity']:.4g} | {loss['sliced_perplexity']:.4g} (x" in card.text
+    assert f"KL {loss['kl']:.3f} nats per token" in card.text
     assert f'from_pretrained("{result.output.name}")' in card.text
+
+
+def test_a_large_loss_is_said_in_the_card_until_the_result_is_trained(run_slice: Slicer) -> None:
+    result = run_slice("llama", width=24)
+    loss = {"kl": 2.3, "perplexity_ratio": 8.5, "dense_perplexity": 2.0, "sliced_perplexity": 17.0, "tokens": 99}
+    write_card(result.output, result.manifest | {"loss": loss}, "bad")
+    assert "**Large loss.** This result is much worse than the dense model" in ModelCard.load(result.output / CARD).text
+    write_card(result.output, result.manifest | {"loss": {"not_measured": "too few"}}, "unknown")
+    card = ModelCard.load(result.output / CARD).text
+    assert "| loss on held-out text | | not measured: too few |" in card
+    assert "Large loss" not in card
 
 
 def test_custom_results_say_how_they_load(run_slice: Slicer) -> None:

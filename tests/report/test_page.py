@@ -139,6 +139,9 @@ def test_everything_is_there(models: tuple[Path, Path], tmp_path: Path) -> None:
         prompt,
         "eigenslice finetune small -o tuned --full",
         "1.25 (1.50)",
+        f" {manifest['loss']['perplexity_ratio']:.3f}</b>",
+        f"KL {manifest['loss']['kl']:.3f} nats per token",
+        "before fine-tuning",
     ):
         assert wanted in text, wanted
 

@@ -24,6 +24,7 @@ def slice_(
     """
     from eigenslice.checkpoint.hub import check_hub, push
     from eigenslice.options.paths import expanded
+    from eigenslice.report.stated_loss import loss_text, loss_warning
     from eigenslice.runtime.output import partial_path
     from eigenslice.slicing import slice_model
 
@@ -70,3 +71,6 @@ def slice_(
             highlight=False,
             soft_wrap=True,
         )
+    if loss_warning(manifest):
+        errors.print(loss_warning(manifest), style="yellow", highlight=False, soft_wrap=True)
+    output.print(loss_text(manifest), highlight=False, soft_wrap=True)

@@ -7,6 +7,7 @@ from huggingface_hub import ModelCardData
 
 from eigenslice.checkpoint.card_metadata import read_card_metadata
 from eigenslice.report.escape import markdown
+from eigenslice.report.stated_loss import kl_text, loss_warning, why_not_measured
 from eigenslice.report.story import (
     base_model,
     calibration_text,
@@ -57,6 +58,25 @@ def _fewer(manifest: dict[str, Any]) -> list[str]:
     return rows
 
 
+def _loss(manifest: dict[str, Any]) -> str:
+    """Return the row about the loss on held-out text."""
+    loss = manifest.get("loss") or {}
+    if "kl" not in loss:
+        return f"| loss on held-out text | | not measured: {markdown(why_not_measured(manifest))} |"
+    before = ", before fine-tuning" if "finetune" in manifest else ""
+    return (
+        f"| perplexity on {loss['tokens']:,} held-out tokens of the calibration text{before} "
+        f"| {loss['dense_perplexity']:.4g} "
+        f"| {loss['sliced_perplexity']:.4g} (x{loss['perplexity_ratio']:.3f}; {kl_text(loss)}) |"
+    )
+
+
+def _warned(manifest: dict[str, Any]) -> list[str]:
+    """Return the paragraph on a large loss; fine-tuning has changed the loss."""
+    text = "" if "finetune" in manifest else loss_warning(manifest)
+    return [f"**Large loss.** {markdown(text)}", ""] if text else []
+
+
 def _text(manifest: dict[str, Any], name: str) -> str:
     sizes, plan, source = manifest["parameters"], manifest["plan"], markdown(source_name(manifest), starts=True)
     lines = [
@@ -68,6 +88,7 @@ def _text(manifest: dict[str, Any], name: str) -> str:
         "| | dense | sliced |",
         "| --- | --- | --- |",
         f"| parameters | {sizes['dense']:,} | {sizes['stored']:,} |",
+        _loss(manifest),
         f"| hidden width | {manifest['dense_width']} | {plan['width']} |",
         f"| MLP neurons per block or expert | {manifest.get('dense_neurons') or ''} "
         f"| {neurons_text(plan['neurons'])} |",
@@ -78,6 +99,7 @@ def _text(manifest: dict[str, Any], name: str) -> str:
         "",
         f"Calibrated on {markdown(calibration_text(manifest['calibration']))}.",
         "",
+        *_warned(manifest),
         *([markdown(vocabulary_text(manifest["vocabulary"])), ""] if "vocabulary" in manifest else []),
         "## Use",
         "",

@@ -9,6 +9,7 @@ LARGEST = 2**53
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Size = Annotated[int, Field(ge=1, le=LARGEST)]
 Number = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
+Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Name = Annotated[str, Field(max_length=5000)]
 Rank = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Point = Annotated[list[float], Field(min_length=2, max_length=2)]
@@ -121,6 +122,24 @@ class Fit(_Fields):
     energy_kept: float = 0.0
 
 
+class Loss(_Fields):
+    """The loss on held-out text, see `measure.loss.Loss`."""
+
+    kl: Positive
+    perplexity_ratio: Positive
+    dense_perplexity: Positive
+    sliced_perplexity: Positive
+    tokens: Size
+
+
+class NotMeasured(_Fields):
+    """The reason why no loss is known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    not_measured: Name
+
+
 class Perplexities(_Fields):
     """Perplexities of held-out windows."""
 
@@ -166,6 +185,7 @@ class Manifest(_Fields):
     options: Options
     spectra: list[Site]
     refit_errors: list[Fit] | None = None
+    loss: Loss | NotMeasured | None = None
     finetune: Training | None = None
     run: dict[str, Any] = {}
 

@@ -11,7 +11,7 @@ from eigenslice._version import __version__
 from eigenslice.errors import CheckpointError, OutputError
 from eigenslice.options.paths import expanded
 from eigenslice.options.reporting import ReportOptions
-from eigenslice.report import figures, measured, story
+from eigenslice.report import figures, measured, stated_loss, story
 from eigenslice.report.json_inputs import read_input
 from eigenslice.report.manifest import NAME, read_manifest
 from eigenslice.report.samples import Sample, generate
@@ -110,6 +110,9 @@ def render(
         loading=story.loading_code(manifest, name),
         custom_note="" if manifest["form"] == "stock" else story.custom_note(manifest),
         calibration=story.calibration_text(manifest["calibration"]),
+        loss=manifest.get("loss") or {},
+        loss_missing=stated_loss.why_not_measured(manifest),
+        loss_warning="" if "finetune" in manifest else stated_loss.loss_warning(manifest),
         roles=_roles(manifest["parameters"]),
         neurons=story.neurons_text(manifest["plan"]["neurons"]),
         training_command=story.finetune_command(manifest["finetune"]) if "finetune" in manifest else "",
