@@ -53,7 +53,7 @@ def site_of(batches: list[Sequences]) -> tuple[Site, OffloadedTensors]:
     dense, sliced = offloaded([batch.dense for batch in batches]), offloaded([batch.sliced for batch in batches])
     masks = [None if batch.mask.all() else batch.mask for batch in batches]
     activations = [
-        Activations(dense, number, mask, [], batch.group)
+        Activations(dense, number, mask, [], batch.group, unnormed=offloaded([]))
         for number, (batch, mask) in enumerate(zip(batches, masks, strict=True))
     ]
     return Site(1, 0, None, None, activations, dense, WIDTH, EPS), sliced

@@ -21,7 +21,7 @@ class SiteBasis:
 
     Attributes:
         matrix: Q, (D, width), orthonormal columns, float64.
-        rotated: Whether the stream leaves the dense model's coordinates; if not, Q is the identity.
+        rotated: True if the stream leaves the dense model's coordinates; otherwise Q is the identity.
     """
 
     matrix: Tensor

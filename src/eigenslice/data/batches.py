@@ -20,7 +20,7 @@ class Batch:
         input_ids: Token ids, (B, T).
         attention_mask: 0 for padding, (B, T); None without padding.
         group: Number of the sequences' text, or of a part of the text. A fit on some groups is tried on other groups.
-        own: Whether the dense model wrote the sequences. The loss that is reported is measured on texts only.
+        own: True if the dense model wrote the sequences. The reported loss is measured on texts only.
     """
 
     input_ids: Tensor

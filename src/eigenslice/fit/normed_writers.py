@@ -1,8 +1,8 @@
 """Regressions for writers whose output is normed before it is added to the stream.
 
 The stream gains g * RMSN(W a). With r the root mean square of the dense model's W a, the norm divides the sliced
-model's by about the same number. Then the gain is linear in W, and W can be fitted like any writer: its target is r / g
-times the missing part of the stream, so that W repairs the error before it, too.
+model's by about the same number. Then the gain is linear in W, and W can be fitted like any writer. The target is r / g
+times the missing part of the stream, so W repairs the error before it, too.
 
 A norm of fixed size can't repair everything. Where g is small, a repair needs a large output, which the norm takes from
 all other coordinates. So each coordinate's target is a mean of the repair and of the dense model's own output. A ridge
@@ -53,7 +53,7 @@ class NormedWriter:
 
         Args:
             batch: The batch, with the dense stream behind the norm.
-            missing: What the norm's output is to add to the sliced stream, (tokens, width).
+            missing: Part of the sliced stream that the norm's output has to add, (tokens, width).
         """
         unnormed = batch.rows(batch.unnormed[batch.number])
         own = unnormed * inverse_size(unnormed, self.eps)

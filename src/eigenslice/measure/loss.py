@@ -80,7 +80,7 @@ def next_tokens(batch: Batch) -> Tensor:
 
 
 def _predicted(batch: Batch) -> Tensor:
-    """Whether a token and the one after it count, (B, T - 1)."""
+    """Return whether a token and the next token count, (B, T - 1)."""
     mask = batch.attention_mask
     if mask is None:
         return torch.ones_like(batch.input_ids[:, 1:], dtype=torch.bool)

@@ -20,7 +20,7 @@ KEPT = "for example --keep 0.75, for 75 % of the parameters"
 
 
 class SliceOptions(Options):
-    """Everything that decides what a sliced model looks like. Of keep, slicing, width and recipe, one is given."""
+    """All options of slicing. Exactly one of keep, slicing, width and recipe is given."""
 
     model: Annotated[str, Option("A folder, a hub id or a .gguf file.", argument=True)]
     output: Annotated[UserPath, Option("Folder to write; must not exist.", flags=("--output", "-o"))]
@@ -172,5 +172,5 @@ class SliceOptions(Options):
 
     @property
     def fits(self) -> bool:
-        """Whether sliced weights are refitted."""
+        """True if sliced weights are refitted."""
         return self.basis == "global" if self.refit is None else self.refit

@@ -42,7 +42,7 @@ class Plan:
         kv_heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
         dropped_blocks: Numbers of the dense model's blocks that are left out. `neurons_per_block` and `site_widths` are
             of the other blocks.
-        rotated: Whether the stream leaves the dense model's coordinates. If not, all of the width is kept, and the
+        rotated: True if the stream leaves the dense model's coordinates. Otherwise all of the width is kept, and the
             result can have norms that don't commute with a rotation.
     """
 

@@ -104,7 +104,7 @@ def calibration_text(description: dict[str, Any]) -> str:
 
 
 def vocabulary_text(section: dict[str, Any]) -> str:
-    """What became of the vocabulary, in words, from the manifest's section on it."""
+    """Describe the cut of the vocabulary in words, from the manifest's section on it."""
     texts = ", ".join(f"{text['data']} ({text['characters']:,} characters)" for text in section["texts"])
     chosen = "the most used tokens of" if section["chosen"] == "number" else "the tokens that occur in"
     lengths = [length for length in section["lengths"] if length["characters"]]

@@ -214,7 +214,7 @@ def _describe(
     counts: Counter[int],
     kept: list[int],
 ) -> dict[str, Any]:
-    """What the manifest says of the cut."""
+    """Return the manifest's section on the cut."""
     lengths = readings
     if options.vocabulary_from:  # the calibration texts are others
         more = read_texts(options.calibration, source.tokenizer, MEASURED, warn=False)

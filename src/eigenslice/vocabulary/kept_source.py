@@ -109,7 +109,7 @@ class SourceOfKeptTokens(Source):
 
     @property
     def vocabulary(self) -> dict[str, Any]:
-        """What the manifest says of the kept tokens."""
+        """The manifest's section on the kept tokens."""
         return self.kept.description | {"sha256": self.kept.sha256}
 
     @property
