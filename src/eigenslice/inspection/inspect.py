@@ -9,7 +9,7 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.inspection.estimate import Estimate, estimate
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.calibration_text import CalibrationOptions
-from eigenslice.plan.candidates import rounded
+from eigenslice.plan.checks import rounded
 from eigenslice.plan.forms import choose_form, stock_type_of
 from eigenslice.plan.layout import count, dense_roles, layout
 from eigenslice.plan.plan import BasisKind, Sizes, widths

@@ -3,19 +3,25 @@
 import itertools
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
-from eigenslice.arch import TABLES
 from eigenslice.errors import OptionsError
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.options.slicing import SliceOptions
+from eigenslice.plan.checks import (
+    ROUND,
+    check_dropped,
+    check_heads,
+    check_neurons,
+    check_portable,
+    check_width,
+    least_width,
+    rounded,
+)
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.layout import stored_parameters
-from eigenslice.plan.plan import FEWEST_NEURONS, BasisKind, Plan, Sizes
+from eigenslice.plan.plan import FEWEST_NEURONS, Plan, Sizes
 from eigenslice.plan.recipe import read_recipe, wrong_recipe
 
-ROUND = 8
-"""Divisor of widths from --slicing and --keep; matrix kernels like such widths."""
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the cut that the hidden width may bear, in the order of trials; MLP neurons bear the rest."""
 HEADS = (1.0, 0.75, 0.5)
@@ -79,20 +85,8 @@ def make_plans(anatomy: Anatomy, options: SliceOptions) -> list[list[Plan]]:
     tied = anatomy.can_stay_tied and options.basis == "global" and not options.untie
     families = _make_plans(_Request(anatomy, options, tied))
     for plan in itertools.chain(*families) if options.portable else ():
-        _check_portable(anatomy, plan)
+        check_portable(anatomy, plan)
     return families
-
-
-def _check_portable(anatomy: Anatomy, plan: Plan) -> None:
-    if plan.stock and plan.stock.portable:
-        return
-    saved = f"saved as {plan.stock.model_type}" if plan.stock else "saved in eigenslice's class"
-    raise OptionsError(
-        f"--portable: at width {plan.site_widths[0]} this {anatomy.table.model_type} model would be {saved}",
-        allowed="types that llama.cpp and vLLM are known to run at sliced widths, "
-        + ", ".join(sorted(t.model_type for t in TABLES.values() if any(f.portable for f in t.stock))),
-        next_step=f"drop --portable, or choose a width that divides by the {anatomy.config.num_attention_heads} heads",
-    )
 
 
 def _make_plans(request: _Request) -> list[list[Plan]]:
@@ -107,71 +101,10 @@ def _make_plans(request: _Request) -> list[list[Plan]]:
         assert options.slicing is not None  # SliceOptions checks that a size is given
         width = rounded((1 - options.slicing) * anatomy.width, request.step())
         given = f"--slicing {options.slicing} leaves width {width}"
-    _check_width(anatomy, width, given)
+    check_width(anatomy, width, given)
     neurons = anatomy.neuron_count if options.neurons is None else options.neurons
-    _check_neurons(anatomy, options.basis, neurons, f"--neurons {neurons}")
+    check_neurons(anatomy, options.basis, neurons, f"--neurons {neurons}")
     return [[request.plan(Sizes(width, neurons))]]
-
-
-def rounded(width: float, step: int = ROUND) -> int:
-    """Down to a multiple, of 8 as in the official code; to less than 8 nothing is rounded."""
-    whole = int(width + 1e-9)
-    return whole if whole < step == ROUND else whole // step * step
-
-
-def _least_width(anatomy: Anatomy) -> int:
-    return 2 if anatomy.layer_norm else 1
-
-
-def _check_width(anatomy: Anatomy, width: int, given: str) -> None:
-    least = _least_width(anatomy)
-    if not least <= width <= anatomy.width:
-        raise OptionsError(
-            f"{given}; the model's hidden width is {anatomy.width}",
-            allowed=f"a width from {least} to {anatomy.width}",
-            next_step=f"for example --width {rounded(0.75 * anatomy.width)}",
-        )
-
-
-def _check_neurons(anatomy: Anatomy, basis: BasisKind, neurons: int, given: str) -> None:
-    if neurons != anatomy.neuron_count and basis == "per-block":
-        raise OptionsError(
-            f"{given} with --basis per-block",
-            allowed="all neurons: per-block is the paper's algorithm, which cuts the hidden width only",
-            next_step="drop one of them",
-        )
-    if neurons != anatomy.neuron_count and not 1 <= neurons <= anatomy.neuron_count:
-        raise OptionsError(
-            f"{given}; the model has {anatomy.neuron_count} MLP neurons in each "
-            + ("expert" if anatomy.expert_count else "block"),
-            allowed=f"1 to {anatomy.neuron_count}"
-            if anatomy.neuron_count
-            else "none: this architecture's can't be cut",
-            next_step="leave it out to keep all of them",
-        )
-
-
-def _check_heads(anatomy: Anatomy, basis: BasisKind, heads: int) -> None:
-    if heads != anatomy.kv_head_count and not (basis == "global" and 1 <= heads <= anatomy.kv_head_count):
-        raise OptionsError(
-            f"the recipe keeps {heads} key/value heads in each block; the model has {anatomy.kv_head_count} "
-            "that can be cut",
-            allowed=f"1 to {anatomy.kv_head_count}" if anatomy.kv_head_count and basis == "global" else "all of them",
-            next_step="leave key_value_heads out to keep all of them",
-        )
-
-
-def _check_dropped(anatomy: Anatomy, basis: BasisKind, dropped: list[Any]) -> None:
-    numbers = all(type(block) is int and 0 < block < anatomy.block_count for block in dropped)
-    if dropped and not (numbers and len({*dropped}) == len(dropped) and basis == "global" and anatomy.blocks_alike):
-        can = basis == "global" and anatomy.blocks_alike
-        raise OptionsError(
-            f"the recipe leaves out the blocks {dropped}; the model has {anatomy.block_count}",
-            allowed=f"numbers from 1 to {anatomy.block_count - 1}, each once"
-            if can
-            else "none: blocks are left out with --basis global, of models whose blocks are all alike",
-            next_step="correct dropped_blocks" if can else "leave dropped_blocks out",
-        )
 
 
 def _plan_of_recipe(request: _Request) -> Plan:
@@ -180,7 +113,7 @@ def _plan_of_recipe(request: _Request) -> Plan:
     assert options.recipe is not None
     recipe = read_recipe(options.recipe)
     dropped = recipe.get("dropped_blocks", [])
-    _check_dropped(anatomy, options.basis, dropped)
+    check_dropped(anatomy, options.basis, dropped)
     blocks = anatomy.block_count - len(dropped)
     counts = recipe.get("neurons", anatomy.neuron_count)
     counts = tuple(counts) if isinstance(counts, list) else (counts,) * blocks
@@ -189,9 +122,9 @@ def _plan_of_recipe(request: _Request) -> Plan:
     wrong += [f"basis {basis} (the run has --basis {options.basis})"] if basis != options.basis else []
     if wrong:
         raise wrong_recipe(options.recipe, wrong)
-    _check_width(anatomy, recipe["width"], f"the recipe's width is {recipe['width']}")
+    check_width(anatomy, recipe["width"], f"the recipe's width is {recipe['width']}")
     for count in counts:
-        _check_neurons(anatomy, options.basis, count, f"the recipe keeps {count} neurons")
+        check_neurons(anatomy, options.basis, count, f"the recipe keeps {count} neurons")
     if recipe.get("tied") and not request.tied:
         raise OptionsError(
             "the recipe keeps embedding and head tied",
@@ -199,7 +132,7 @@ def _plan_of_recipe(request: _Request) -> Plan:
             next_step="leave tied out of the recipe",
         )
     heads = recipe.get("key_value_heads", anatomy.kv_head_count)
-    _check_heads(anatomy, options.basis, heads)
+    check_heads(anatomy, options.basis, heads)
     request = replace(request, tied=request.tied and recipe.get("tied", True))
     return request.plan(Sizes(recipe["width"], counts, heads, tuple(sorted(dropped))))
 
@@ -247,7 +180,7 @@ def _family(request: _Request, whole: Sizes) -> list[Plan]:
         for share in SHARES:
             width = anatomy.width - share * (anatomy.width - least)
             width = anatomy.width if share == 0 else min(anatomy.width, rounded(width + step / 2, step))
-            if width < _least_width(anatomy):
+            if width < least_width(anatomy):
                 continue  # --multiple is wider than the model
             plan = _most_neurons(request, replace(whole, width=width))
             if plan is not None and plan not in plans:

@@ -1,0 +1,90 @@
+"""Checks of the sizes that a user asked for, against the model."""
+
+from typing import Any
+
+from eigenslice.arch import TABLES
+from eigenslice.errors import OptionsError
+from eigenslice.model.anatomy import Anatomy
+from eigenslice.plan.plan import BasisKind, Plan
+
+ROUND = 8
+"""Divisor of widths from --slicing and --keep; matrix kernels like such widths."""
+
+
+def check_portable(anatomy: Anatomy, plan: Plan) -> None:
+    """Refuse a plan for --portable that other runtimes don't run."""
+    if plan.stock and plan.stock.portable:
+        return
+    saved = f"saved as {plan.stock.model_type}" if plan.stock else "saved in eigenslice's class"
+    raise OptionsError(
+        f"--portable: at width {plan.site_widths[0]} this {anatomy.table.model_type} model would be {saved}",
+        allowed="types that llama.cpp and vLLM are known to run at sliced widths, "
+        + ", ".join(sorted(t.model_type for t in TABLES.values() if any(f.portable for f in t.stock))),
+        next_step=f"drop --portable, or choose a width that divides by the {anatomy.config.num_attention_heads} heads",
+    )
+
+
+def rounded(width: float, step: int = ROUND) -> int:
+    """Down to a multiple, of 8 as in the official code; to less than 8 nothing is rounded."""
+    whole = int(width + 1e-9)
+    return whole if whole < step == ROUND else whole // step * step
+
+
+def least_width(anatomy: Anatomy) -> int:
+    """Return the least width of a result: behind LayerNorms, one dimension is lost."""
+    return 2 if anatomy.layer_norm else 1
+
+
+def check_width(anatomy: Anatomy, width: int, given: str) -> None:
+    """Refuse a width that the model doesn't have; `given` says where the width is from."""
+    least = least_width(anatomy)
+    if not least <= width <= anatomy.width:
+        raise OptionsError(
+            f"{given}; the model's hidden width is {anatomy.width}",
+            allowed=f"a width from {least} to {anatomy.width}",
+            next_step=f"for example --width {rounded(0.75 * anatomy.width)}",
+        )
+
+
+def check_neurons(anatomy: Anatomy, basis: BasisKind, neurons: int, given: str) -> None:
+    """Refuse a number of neurons that the model doesn't have; `given` says where the number is from."""
+    if neurons != anatomy.neuron_count and basis == "per-block":
+        raise OptionsError(
+            f"{given} with --basis per-block",
+            allowed="all neurons: per-block is the paper's algorithm, which cuts the hidden width only",
+            next_step="drop one of them",
+        )
+    if neurons != anatomy.neuron_count and not 1 <= neurons <= anatomy.neuron_count:
+        raise OptionsError(
+            f"{given}; the model has {anatomy.neuron_count} MLP neurons in each "
+            + ("expert" if anatomy.expert_count else "block"),
+            allowed=f"1 to {anatomy.neuron_count}"
+            if anatomy.neuron_count
+            else "none: this architecture's can't be cut",
+            next_step="leave it out to keep all of them",
+        )
+
+
+def check_heads(anatomy: Anatomy, basis: BasisKind, heads: int) -> None:
+    """Refuse a number of key/value heads in a recipe that the model doesn't have."""
+    if heads != anatomy.kv_head_count and not (basis == "global" and 1 <= heads <= anatomy.kv_head_count):
+        raise OptionsError(
+            f"the recipe keeps {heads} key/value heads in each block; the model has {anatomy.kv_head_count} "
+            "that can be cut",
+            allowed=f"1 to {anatomy.kv_head_count}" if anatomy.kv_head_count and basis == "global" else "all of them",
+            next_step="leave key_value_heads out to keep all of them",
+        )
+
+
+def check_dropped(anatomy: Anatomy, basis: BasisKind, dropped: list[Any]) -> None:
+    """Refuse blocks in a recipe that the model can't be without."""
+    numbers = all(type(block) is int and 0 < block < anatomy.block_count for block in dropped)
+    if dropped and not (numbers and len({*dropped}) == len(dropped) and basis == "global" and anatomy.blocks_alike):
+        can = basis == "global" and anatomy.blocks_alike
+        raise OptionsError(
+            f"the recipe leaves out the blocks {dropped}; the model has {anatomy.block_count}",
+            allowed=f"numbers from 1 to {anatomy.block_count - 1}, each once"
+            if can
+            else "none: blocks are left out with --basis global, of models whose blocks are all alike",
+            next_step="correct dropped_blocks" if can else "leave dropped_blocks out",
+        )
