@@ -18,7 +18,7 @@ from eigenslice.algebra.covariance import inverse_size
 from eigenslice.cut.blocks import SiteBasis
 from eigenslice.stream.walk import Activations
 
-DAMPING = 0.1
+DAMPING = 0.01
 """Cost of a change of the norm's output, as a share of the mean cost of an error in the stream."""
 SMALLEST_GAIN = 1e-3
 """Least gain that errors are weighted by, as a share of the gains' root mean square."""
