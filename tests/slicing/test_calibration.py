@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from eigenslice.data.batches import BESIDE_GROUP, Batch
-from eigenslice.data.own_text import draw
+from eigenslice.data.own_text import Drawing, draw
 from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.measure.importance import measure
 from eigenslice.options.calibration_text import CalibrationOptions
@@ -61,7 +61,7 @@ def test_slicing_calibrates_on_own_text_too(model: Path, text: Path, run_slice: 
     quarters = {0, 1, 2, 3}  # of the only text
     assert {batch.group for batch in seen if batch.group != own} == quarters | {BESIDE_GROUP}
     drawn = torch.cat([batch.input_ids for batch in seen if batch.group == own])
-    assert torch.equal(drawn, draw(load(model), words.tokenizer(), 6, 30, 64, seed=3))
+    assert torch.equal(drawn, draw(load(model), words.tokenizer(), Drawing(6, 30, 64, seed=3)))
 
 
 def test_a_long_sequence_holds_several_own_texts(
@@ -73,7 +73,7 @@ def test_a_long_sequence_holds_several_own_texts(
     groups = sorted({batch.group for batch in seen})
     assert groups == [BESIDE_GROUP, 0, 1, 2, 3, 4]
     assert [tuple(batch.input_ids.shape) for batch in seen if batch.group == 4] == [(2, 40)]
-    drawn = draw(load(model), words.tokenizer(), 10, 8, 64)
+    drawn = draw(load(model), words.tokenizer(), Drawing(10, 8, 64))
     assert torch.equal(torch.cat([batch.input_ids for batch in seen if batch.group == 4]), drawn.view(2, 40))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
@@ -59,14 +59,7 @@ def progress_bar(
 
     pacer = Pacer()
     bars = errors.is_terminal and not quiet and not as_json
-    columns = (
-        TextColumn("{task.fields[stage]:>10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    bar = Bars(*columns, console=errors, disable=not bars)
+    bar = Bars(*_columns(), console=errors, disable=not bars)
     tasks: dict[str, Any] = {}
     printed: dict[str, float] = {}
     events = _events(log)
@@ -100,6 +93,12 @@ def progress_bar(
         finally:
             if events:
                 events.close()
+
+
+def _columns() -> list[ProgressColumn]:
+    """Make the columns of a progress bar."""
+    stage, rest = TextColumn("{task.fields[stage]:>10}"), TextColumn("{task.description}")
+    return [stage, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), rest]
 
 
 def show_warning(message: Warning | str, category: type[Warning], *_: object, **__: object) -> None:

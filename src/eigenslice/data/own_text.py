@@ -7,6 +7,7 @@ too).
 
 import json
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -78,58 +79,56 @@ def sample_text(options: SampleOptions, progress: Progress = no_progress) -> lis
             allowed=f"at most {longest - start} tokens: {options.model} takes {longest}",
             next_step="lower it; more --samples make up for it",
         )
-    ids = draw(
-        loaded.model,
-        tokenizer,
-        options.samples,
-        options.seqlen,
-        options.batch,
-        options.temperature,
-        options.seed,
-        progress,
-    )
+    drawing = Drawing(options.samples, options.seqlen, options.batch, options.temperature, options.seed)
+    ids = draw(loaded.model, tokenizer, drawing, progress)
     texts = tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)
     write_whole(options.output, json.dumps(texts, ensure_ascii=False, indent=0))
     return texts
 
 
-def draw(
-    model: Any,
-    tokenizer: Any,
-    samples: int,
-    length: int,
-    batch: int,
-    temperature: float = 1.0,
-    seed: int = 0,
-    progress: Progress = no_progress,
-) -> Tensor:
-    """Draw texts token by token from a model's predictions.
+@dataclass(frozen=True)
+class Drawing:
+    """Texts to draw from a model's predictions.
 
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
+    Attributes:
         samples: Number of texts.
         length: Number of tokens of each text, with the random first token.
         batch: Number of texts at once.
         temperature: Divisor of the logits.
         seed: Seed of the first tokens and of the drawing.
+    """
+
+    samples: int
+    length: int
+    batch: int
+    temperature: float = 1.0
+    seed: int = 0
+
+
+def draw(model: Any, tokenizer: Any, texts: Drawing, progress: Progress = no_progress) -> Tensor:
+    """Draw texts token by token from a model's predictions.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        texts: Number and length of the texts.
         progress: Called after each batch.
 
     Returns:
-        Token ids, (samples, s + length), on the CPU: s is the number of tokens that the tokenizer puts before any text.
+        Token ids, (samples, s + length), on the CPU: the tokenizer puts s tokens before any text.
     """
     start = torch.tensor(tokenizer("")["input_ids"], dtype=torch.long)
     ordinary = ordinary_tokens(tokenizer, model.config.get_text_config().vocab_size)
-    generator = torch.Generator().manual_seed(seed)
-    first = ordinary[torch.randint(len(ordinary), (samples, 1), generator=generator)]
-    prompts = torch.cat([start.expand(samples, -1), first], dim=1)
+    generator = torch.Generator().manual_seed(texts.seed)
+    first = ordinary[torch.randint(len(ordinary), (texts.samples, 1), generator=generator)]
+    prompts = torch.cat([start.expand(texts.samples, -1), first], dim=1)
     # Not the checkpoint's generation config, which may cut the tail off and stop at the end of a text
-    sampling = GenerationConfig(max_length=len(start) + length, do_sample=False, pad_token_id=0)
+    sampling = GenerationConfig(max_length=len(start) + texts.length, do_sample=False, pad_token_id=0)
     model.generation_config = sampling
-    processors = LogitsProcessorList([Drawn(temperature, generator)])
+    processors = LogitsProcessorList([Drawn(texts.temperature, generator)])
     drawn: list[Tensor] = []
-    for prompt in prompts.split(batch):
-        progress(SAMPLING_STAGE, sum(map(len, drawn)), samples)
+    for prompt in prompts.split(texts.batch):
+        progress(SAMPLING_STAGE, sum(map(len, drawn)), texts.samples)
         prompt = prompt.to(model.device)
         with torch.no_grad():
             ids = model.generate(
@@ -139,5 +138,5 @@ def draw(
                 logits_processor=processors,
             )
         drawn.append(ids.cpu())
-    progress(SAMPLING_STAGE, samples, samples)
+    progress(SAMPLING_STAGE, texts.samples, texts.samples)
     return torch.cat(drawn)

@@ -136,10 +136,8 @@ def _tokens(
             next_step=f"raise --samples, best to a multiple of {len(chosen)}, or pass fewer texts",
         )
     share, more = divmod(options.samples, len(chosen))
-    texts = [
-        _windows(source, share + (number < more), length, options.seed, tokenizer, config, purpose, chat)
-        for number, source in enumerate(chosen)
-    ]
+    reading = _Reading(tokenizer, config, purpose, chat, length, options.seed)
+    texts = [_windows(source, share + (number < more), reading) for number, source in enumerate(chosen)]
     order = _in_turns([len(windows) for windows, _ in texts], options.samples)
     taken = [texts[text][0][number] for text, number in order]
     described = [(description, sum(text == t for t, _ in order)) for text, (_, description) in enumerate(texts)]
@@ -159,19 +157,32 @@ def _in_turns(lengths: list[int], count: int) -> list[tuple[int, int]]:
     return [(text, number) for number in rounds for text, n in enumerate(lengths) if number < n][:count]
 
 
-def _windows(
-    source: Source,
-    wanted: int,
-    length: int,
-    seed: int,
-    tokenizer: Callable[[], Any],
-    config: Any,
-    purpose: Purpose,
-    chat: bool | None,
-) -> tuple[list[Tensor], str]:
-    """All windows of a text, at random or in order, and the text's description; warns if they are too few."""
+@dataclass(frozen=True)
+class _Reading:
+    """The way in which texts become windows.
+
+    Attributes:
+        tokenizer: Function that gives the tokenizer.
+        config: The model's config.
+        purpose: Windows of calibration texts are shuffled; those of evaluation texts stay in order.
+        chat: Whether conversations are expected (True) or refused (False).
+        length: Tokens of a window.
+        seed: Seed of the sampling.
+    """
+
+    tokenizer: Callable[[], Any]
+    config: Any
+    purpose: Purpose
+    chat: bool | None
+    length: int
+    seed: int
+
+
+def _windows(source: Source, wanted: int, reading: _Reading) -> tuple[list[Tensor], str]:
+    """Return all windows of a text, and the text's description; warn if there are too few windows."""
+    length, purpose = reading.length, reading.purpose
     enough = length * (wanted + (purpose == "evaluation"))  # where a text is cut, its last tokens may be others
-    ids, documents = _encoded(source, enough, seed, tokenizer(), config, purpose, chat)
+    ids, documents = _encoded(source, enough, reading)
     for note in documents.notes:
         warnings.warn(printable(note), EigensliceWarning, stacklevel=4)
     windows = list(ids.split(length))
@@ -190,22 +201,21 @@ def _windows(
             stacklevel=4,
         )
     if purpose == "calibration":
-        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed)).tolist()
+        order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(reading.seed)).tolist()
         windows = [windows[i] for i in order]
     return windows, documents.description
 
 
-def _encoded(
-    source: Source, enough: int, seed: int, tokenizer: Any, config: Any, purpose: Purpose, chat: bool | None
-) -> tuple[Tensor, Documents]:
+def _encoded(source: Source, enough: int, reading: _Reading) -> tuple[Tensor, Documents]:
     """Return token ids of a text, at least so many if the text is long enough, and the text's description."""
+    tokenizer, chat = reading.tokenizer(), reading.chat
     characters = enough * CHARACTERS_PER_TOKEN
     has_template = bool(getattr(tokenizer, "chat_template", None)) and chat is not False
     with ChatTemplate(tokenizer) as template:
         written = Chat(template, True, first=bool(chat)) if has_template else Chat(note="" if chat is False else PLAIN)
         while True:
-            documents = load_documents(source.data, source.field, purpose, characters, seed, written)
-            ids = _ids(tokenizer, documents, source.data, config)
+            documents = load_documents(source.data, source.field, reading.purpose, characters, reading.seed, written)
+            ids = _ids(tokenizer, documents, source.data, reading.config)
             if not documents.more or len(ids) >= enough:
                 return ids, documents
             characters *= 4

@@ -107,15 +107,7 @@ def bench(
     vocabulary = min(r.model.config.get_text_config().vocab_size for r in runners)
     generator = torch.Generator().manual_seed(options.seed)
     prompt = torch.randint(0, vocabulary, (options.batch, options.prompt), generator=generator).to(device)
-    rounds: list[list[Generation]] = []
-    total = len(models) * (options.runs + 1)
-    for round_number in range(options.runs + 1):
-        generations = []
-        for number, runner in enumerate(runners):
-            progress("timing", round_number * len(models) + number, total)
-            generations.append(runner.generate(prompt))
-        rounds.append(generations)
-    progress("timing", total, total)
+    rounds = _time_rounds(runners, prompt, options.runs + 1, progress)
     rows = [
         {"model": name, "parameters": runner.model.num_parameters(), "disk_bytes": weight_bytes_on_disk(name)}
         | _costs(runner, rounds[0][number].cache, prompt)
@@ -130,17 +122,28 @@ def bench(
         for number, row in enumerate(rows):
             progress("memory", number, len(rows))
             row["peak_bytes"] = _peak(row["model"], options, device)
-    return {
-        "settings": options.model_dump(mode="json"),
-        "environment": {
-            "eigenslice": __version__,
-            "torch": torch.__version__,
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-            "threads": torch.get_num_threads(),
-            "dtypes": names,
-        },
-        "models": rows,
+    environment = {
+        "eigenslice": __version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "dtypes": names,
     }
+    return {"settings": options.model_dump(mode="json"), "environment": environment, "models": rows}
+
+
+def _time_rounds(runners: list[Runner], prompt: Tensor, count: int, progress: Progress) -> list[list[Generation]]:
+    """Time all models in turns; the first round warms up."""
+    rounds: list[list[Generation]] = []
+    total = len(runners) * count
+    for round_number in range(count):
+        generations = []
+        for number, runner in enumerate(runners):
+            progress("timing", round_number * len(runners) + number, total)
+            generations.append(runner.generate(prompt))
+        rounds.append(generations)
+    progress("timing", total, total)
+    return rounds
 
 
 def _check_length(name: str, runner: Runner, options: BenchOptions) -> None:

@@ -120,7 +120,7 @@ def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
     from eigenslice.export.gguf import llama_cpp
     from eigenslice.export.gguf.arch import architecture_of
     from eigenslice.export.gguf.types import round_weights, type_for
-    from eigenslice.export.gguf.writing import write_gguf
+    from eigenslice.export.gguf.writing import Checkpoint, write_gguf
 
     folder, config = _open(options)
     architecture_of(config)
@@ -133,7 +133,8 @@ def _export_gguf(options: ExportOptions, progress: Progress) -> Export:
     name = Path(hub.repository if hub else options.model).name
     with _work_folder(options) as work:
         path = work.result
-        formats = write_gguf(path, folder, config, tokenizer, kind, name, options.tokenizer_pre, progress)
+        checkpoint = Checkpoint(folder, config, tokenizer, name, options.tokenizer_pre)
+        formats = write_gguf(path, checkpoint, kind, progress)
         size = path.stat().st_size
         if not options.check:
             return Export(options.output, size, formats)

@@ -61,32 +61,11 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         seqlen: Tokens per sequence; attention grows with it.
         dtype: The dtype of the forward pass.
     """
-    longest = longest_sequence(dense.config) or seqlen
-    length = min(seqlen, longest, PROBE_TOKENS)
-    ids = torch.zeros(PROBE_TOKENS // length, length, dtype=torch.long)
-    item = torch.empty((), dtype=dtype).element_size()
-    anatomy = dense.anatomy
-    site = next(iter(Stream(dense, dtype).walk([Batch(ids)])))
-    sites, batch = len(anatomy.sites), site.activations[0]
-    rows = torch.randn(ids.numel(), anatomy.width, device=dense.device)
-    wide = torch.randn(ids.numel(), max(anatomy.width, anatomy.neuron_count), device=dense.device)
-    readers = torch.randn(anatomy.neuron_rows, anatomy.width, device=dense.device)
-
-    def run_block() -> None:
-        for index in range(sites):
-            site.layer.update(index, site.layer.normalize(index, batch.hidden), **batch.kwargs[0])
-
-    def fold_block() -> None:
-        for _ in dense.block(0).values():
-            pass
-
-    with torch.no_grad():
-        block = _seconds(run_block, dense.device)
-        narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
-        fold = _seconds(fold_block, dense.device)
-        read = _seconds(lambda: rows @ readers.T, dense.device)
-    share = anatomy.block_count * tokens / ids.numel()
-    write = anatomy.block_count * fold * 3  # folded to be run; folded again to be sliced, and written
+    anatomy, item = dense.anatomy, torch.empty((), dtype=dtype).element_size()
+    probe = _probe(dense, seqlen, dtype)
+    sites, block, narrow, broad = len(anatomy.sites), probe.block, probe.narrow, probe.broad
+    share = anatomy.block_count * tokens / probe.tokens
+    write = anatomy.block_count * probe.fold * 3  # folded to be run; folded again to be sliced, and written
     measuring = share * (block + sites * narrow)
     # The model's own text; plans tried on some of the tokens, in two passes; and a pass of two streams with their
     # products and solutions
@@ -96,12 +75,12 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     more = (1 + (OWN_SHARE if writes else RANDOM_SHARE)) * (1 + BEGINNINGS_SHARE)
     twin = block + 2 * sites * narrow + 2 * broad
     # Readers of neurons are fitted by products as large as their own, three for each gradient, and run again
-    twin_with_readers = twin + (3 + CONJUGATE_GRADIENTS / curvature_stride(tokens) * 3 + 4) * read
+    twin_with_readers = twin + (3 + CONJUGATE_GRADIENTS / curvature_stride(tokens) * 3 + 4) * probe.read
     fit = more * share * (block + twin_with_readers) + anatomy.block_count * 2 * broad
     plans = PLANS + (len(DROPS) if anatomy.blocks_alike else 0)
-    tried = anatomy.block_count * min(more * tokens, TRIED_TOKENS) / ids.numel()
+    tried = anatomy.block_count * min(more * tokens, TRIED_TOKENS) / probe.tokens
     trial = tried * (2 * block + plans * twin)
-    trial += (_allocation(anatomy) + _depth(anatomy)) * anatomy.block_count * block / ids.numel()
+    trial += (_allocation(anatomy) + _depth(anatomy)) * anatomy.block_count * block / probe.tokens
     weights = anatomy.block_parameters
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(anatomy, tokens, dtype)
@@ -115,6 +94,54 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         refitted = max(refitted, rss + whole)
     plain_seconds = measuring + write
     return Estimate(tokens, plain_seconds, plain_seconds + text + trial + fit, plain, refitted)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Times of parts of the work on this machine, in seconds.
+
+    Attributes:
+        tokens: Number of tokens that ran.
+        block: A block.
+        narrow, broad: The Gram matrix of a site's stream, and of the wider of stream and neurons.
+        fold: Folding a block's weights.
+        read: A product with the readers of an MLP.
+    """
+
+    tokens: int
+    block: float
+    narrow: float
+    broad: float
+    fold: float
+    read: float
+
+
+def _probe(dense: DenseModel, seqlen: int, dtype: torch.dtype) -> _Probe:
+    """Time parts of the work on a few tokens."""
+    longest = longest_sequence(dense.config) or seqlen
+    length = min(seqlen, longest, PROBE_TOKENS)
+    ids = torch.zeros(PROBE_TOKENS // length, length, dtype=torch.long)
+    anatomy = dense.anatomy
+    site = next(iter(Stream(dense, dtype).walk([Batch(ids)])))
+    batch = site.activations[0]
+    rows = torch.randn(ids.numel(), anatomy.width, device=dense.device)
+    wide = torch.randn(ids.numel(), max(anatomy.width, anatomy.neuron_count), device=dense.device)
+    readers = torch.randn(anatomy.neuron_rows, anatomy.width, device=dense.device)
+
+    def run_block() -> None:
+        for index in range(len(anatomy.sites)):
+            site.layer.update(index, site.layer.normalize(index, batch.hidden), **batch.kwargs[0])
+
+    def fold_block() -> None:
+        for _ in dense.block(0).values():
+            pass
+
+    with torch.no_grad():
+        block = _seconds(run_block, dense.device)
+        narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
+        fold = _seconds(fold_block, dense.device)
+        read = _seconds(lambda: rows @ readers.T, dense.device)
+    return _Probe(ids.numel(), block, narrow, broad, fold, read)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

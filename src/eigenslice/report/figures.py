@@ -51,24 +51,7 @@ def spectra(manifest: dict[str, Any]) -> Figure | None:
     sites = [site for site in manifest["spectra"] if site.get("eigenvalues")]
     if not sites:
         return None
-    lines = []
-    for number, site in enumerate(sites):
-        points = {int(rank): value for rank, value in site["eigenvalues"].items()}
-        shown = {rank: value for rank, value in points.items() if value > 0}
-        lines.append(
-            {
-                "type": "scatter",
-                "mode": "lines",
-                "name": label(site["site"]),
-                "x": list(shown),
-                "y": list(shown.values()),
-                "line": {
-                    "width": 2 if len(sites) == 1 else 1,
-                    "color": "c0" if len(sites) == 1 else _depth(number, sites),
-                },
-                "hovertemplate": f"{label(site['site'])}, rank %{{x}}: %{{y:.2e}}<extra></extra>",
-            }
-        )
+    lines = [_eigenvalues(number, sites) for number in range(len(sites))]
     cuts = sorted({site["width"] for site in sites})
     shapes = [
         {
@@ -109,6 +92,22 @@ def spectra(manifest: dict[str, Any]) -> Figure | None:
         shapes=shapes,
         showlegend=False,
     )
+
+
+def _eigenvalues(number: int, sites: list[dict[str, Any]]) -> dict[str, Any]:
+    """The line of a site: its eigenvalues over their rank."""
+    site, alone = sites[number], len(sites) == 1
+    points = {int(rank): value for rank, value in site["eigenvalues"].items()}
+    shown = {rank: value for rank, value in points.items() if value > 0}
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": label(site["site"]),
+        "x": list(shown),
+        "y": list(shown.values()),
+        "line": {"width": 2 if alone else 1, "color": "c0" if alone else _depth(number, sites)},
+        "hovertemplate": f"{label(site['site'])}, rank %{{x}}: %{{y:.2e}}<extra></extra>",
+    }
 
 
 def _depth(number: int, sites: list[Any]) -> str:

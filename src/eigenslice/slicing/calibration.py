@@ -9,7 +9,7 @@ from torch import Tensor
 from eigenslice.checkpoint.loading import load_model
 from eigenslice.data import beginnings, random_sequences
 from eigenslice.data.own_text import SAMPLING_STAGE as SAMPLING_STAGE
-from eigenslice.data.own_text import draw
+from eigenslice.data.own_text import Drawing, draw
 from eigenslice.data.tokens import Tokens
 from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.model.dense import DenseModel
@@ -116,7 +116,8 @@ def _write_own(
     start, seqlen = len(tokenizer("")["input_ids"]), int(tokens.description["seqlen"])
     length = max(2, min(OWN_LENGTH, seqlen) - start)
     together = max(1, seqlen // (start + length))
-    ids = draw(model, tokenizer, count * together, length, OWN_BATCH, 1.0, options.calibration.seed, progress)
+    texts = Drawing(count * together, length, OWN_BATCH, seed=options.calibration.seed)
+    ids = draw(model, tokenizer, texts, progress)
     del model
     trim_memory()
     return ids.reshape(count, -1)

@@ -10,6 +10,7 @@ Tensors are read, converted and written one at a time.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,26 +61,37 @@ def _write_parameters(writer: GGUFWriter, config: Any, arch: Architecture, kind:
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint to write as a GGUF file.
+
+    Attributes:
+        folder: Folder of the safetensors.
+        config: transformers' config.
+        tokenizer: transformers' tokenizer.
+        name: Name of the model, for the file's header.
+        pre: llama.cpp's word for the way of splitting text; None finds it.
+    """
+
+    folder: Path
+    config: Any
+    tokenizer: Any
+    name: str
+    pre: str | None = None
+
+
 def write_gguf(
     path: Path,
-    folder: Path,
-    config: Any,
-    tokenizer: Any,
+    checkpoint: Checkpoint,
     kind: GgufType,
-    name: str,
-    pre: str | None = None,
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> dict[str, int]:
     """Write a checkpoint as a GGUF file.
 
     Args:
         path: The file to write.
-        folder: The checkpoint, in safetensors.
-        config: Its config.
-        tokenizer: transformers' tokenizer.
+        checkpoint: The checkpoint.
         kind: Type that the matrices are stored in.
-        name: The model's name, for the file's header.
-        pre: llama.cpp's word for the way of splitting text; None finds it.
         progress: Called with the number of written tensors.
 
     Returns:
@@ -88,16 +100,17 @@ def write_gguf(
     Raises:
         UnsupportedModelError: llama.cpp can't run this model, or has no such tokenizer.
     """
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer
     arch = architecture_of(config)
-    weights = SafetensorsWeights(folder)
+    weights = SafetensorsWeights(checkpoint.folder)
     tensors = list(entries(config, weights, arch, kind))
     writer = GGUFWriter(path, arch.name)
-    _write_parameters(writer, config, arch, kind, name)
+    _write_parameters(writer, config, arch, kind, checkpoint.name)
     eos = dense_config(config).eos_token_id
     ends = [
         number for number in [tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])] if number is not None
     ]
-    write_tokenizer(writer, tokenizer, dense_config(config).vocab_size, list(dict.fromkeys(ends)), pre)
+    write_tokenizer(writer, tokenizer, dense_config(config).vocab_size, list(dict.fromkeys(ends)), checkpoint.pre)
     counts: dict[str, int] = {}
     for entry in tensors:
         shape, dtype = stored_shape(entry.shape, entry.format), stored_dtype(entry.format)
