@@ -235,6 +235,20 @@ def test_numbers_that_can_not_be_drawn_are_gaps(models: tuple[Path, Path]) -> No
     assert figures_of(report(ReportOptions(folder=sliced)))["refit"]["data"][0]["y"] == [None, None]
 
 
+def test_a_large_loss_and_a_missing_one_are_said_in_words(run_slice: Slicer) -> None:
+    result = run_slice("llama", width=24)
+    path = result.output / "eigenslice.json"
+    large = {"kl": 2.3, "perplexity_ratio": 8.5, "dense_perplexity": 2.0, "sliced_perplexity": 17.0, "tokens": 99}
+    older = {name: value for name, value in result.manifest.items() if name != "loss"}
+    for manifest, wanted in (
+        (older | {"loss": large}, "much worse than the dense model (KL 2.300 nats per token"),
+        (older | {"loss": {"not_measured": "too few"}}, "loss on held-out text: too few"),
+        (older, "loss on held-out text: the manifest is of an older version"),
+    ):
+        path.write_text(json.dumps(manifest))
+        assert wanted in report(ReportOptions(folder=result.output)).read_text(encoding="utf-8")
+
+
 def test_a_report_of_the_folder_here(models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     _, sliced = models
     monkeypatch.chdir(sliced)
