@@ -1,5 +1,6 @@
 """Several processes give the model that one gives."""
 
+import json
 import subprocess
 import sys
 import time
@@ -54,6 +55,24 @@ def test_own_text_is_the_first_rank_s(dense_folder: Folders, tmp_path: Path) -> 
     text.write_text(words.text(tiny.random_ids(1, 400)[0].tolist()))
     data = ["--calibration", text, "--samples", "9", "--seqlen", "30"]
     check_ranks(["slice", model, *data, "--width", "24", "--neurons", "48"], tmp_path, (2,))
+
+
+@pytest.mark.parametrize("size", [["--neurons", "40"], ["--no-refit"], ["--basis", "per-block"]], ids=lambda s: s[0])
+def test_ranks_measure_the_loss_that_one_process_measures(
+    size: list[str], dense_folder: Folders, tmp_path: Path
+) -> None:
+    """One sequence is held out, which one of the ranks has."""
+    file, losses = tmp_path / "ids.safetensors", []
+    save_file({"calibration": tiny.structured_ids(9, 32, seed=1)}, file)
+    for count in (1, 2):
+        output, log = tmp_path / str(count), tmp_path / f"{count}.log"
+        arguments = ["slice", dense_folder("llama"), "--calibration", file, "--width", "24", *size, "-o", output]
+        for rank in processes.ranks(count, *arguments, log=log):
+            rank.join(300)
+            assert rank.exitcode == 0, log.read_text()
+        losses.append(json.loads((output / "eigenslice.json").read_text())["loss"])
+    assert losses[0]["tokens"] == 31
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def check_ranks(arguments: list[object], tmp_path: Path, sizes: tuple[int, ...] = (2, 4)) -> None:

@@ -125,6 +125,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     refuse_overlap(options.output, [source.path])
     with TemporaryDirectory(prefix="eigenslice-") as folder:
         companions, tokenizer = Path(folder) / "companions", Path(folder) / "tokenizer"
+        companions.mkdir()  # on all ranks; the first one fills it
         return _slice_source(options, cut_vocabulary(source, options, tokenizer), companions, device, ranks, progress)
 
 
