@@ -4,6 +4,10 @@ The sliced model is a copy of the dense one that keeps the dense width: a hook p
 the span of the basis Q, writers get weights that stay in it, and hooks behind the norms give the readers what the
 reading matrix makes of the stream. So no weight is folded, rotated or narrowed. Each fit is one least-squares problem
 over the tokens themselves, with rows for the ridge.
+
+Where a norm of gain g is between a writer W and the stream, W isn't moved into the span. What the norm makes of W a,
+without its gain, goes through a matrix behind the norm, from a hook; in the dense model's own coordinates it is the
+norm's gain.
 """
 
 import copy
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from eigenslice.algebra.refit import RIDGES
 from eigenslice.arch import lookup
+from eigenslice.fit.normed_writers import DAMPING
 from tests.reference import moment, rms_norm
 
 FADING = 0.8
@@ -36,6 +41,7 @@ class Twin:
         parts: With `ridge` None, the number of equal parts of the calibration sequences that take turns.
         dropped: Numbers of the blocks that are left out.
         stride: Of so many tokens, one is reckoned with in the curvature of what neurons read.
+        rotated: Whether the basis is of principal components; if not, it is the dense model's own coordinates.
     """
 
     width: int
@@ -47,6 +53,7 @@ class Twin:
     parts: int = 4
     dropped: tuple[int, ...] = ()
     stride: int = 1
+    rotated: bool = True
 
     def logits(self, model: Any, calibration: Tensor, ids: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits on ids of the model that was fitted on the calibration tokens; their mask is 0 for padding."""
@@ -62,13 +69,22 @@ class Fit:
         self.real = torch.ones_like(calibration).bool() if mask is None else mask.bool()
         table, config = lookup(model.config), model.config
         self.eps, self.centred = table.epsilon(config), table.norm == "layer"
+        self.unit = 1.0 if table.gain == "1+w" else 0.0  # what is added to a norm's weight
         at_site = table.sites(config)
         blocks = [f"{table.layers}.{i}." for i in range(config.num_hidden_layers)]
-        self.norms = [f"{block}{site[0].norm}" for block in blocks for site in at_site] + [table.final_norm]
-        self.all_norms = [{f"{block}{s.norm}" for s in site} for block in blocks for site in at_site] + [
-            {self.norms[-1]}
+        self.norms = [f"{block}{site[0].norm or site[0].modules[0]}" for block in blocks for site in at_site]
+        self.all_norms = [{f"{block}{s.norm or s.modules[0]}" for s in site} for block in blocks for site in at_site]
+        self.norms, self.all_norms = [*self.norms, table.final_norm], [*self.all_norms, {table.final_norm}]
+        self.normed = [bool(site[0].norm) for _ in blocks for site in at_site] + [True]
+        self.writers = [[block + s.neuron_writer for s in site] for block in blocks for site in at_site]
+        posts = [block + (site[0].post_norm or "") for block in blocks for site in at_site]
+        self.posts = {k: name for k, name in enumerate(posts) if not name.endswith(".")}
+        layers = [model.get_submodule(block.rstrip(".")) for block in blocks for _ in at_site]
+        last = [site is at_site[-1] for _ in blocks for site in at_site]
+        self.scales = [  # of the stream behind the sublayers
+            float(getattr(layer, table.stream_scale)) if table.stream_scale and at_end else 1.0
+            for layer, at_end in zip(layers, last, strict=True)
         ]
-        self.writers = [[block + s.writers[0] for s in site] for block in blocks for site in at_site]
         self.kinds = ["neurons" if table.mlp in site else "write" for _ in blocks for site in at_site]
         self.mlps = {k: self.writers[k][-1] for k, kind in enumerate(self.kinds) if kind == "neurons"}
         self.readers = {
@@ -78,9 +94,11 @@ class Fit:
         self.first, self.head = blocks[0].rstrip("."), table.lm_head
         self.gone = {k for k in range(len(self.writers)) if k // len(at_site) in twin.dropped}
 
-        seen = self.inputs(model, [*self.norms, *self.mlps.values()])
+        seen = self.inputs(model, [*self.norms, *self.mlps.values(), *self.posts.values()])
         self.dense = [self.centre(seen[norm]) for norm in self.norms]
-        self.kept = {name: self.most(model, name, seen[name], self.dense[k]) for k, name in self.mlps.items()}
+        self.unnormed = {k: seen[name] for k, name in self.posts.items()}
+        self.gains = {k: (model.get_submodule(name).weight + self.unit).detach() for k, name in self.posts.items()}
+        self.kept = {name: self.most(model, k, seen[name]) for k, name in self.mlps.items()}
         self.basis = self.find_basis()
         self.c = (twin.width / self.basis.shape[0]) ** 0.5
         self.sliced = copy.deepcopy(model)
@@ -95,22 +113,42 @@ class Fit:
         """What some modules are given when the calibration tokens run, (tokens that count, n)."""
         seen: dict[str, Tensor] = {}
 
-        def keep(name: str) -> Callable[[Any, tuple[Tensor, ...]], None]:
-            return lambda _, args: seen.update({name: args[0].reshape(*self.real.shape, -1)[self.real].double()})
+        def keep(name: str) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], None]:
+            def hook(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
+                x = args[0] if args else kwargs["hidden_states"]
+                seen[name] = x.reshape(*self.real.shape, -1)[self.real].double()
 
-        hooks = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
+            return hook
+
+        hooks = [
+            model.get_submodule(name).register_forward_pre_hook(keep(name), with_kwargs=True, prepend=True)
+            for name in names
+        ]
         model(self.calibration, attention_mask=self.mask)
         for hook in hooks:
             hook.remove()
         return seen
 
-    def most(self, model: Any, name: str, a: Tensor, x: Tensor) -> Tensor:
+    def norm_at(self, site: int, x: Tensor) -> Tensor:
+        """What the sublayers at a site see of the stream."""
+        return rms_norm(x, self.eps) if self.normed[site] else x
+
+    def inverse_size(self, x: Tensor) -> Tensor:
+        """The factor that a norm divides by, (tokens, 1)."""
+        return (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+    def most(self, model: Any, site: int, a: Tensor) -> Tensor:
         """Indices of the neurons that add most energy to the stream, as a share of the stream's."""
-        columns = self.centre(model.get_submodule(name).weight.T).square().sum(1)
-        energy = (a.square() / (x.square().mean(-1, keepdim=True) + self.eps)).sum(0) * columns
+        weight = model.get_submodule(self.mlps[site]).weight
+        size = self.inverse_size(self.dense[site])
+        if site in self.posts:
+            weight, size = self.gains[site][:, None] * weight, size * self.inverse_size(self.unnormed[site])
+        energy = (a * size).square().sum(0) * self.centre(weight.T).square().sum(1)
         return energy.argsort(descending=True)[: self.twin.neurons]
 
     def find_basis(self) -> Tensor:
+        if not self.twin.rotated:
+            return torch.eye(self.twin.width, dtype=torch.float64)
         moments = [moment(rms_norm(x, self.eps)) for x in self.dense]
         moments[-1] = self.twin.head_weight * moments[-1]
         vectors = torch.linalg.eigh(torch.stack(moments).sum(0)).eigenvectors
@@ -149,8 +187,11 @@ class Fit:
             lambda _, args, kwargs: ((self.centre(args[0]) @ P.to(args[0].dtype), *args[1:]), kwargs), with_kwargs=True
         )
         for site, names in enumerate(self.all_norms):
-            for name in names:
-                self.sliced.get_submodule(name).register_forward_hook(self.reader_hook(site))
+            for module in map(self.sliced.get_submodule, names):
+                if self.normed[site]:
+                    module.register_forward_hook(self.reader_hook(site))
+                else:
+                    module.register_forward_pre_hook(self.plain_reader_hook(site), with_kwargs=True)
         for module in (self.sliced.get_submodule(name) for site in self.gone for name in self.writers[site]):
             for parameter in module.parameters():  # the stream passes the block as it is
                 parameter.zero_()
@@ -163,9 +204,9 @@ class Fit:
             stream, before = self.inputs(self.sliced, [name])[name], site
             if self.twin.tied and site == len(self.norms) - 1:
                 break
-            z = rms_norm(self.c * stream @ self.basis, self.eps)
+            z = self.norm_at(site, self.c * stream @ self.basis)
             base = self.basis / self.c
-            reading = self.solve("read", site, z, rms_norm(self.dense[site], self.eps), base)
+            reading = self.solve("read", site, z, self.norm_at(site, self.dense[site]), base)
             self.readings[site] = reading @ (self.c * self.basis.T)
         return self.sliced
 
@@ -176,6 +217,7 @@ class Fit:
         def hook(norm: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
             self.seen[site] = rms_norm(self.c * self.centre(args[0]) @ self.basis.to(args[0].dtype), self.eps)
             gain, shift = getattr(norm, "weight", None), getattr(norm, "bias", None)
+            gain = None if gain is None else gain + self.unit
             plain = output if shift is None else output - shift
             plain = plain if gain is None else plain / gain
             reading = self.readings[site]
@@ -186,8 +228,22 @@ class Fit:
 
         return hook
 
+    def plain_reader_hook(self, site: int) -> Callable[[Any, tuple[Tensor, ...], dict[str, Any]], Any]:
+        """Puts the reading matrix before a module that reads the stream as it is."""
+
+        def hook(_: Any, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+            x = args[0] if args else kwargs["hidden_states"]
+            self.seen[site], reading = self.c * x @ self.basis.to(x), self.readings[site]
+            x = x if reading is None else x @ reading.T.to(x)
+            return ((x, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": x})
+
+        return hook
+
     def fit_writers(self, before: int, site: int, stream: Tensor) -> None:
         """Fit what is written between the site before, where the stream was `stream`, and this one."""
+        if before in self.posts:
+            self.fit_normed_writer(before, site, stream)
+            return
         names, Q, x = self.writers[before], self.basis, self.dense[site]
         modules = [self.sliced.get_submodule(name) for name in names]
         seen = self.inputs(self.sliced, names)
@@ -211,6 +267,48 @@ class Fit:
             missing = share * (y - torch.cat(a, dim=1) @ fitted.T)
             columns = fitted.split([part.shape[1] for part in parts], dim=1)[names.index(self.mlps[before])]
             self.fit_readers(before, missing, share, rms_norm(self.c * stream @ Q, self.eps), columns)
+
+    def fit_normed_writer(self, before: int, site: int, stream: Tensor) -> None:
+        """Fit a writer before a norm of gain g, and the matrix behind the norm.
+
+        With u what the dense model's writer gives and r the root of its mean square, the target of W a / r is u / r,
+        and what g times it should be more so that nothing is missing in the span: the minimum over y of
+        |g (y - u / r) - more|^2 + DAMPING mean(g^2) |y - u / r|^2, coordinate by coordinate.
+        """
+        (name,), Q, P, x = self.writers[before], self.basis, self.basis @ self.basis.T, self.dense[site]
+        g, u, module = self.gains[before], self.unnormed[before], self.sliced.get_submodule(name)
+        a = self.inputs(self.sliced, [name])[name]
+        some = self.kept.get(name, torch.arange(a.shape[1]))
+        a, weight = a[:, some], module.weight[:, some].double()
+        share = self.inverse_size(x)
+        both = share * self.inverse_size(u)  # g * RMSN(W a) is as far off as W a / r, times g
+        own = u * self.inverse_size(u)
+        missing = x / self.scales[before] - stream
+        more = (missing - g * own) @ P
+        least = 1e-3 * g.square().mean().sqrt()
+        size = torch.where(g.abs() < least, least, g.abs())
+        target = own + g * more / (g.square() + DAMPING * size.square().mean())
+        y = size * share * target
+        if module.bias is not None:
+            y = y - size * both * module.bias
+        fitted = self.solve(self.kinds[before], site, both * a, y, size[:, None] * weight)
+        module.weight.zero_()
+        module.weight[:, some] = (fitted / size[:, None]).to(module.weight)
+        if before in self.mlps:
+            z = self.norm_at(before, self.c * stream @ Q)
+            self.fit_readers(before, y - both * a @ fitted.T, both, z, fitted)
+        if not self.twin.rotated:
+            return
+        post = self.sliced.get_submodule(self.posts[before])
+        given = rms_norm(self.inputs(self.sliced, [self.posts[before]])[self.posts[before]], self.eps)
+        base = self.c * Q.T * g
+        project = self.solve("write", site, share * given, share * self.c * missing @ Q, base)
+        back = (Q @ project / self.c).T
+
+        def hook(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            return rms_norm(args[0], self.eps) @ back.to(output)
+
+        post.register_forward_hook(hook)
 
     def fit_readers(self, site: int, missing: Tensor, share: Tensor, z: Tensor, columns: Tensor) -> None:
         """A Gauss-Newton step of what the kept neurons read, in the Krylov space of its least-squares problem.

@@ -44,6 +44,11 @@ class Case:
     stock: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def stock_at_full_width(self) -> str | None:
+        """What its results are saved as at full width: its own type, unless a norm is behind the embeddings (BLOOM)."""
+        return self.stock or (None if self.model_type == "bloom" else self.model_type)
+
     def build(self, dtype: torch.dtype = torch.float32) -> Any:
         """The dense model, in evaluation mode."""
         return tiny_model(self.model_type, self.config | self.extra, dtype)
@@ -212,7 +217,7 @@ FAMILIES = {
         "gemma4_text", HEAD | {"rope_parameters": None}, None, GEMMA4 | {"tie_word_embeddings": True}
     ),
     "glm4": Case("glm4", HEAD),
-    "olmo2": Case("olmo2", LLAMA),
+    "olmo2": Case("olmo2", LLAMA, None, {"attention_bias": True}),
     "olmo3": Case("olmo3", LLAMA, None, {"sliding_window": 6}),
     "qwen3_next": Case(
         "qwen3_next",
@@ -230,6 +235,8 @@ FAMILIES = {
 
 CASES = CORE | FAMILIES
 MLPS = {case: TABLES[CASES[case].model_type].mlp for case in CASES}
+POST_NORMS = [case for case in CASES if TABLES[CASES[case].model_type].has_post_norms]
+"""Cases with norms between sublayers and the stream."""
 WITH_NEURONS = [case for case, mlp in MLPS.items() if mlp.can_cut_neurons and not mlp.stacked]
 """Cases with neurons that can be cut, and without experts."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from eigenslice.arch import TABLES, Table, lookup, register_table, registry, table_of
+from eigenslice.arch import TABLES, Sublayer, Table, lookup, register_table, registry, table_of
 from eigenslice.errors import OptionsError, UnsupportedModelError
 from eigenslice.model.dense import empty_model
 from tests import tiny
@@ -57,8 +57,12 @@ def norms_of(table: Table) -> set[str]:
 
 def names_of(table: Table) -> set[str]:
     """Every module or parameter that a table names in a layer of transformers' model."""
-    names = {name for s in table.sublayers for name in (*s.modules, *s.readers, *s.writers, *s.inner)}
-    return {name for name in names | norms_of(table) if not name.endswith(".project")}  # those are ours
+    return norms_of(table) | {name for s in table.sublayers for name in (*s.modules, *linear(s), *s.inner)}
+
+
+def linear(sublayer: Sublayer) -> tuple[str, ...]:
+    """A sublayer's readers and writers, also of a norm's input."""
+    return (*sublayer.ends, *sublayer.normed_writers)
 
 
 cases = pytest.mark.parametrize("case", tiny.CASES)
@@ -98,7 +102,7 @@ def test_every_name_in_a_layer_exists_in_some_variant(model_type: str) -> None:
 @cases
 def test_every_parameter_of_a_layer_has_exactly_one_role(case: str) -> None:
     table = table_for(case)
-    roles = [*norms_of(table), *(name for s in table.sublayers for name in (*s.readers, *s.writers, *s.inner))]
+    roles = [*norms_of(table), *(name for s in table.sublayers for name in (*linear(s), *s.inner))]
     assert len(roles) == len(set(roles))
     for layer in layers_of(case):
         for name in layer.state_dict():
@@ -122,14 +126,14 @@ def test_readers_and_writers_have_the_stream_at_their_end(case: str) -> None:
     for layer in layers_of(case):
         state = layer.state_dict()
         for sublayer in table.sublayers:
-            shapes = {name: tuple(state[w].shape) for name in sublayer.ends if (w := sublayer.weight(name)) in state}
+            weights = {name: sublayer.weight(name) for name in linear(sublayer)}
+            shapes = {name: tuple(state[weight].shape) for name, weight in weights.items() if weight in state}
             assert {
                 sublayer.transpose_shape(name, shapes[name])[-1] for name in sublayer.readers if name in shapes
             } == {width}
-            if not sublayer.post_norm:
-                assert {
-                    sublayer.transpose_shape(name, shapes[name])[-2] for name in sublayer.writers if name in shapes
-                } == {width}
+            writers = [name for name in (*sublayer.writers, *sublayer.normed_writers) if name in shapes]
+            assert {sublayer.transpose_shape(name, shapes[name])[-2] for name in writers} == {width}
+            assert bool(sublayer.post_norm) == bool(sublayer.normed_writers)
 
 
 @cases
@@ -176,14 +180,17 @@ plain_cases = pytest.mark.parametrize(
     [
         case
         for case in tiny.CASES
-        if not any(s.stacked or s.post_norm or s.adds_stream for s in TABLES[tiny.CASES[case].model_type].sublayers)
+        if not any(s.stacked or s.adds_stream for s in TABLES[tiny.CASES[case].model_type].sublayers)
     ],
 )
 
 
 @plain_cases
 def test_a_running_layer_does_what_the_table_says(case: str) -> None:
-    """Readers get the norm's output, modules follow each other, and their last output joins the stream."""
+    """Readers get the norm's output, modules follow each other, and their last output joins the stream.
+
+    Without a norm before them, readers get the stream. A norm behind them gets what is written.
+    """
     model, table = tiny.CASES[case].build(), table_for(case)
     layer = model.get_submodule(table.layers)[1]
     records = {name: Record(layer.get_submodule(name)) for name in names_of(table) if _has(layer, name)}
@@ -194,21 +201,27 @@ def test_a_running_layer_does_what_the_table_says(case: str) -> None:
     for sublayers in table.sites(model.config):
         added: list[Tensor] = []
         for sublayer in sublayers:
-            norm = records[str(sublayer.norm)]
-            assert torch.equal(norm.input, stream)
+            read = stream
+            if sublayer.norm:
+                torch.testing.assert_close(records[sublayer.norm].input, stream)
+                read = records[sublayer.norm].output
             modules, readers, writers = (
                 [records[name] for name in names if name in records]  # layers of one model may differ
-                for names in (sublayer.modules, sublayer.readers, sublayer.writers)
+                for names in (sublayer.modules, sublayer.readers, (*sublayer.writers, *sublayer.normed_writers))
             )
-            assert torch.equal(modules[0].input, norm.output)
+            torch.testing.assert_close(modules[0].input, read)
             for before, after in itertools.pairwise(modules):
                 assert torch.equal(after.input, before.output)
             assert readers
-            assert all(torch.equal(reader.input, norm.output) for reader in readers)
-            torch.testing.assert_close(sum(writer.output for writer in writers), modules[-1].output)
+            for reader in readers:
+                torch.testing.assert_close(reader.input, read)
+            written = records[sublayer.post_norm].input if sublayer.post_norm else modules[-1].output
+            torch.testing.assert_close(sum(writer.output for writer in writers), written)
             added.append(modules[-1].output)
         scale = getattr(model.config, table.residual_scale) if table.residual_scale else 1
         stream = stream + scale * sum(added)
+    if table.stream_scale:
+        stream = stream * layer.get_buffer(table.stream_scale)
     torch.testing.assert_close(records["layer"].output, stream)
 
 

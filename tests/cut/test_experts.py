@@ -86,7 +86,7 @@ def test_experts_lose_neurons(case: str, run_slice: Slicer, dense_folder: Folder
     manifest, model = result.manifest, load(result.output)
     stored = sum(map(math.prod, stored_tensors(result.output).values()))
     assert manifest["parameters"]["stored"] == stored == size(model)
-    assert manifest["form"] == ("stock" if tiny.CASES[case].stock else "custom")
+    assert manifest["form"] == "stock"
     assert manifest["plan"]["neurons"] == whole - 8
     assert neurons_of(model) == {whole - 8}
     assert len(experts_of(model)) == len(experts_of(dense)) > 0

@@ -56,6 +56,7 @@ def twin_of(case: str, result: SliceResult, ridge: float | None) -> Twin:
         head_weight=HEAD_WEIGHT,
         ridge=ridge,
         dropped=tuple(manifest["plan"].get("dropped_blocks", ())),
+        rotated=case not in tiny.POST_NORMS or manifest["plan"]["width"] < tiny.WIDTH,
     )
 
 
@@ -81,6 +82,10 @@ SIZES = [
     pytest.param(case, *size, id=f"{case}-{'-'.join(map(str, size))}")
     for case in tiny.CORE
     for size in [(WIDTH, NEURONS), *([(WIDTH, 56), (tiny.WIDTH, NEURONS)] if case in FAMILIES else [])]
+] + [
+    pytest.param(case, *size, id=f"{case}-{'-'.join(map(str, size))}")
+    for case in tiny.POST_NORMS
+    for size in [(WIDTH, NEURONS), (tiny.WIDTH, NEURONS)]
 ]
 
 

@@ -29,9 +29,10 @@ def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list
     real = torch.ones_like(ids).bool() if mask is None else mask.bool()
     names = [f"{table.layers}.{index}." for index in range(model.config.num_hidden_layers)]
     norms = [f"{name}{site[0].norm}" for name in names for site in table.sites(model.config)] + [table.final_norm]
-    writers = [name + table.mlp.writers[0] for name in names]
+    writers = [name + table.mlp.neuron_writer for name in names]
+    post_norms = [name + table.mlp.post_norm for name in names if table.mlp.post_norm]
     seen: dict[str, Tensor] = {}
-    for name in (*norms, *writers):
+    for name in (*norms, *writers, *post_norms):
 
         def keep(module: Any, args: tuple[Tensor, ...], name: str = name) -> None:
             seen[name] = args[0].reshape(*ids.shape, -1)[real].double()
@@ -47,8 +48,13 @@ def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list
         moment += weight * normal.T @ normal
     energies = []
     before = streams[:-1] if table.is_parallel(model.config) else streams[1::2]
-    for name, x in zip(writers, before, strict=True):
+    for number, (name, x) in enumerate(zip(writers, before, strict=True)):
         weight = model.get_submodule(name).weight.detach().double()
+        if post_norms:  # gain * W a / rms(W a)
+            unnormed, norm = seen[post_norms[number]], model.get_submodule(post_norms[number])
+            gain = norm.weight.detach().double() + (1 if table.gain == "1+w" else 0)
+            weight = weight * gain[:, None]
+            x = x * (unnormed.square().mean(1, keepdim=True) + eps).sqrt()
         column = weight - weight.mean(0) * layer_norm
         added = seen[name][:, None, :] * column  # (tokens, D, neurons): what each neuron adds
         energies.append((added.square().sum(1) / (x.square().mean(1, keepdim=True) + eps)).sum(0))
@@ -56,7 +62,7 @@ def formulas(model: Any, ids: Tensor, mask: Tensor | None) -> tuple[Tensor, list
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
-@pytest.mark.parametrize("case", tiny.CORE)
+@pytest.mark.parametrize("case", [*tiny.CORE, "gemma2", "gemma4_text", "glm4"])
 def test_moment_and_energies_of_the_neurons(case: str, padded: bool, dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     ids, mask = tiny.random_ids(6, 18), None

@@ -68,6 +68,8 @@ def slice_embeddings(
     """Weights of the token embedding and of positions, in a dtype."""
     token = dense.table.embeddings[0]
     for name, rows in dense.embeddings(centre=not plan.tied).items():
+        if plan.stock and name in dense.anatomy.fixed_positions:
+            continue  # the class computes them
         scale = 1.0
         if plan.stock and dense.table.width_scales_embedding and name == token + ".weight":
             scale = 1 / basis.scale  # the class now multiplies by another width's root
@@ -100,7 +102,8 @@ def slice_head(
     if tied_gain is not None:
         scaled = plan.stock is not None and dense.table.width_scales_embedding
         gain = tied_gain / (basis.scale if scaled else basis.scale**2)
-        yield norm + ".weight", gain - 1 if plan.stock and dense.table.gain == "1+w" else gain
+        if not plan.stock or norm + ".weight" in dense.anatomy.shapes:
+            yield norm + ".weight", gain - 1 if plan.stock and dense.table.gain == "1+w" else gain
         if plan.stock and dense.anatomy.layer_norm:  # not rotated: the stock norm adds the shift itself
             bias, shift = dense.raw(head + ".bias"), dense.raw(norm + ".bias")
             yield from () if shift is None else ((norm + ".bias", shift),)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig
 from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from eigenslice.arch import StockForm
 from eigenslice.checkpoint.empty import empty_model
@@ -30,6 +30,8 @@ OWN_FIELDS = frozenset(
     )
 )
 """Fields of a config that are about its own folder."""
+LEGACY_ROPES = frozenset(("default", "linear", "dynamic", "yarn", "longrope", "llama3"))
+"""Kinds of rotary angles in transformers 4.57."""
 
 
 def architecture(anatomy: Anatomy) -> dict[str, Any]:
@@ -117,13 +119,19 @@ def _head_dim(config: Any) -> int:
 
 
 def _legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
-    """The rotary parameters as transformers 4 spells them (it ignores `rope_parameters` and takes 10000)."""
+    """The rotary parameters as transformers 4 spells them (it ignores `rope_parameters` and takes 10000).
+
+    Where each kind of attention has its own, `rope_theta` and `rope_scaling` are of full attention. The base of sliding
+    attention is another field for Gemma 3, and the same field for OLMo 3.
+    """
     rope = values.get("rope_parameters")
     if not rope:
         return {}
-    if "rope_theta" not in rope:  # a kind of attention has its own
+    if "full_attention" in rope:
         legacy = _legacy_rope({"rope_parameters": rope["full_attention"]})
-        return legacy | {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+        return legacy and legacy | {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]}
+    if rope.get("rope_type", "default") not in LEGACY_ROPES:
+        return {}
     legacy: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     if "partial_rotary_factor" in rope:
         legacy["partial_rotary_factor"] = rope["partial_rotary_factor"]
@@ -140,7 +148,9 @@ def stock_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> dict[str, 
     """
     form = plan.stock
     assert form is not None
-    values = _dense_config(anatomy, len(plan.neurons_per_block)) | {"head_dim": _head_dim(anatomy.config)}
+    values = _dense_config(anatomy, len(plan.neurons_per_block))
+    if not (isinstance(getattr(type(anatomy.config), "head_dim", None), property) or values.get("head_dim")):
+        values["head_dim"] = _head_dim(anatomy.config)
     if plan.kv_heads is not None:  # and as many query heads for each as before
         queries = anatomy.config.num_attention_heads // anatomy.kv_head_count * plan.kv_heads
         values |= {"num_attention_heads": queries, "num_key_value_heads": plan.kv_heads}
@@ -155,8 +165,7 @@ def stock_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> dict[str, 
     }
     if anatomy.table.mlp.can_cut_neurons:
         values[anatomy.table.neurons_field] = plan.neurons_per_block[0]
-    checked_config(values)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[form.model_type]
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(checked_config(values))].__name__
     name = str(dtype).removeprefix("torch.")
     return values | _legacy_rope(values) | {"architectures": [model_class], "dtype": name, "torch_dtype": name}
 

@@ -20,7 +20,7 @@ def layout(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     for module in table.embeddings:
         name = module + ".weight"
         result[name] = ("embedding", (anatomy.shapes[name][0], plan.site_widths[0]))
-    for name, rows in anatomy.fixed_positions.items():
+    for name, rows in () if stock else anatomy.fixed_positions.items():  # a stock class computes them
         result[name] = ("embedding", (rows, plan.site_widths[0]))
     if plan.tied and anatomy.layer_norm and not stock:
         result[table.embeddings[0] + ".center"] = ("embedding", (plan.site_widths[0],))
@@ -31,7 +31,7 @@ def layout(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     final = plan.site_widths[-1]
     for kind in ("weight", "bias"):
         name = f"{table.final_norm}.{kind}"
-        if (stock and name in anatomy.shapes) or (plan.tied and kind == "weight"):
+        if name in anatomy.shapes if stock else plan.tied and kind == "weight":
             result[name] = ("norm", (final,))
     vocabulary = anatomy.shapes[table.embeddings[0] + ".weight"][0]
     if not plan.tied:

@@ -31,6 +31,7 @@ TABLES = (
         attention=ATTENTION,
         mlp=MLP,
         parallel=True,
+        neurons_field="ffn_hidden_size",
         dropout="hidden_dropout",
         variants=(
             Variant(

@@ -26,6 +26,7 @@ BIGCODE = Table(
         writers=("mlp.c_proj",),
         can_cut_neurons=True,
     ),
+    neurons_field="n_inner",
     refusals=(Refusal(when=lambda c: c.add_cross_attention, reason="add_cross_attention=true adds a third sublayer"),),
 )
 TABLE = replace(

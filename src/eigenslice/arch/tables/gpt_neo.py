@@ -17,6 +17,7 @@ TABLES = (
             writers=("attn.attention.out_proj",),
         ),
         numbered="attention_types",
+        neurons_field="intermediate_size",
         refusals=(),
     ),
 )

@@ -28,6 +28,7 @@ TABLE = Table(
         can_cut_neurons=True,
     ),
     parallel=True,
+    neurons_field="n_inner",
 )
 TABLES = (
     TABLE,

@@ -70,7 +70,7 @@ TABLES = (
     replace(
         GEMMA4,
         gain="w",
-        attention=replace(GEMMA4.attention, renames={"self_attn": {"per_layer_input": None}}),
+        attention=replace(GEMMA4.attention, can_cut_heads=False, renames={"self_attn": {"per_layer_input": None}}),
         mlp=replace(GEMMA4.mlp, inner=(*GEMMA4.mlp.inner, "layer_scalar")),
         stream_scale="layer_scalar",
         refusals=GEMMA4_REFUSALS,
