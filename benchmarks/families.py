@@ -173,7 +173,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("kinds", nargs="*", metavar="KIND", help="measure these anew [what is missing of all]")
     add("--zoo", type=Path, default=Path.home() / ".cache/eigenslice/zoo", help="the cache folder of zoo.py")
     add("--keep", type=float, nargs="+", default=[0.85, 0.7], help="shares of the stored parameters")
-    add("--samples", type=int, default=128, help="calibration sequences")
+    add("--samples", type=int, default=64, help="calibration sequences")
     add("--seqlen", type=int, default=256, help="tokens a calibration sequence")
     add("--test-windows", type=int, default=96, help="held-out windows of 256 tokens")
     add("--work", type=Path, help="folder that keeps the sliced models [a temporary one]")

@@ -30,6 +30,7 @@ from tests.results import load, relative
 from eigenslice import CalibrationOptions, SliceOptions, slice_model
 from eigenslice.arch import TABLES
 from eigenslice.measure.importance import HEAD_WEIGHT
+from families_table import section
 from support_runtimes import (
     IDS,
     NOT_RUN,
@@ -47,6 +48,8 @@ from support_types import head
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks/results/support.json", ROOT / "docs/support.md"
+FAMILIES = ROOT / "benchmarks/results/families.json"
+"""What families.py has measured; without this file the page has no section on it."""
 COLUMNS = {
     "saved": "saved as",
     "exact": "exact at full width",
@@ -200,6 +203,7 @@ def page(results: dict[str, dict[str, str]]) -> str:
     """The Markdown of docs/support.md."""
     lines = [
         head(results),
+        *([*section(json.loads(FAMILIES.read_text())), ""] if FAMILIES.is_file() else []),
         "## Matrix",
         "",
         "`python benchmarks/support.py` makes this table from runs on tiny random models. No cell is filled in by",

@@ -10,6 +10,8 @@ is left as it is. Delete its folder to train it anew.
 
 A model passes 1.2 M tokens, about three times through the 0.41 M of the training stories. That is short: real models
 see tens to thousands of tokens a parameter. Their weights hold more, so a cut may cost them more than these models.
+llama takes 3.5 minutes of one core (AMD EPYC with AVX512-BF16), and reaches a held-out perplexity of 7.67; the 1 MB
+Llama itself has 4.58 there.
 """
 
 import argparse
@@ -73,7 +75,7 @@ def text_windows(text: Path, tokenizer: Path, cache: Path) -> dict[str, Tensor]:
     encode = AutoTokenizer.from_pretrained(tokenizer)
     ids = [[encode.bos_token_id, *encode(story, add_special_tokens=False).input_ids] for story in stories]
     first = len(ids) - len(ids) // HELD_OUT
-    windows = {name: cut_windows(part) for name, part in (("train", ids[:first]), ("heldout", ids[first:]))}
+    windows = {name: cut_windows(part, LENGTH) for name, part in (("train", ids[:first]), ("heldout", ids[first:]))}
     cache.mkdir(parents=True, exist_ok=True)
     source.write_text(json.dumps(identity), encoding="utf-8")
     partial = path.with_suffix(f".{os.getpid()}")
@@ -82,7 +84,7 @@ def text_windows(text: Path, tokenizer: Path, cache: Path) -> dict[str, Tensor]:
     return windows
 
 
-def cut_windows(documents: list[list[int]], length: int = LENGTH) -> Tensor:
+def cut_windows(documents: list[list[int]], length: int) -> Tensor:
     """Documents one behind the other in windows of int64 (N, length); what is left over at the end is dropped."""
     stream = torch.tensor([token for document in documents for token in document])
     return stream[: len(stream) // length * length].view(-1, length)
