@@ -1,5 +1,6 @@
 """Which plans are tried, and which one is taken."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,3 +66,10 @@ def test_it_ends_where_more_of_the_width_loses_more(tried: list) -> None:
 def test_a_single_plan_is_not_tried(tried: list) -> None:
     assert choose_plan(RUN, [family(1, 9)], MEASUREMENT, WIDE) == (plan(1, 9), [])
     assert not tried
+
+
+def test_another_way_to_share_out_neurons_does_not_end_the_search(tried: list) -> None:
+    families = [[replace(plan(2, 6), neurons_per_block=(12, 20)), *family(2, 6, 5, 4)]]
+    best, _ = choose_plan(RUN, families, MEASUREMENT, WIDE)
+    assert tried == [[(2, 6), (2, 6), (2, 5)], [(2, 4)]]
+    assert best == plan(2, 5)

@@ -55,8 +55,10 @@ def choose_plan(
     others = families[best][1:] if trials else families[best]
     if not trials and len(others) == 1:
         return others[0], []
-    for start in range(0, len(others), WIDTHS):
-        last = attempt(others[start : start + WIDTHS])
+    while others:
+        count = sum(plan.site_widths == others[0].site_widths for plan in others)  # neurons shared out in two ways
+        tried, others = others[: count - 1 + WIDTHS], others[count - 1 + WIDTHS :]
+        last = attempt(tried)
         if min(loss for _, loss in trials) < last:
             break  # plans that cut more of the width lose more
     chosen, _ = min(trials, key=lambda trial: trial[1])
