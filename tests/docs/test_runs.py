@@ -24,7 +24,7 @@ LESS = {
 }
 """Options behind those of the documents, so that a run takes less time; the last value counts."""
 DEFAULT = {"slice": "--calibration", "finetune": "--calibration", "eval": "--data"}
-TEXTS = ("--calibration", "--data")
+TEXTS = ("--calibration", "--data", "--vocabulary-from")
 
 
 @pytest.fixture
