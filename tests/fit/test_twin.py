@@ -13,12 +13,12 @@ from torch import Tensor
 from eigenslice.algebra.refit import RidgeChoice
 from eigenslice.arch import lookup
 from eigenslice.checkpoint.source import open_source
-from eigenslice.cut.blocks import ALL, SiteBasis
+from eigenslice.cut.blocks import ALL, SiteBasis, identity_basis, slice_block
 from eigenslice.cut.ends import GlobalBasis, GlobalCut
 from eigenslice.data import holdout
 from eigenslice.data.batches import Batch
 from eigenslice.fit import neuron_readers as neuronfit
-from eigenslice.fit import twin as refitting
+from eigenslice.fit import reader_step
 from eigenslice.fit.beside import run_beside
 from eigenslice.fit.ridges import Fitting
 from eigenslice.fit.twin import SlicedTwin
@@ -127,7 +127,11 @@ def test_the_custom_class_holds_the_same_fit(
 
 
 @pytest.mark.parametrize(
-    ("case", "width", "neurons"), [*((case, WIDTH, NEURONS) for case in FAMILIES), ("llama", tiny.WIDTH, NEURONS)]
+    ("case", "width", "neurons"),
+    [
+        *((case, WIDTH, NEURONS) for case in (*FAMILIES, "gemma2", "olmo2")),
+        *((case, tiny.WIDTH, NEURONS) for case in ("llama", "gemma2")),
+    ],
 )
 def test_the_ridge_is_chosen_on_groups_in_turns(
     case: str, width: int, neurons: int, run_slice: Slicer, dense_folder: Folders, calibration: Path
@@ -139,7 +143,10 @@ def test_the_ridge_is_chosen_on_groups_in_turns(
 
 
 @pytest.mark.usefixtures("constant_ridge")
-@pytest.mark.parametrize(("case", "dropped"), [(case, [1]) for case in FAMILIES] + [("llama", [2]), ("opt", [1, 2])])
+@pytest.mark.parametrize(
+    ("case", "dropped"),
+    [(case, [1]) for case in (*FAMILIES, "glm4", "olmo2")] + [("llama", [2]), ("opt", [1, 2]), ("glm4", [1, 2])],
+)
 def test_the_writer_before_a_gap_is_fitted_to_the_stream_behind_it(
     case: str, dropped: list[int], run_slice: Slicer, dense_folder: Folders, calibration: Path, recipe: Recipe
 ) -> None:
@@ -151,7 +158,7 @@ def test_the_writer_before_a_gap_is_fitted_to_the_stream_behind_it(
 
 
 @pytest.mark.usefixtures("constant_ridge")
-@pytest.mark.parametrize("case", ["llama", "opt", "phi", "gpt_neox-sequential"])
+@pytest.mark.parametrize("case", ["llama", "opt", "phi", "gpt_neox-sequential", "glm4", "olmo2"])
 def test_padding_does_not_count(case: str, run_slice: Slicer, dense_folder: Folders, tmp_path: Path) -> None:
     ids, mask = tiny.random_ids(12, 24), torch.ones(12, 24, dtype=torch.int64)
     mask[::2, :9], mask[1, 15:] = 0, 0
@@ -205,6 +212,7 @@ def run_twin(
         False,
         None,
         (dense.anatomy.neuron_count,) * dense.anatomy.block_count,
+        rotated=basis.rotated,
     )
     cut = GlobalCut(plan, GlobalBasis(basis, None), [ALL] * dense.anatomy.block_count)
     fitting, run = Fitting({batch.group for batch in batches} - set(trial)), run_of(dense, batches, folder)
@@ -218,12 +226,10 @@ def in_groups(*seeds: int) -> list[Batch]:
     return [Batch(tiny.random_ids(4, 24, seed), group=group) for group, seed in enumerate(seeds)]
 
 
-@pytest.mark.parametrize("case", [*tiny.CORE, "gemma4_text"])
+@pytest.mark.parametrize("case", [*tiny.CORE, *tiny.POST_NORMS])
 def test_with_nothing_cut_it_is_the_dense_model(case: str, dense_folder: Folders, tmp_path: Path) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
-    twin, blocks, _ = run_twin(
-        dense, in_groups(1, 2, 3), SiteBasis(torch.eye(tiny.WIDTH, dtype=torch.float64)), tmp_path
-    )
+    twin, blocks, _ = run_twin(dense, in_groups(1, 2, 3), identity_basis(tiny.WIDTH, "cpu"), tmp_path)
     assert len(blocks) == dense.anatomy.block_count
     for index, tensors in enumerate(blocks):
         expected = dense.block(index)
@@ -232,6 +238,19 @@ def test_with_nothing_cut_it_is_the_dense_model(case: str, dense_folder: Folders
             torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-4)
     assert twin.reading is not None
     torch.testing.assert_close(twin.reading, torch.eye(tiny.WIDTH, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["llama", "gpt_neox", *tiny.POST_NORMS])
+def test_with_nothing_cut_it_is_the_rotated_dense_model(case: str, dense_folder: Folders, tmp_path: Path) -> None:
+    dense = DenseModel(open_source(str(dense_folder(case))))
+    basis = SiteBasis(torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).double())[0])
+    _, blocks, _ = run_twin(dense, in_groups(1, 2, 3), basis, tmp_path)
+    sites = dense.anatomy.sites
+    for index, tensors in enumerate(blocks):
+        expected = dict(slice_block(sites, dense.block(index), [basis] * (len(sites) + 1), shortcuts=False))
+        assert tensors.keys() == expected.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor.float(), expected[name].float(), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("case", ["llama", "gpt_neox"])
@@ -330,7 +349,7 @@ def test_a_step_of_readers_that_loses_is_not_taken(
             found, before = neuronfit.fit_readers(*arguments)
             return {name: change(tensor) for name, tensor in found.items()}, before
 
-        monkeypatch.setattr(refitting, "fit_readers", fit)
+        monkeypatch.setattr(reader_step, "fit_readers", fit)
         result = run_slice(case, width=WIDTH, neurons=NEURONS)
         return list(load_file(result.output / "model.safetensors").values())
 

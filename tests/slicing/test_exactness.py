@@ -1,14 +1,18 @@
 """At full width the transformed model is the dense model: every architecture, basis, form and tie."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from eigenslice.plan import candidates
+from eigenslice.plan.plan import Plan
 from tests import tiny
 from tests.conftest import Slicer
-from tests.results import load
+from tests.results import load, stored_tensors
 
 COMBINATIONS = [
     pytest.param(case, basis, form, untie, id=f"{case}-{basis}-{form}{'-untied' if untie else ''}")
@@ -16,6 +20,9 @@ COMBINATIONS = [
     for basis, form in [("global", "auto"), ("global", "custom"), ("per-block", "auto")]
     for untie in ([False, True] if tiny.CASES[case].tied and basis == "global" else [False])
 ]
+
+
+CUSTOM = ("custom", "eigenslice")
 
 
 def close(actual: torch.Tensor, dense: torch.Tensor) -> None:
@@ -28,6 +35,8 @@ def test_full_width_is_exact(
     case: str, basis: str, form: str, untie: bool, run_slice: Slicer, dense_folder: Callable[[str], Path]
 ) -> None:
     result = run_slice(case, width=tiny.WIDTH, basis=basis, form=form, untie=untie)
+    stock = tiny.CASES[case].stock_at_full_width if (basis, form) == ("global", "auto") else None
+    assert (result.manifest["form"], result.manifest["model_type"]) == (("stock", stock) if stock else CUSTOM)
     assert result.manifest["tied"] == (tiny.CASES[case].tied and basis == "global" and not untie)
     dense, sliced = load(dense_folder(case)), load(result.output)
     ids = tiny.random_ids(2, 20, seed=5)
@@ -54,3 +63,21 @@ def test_full_width_is_exact(
             cache = output.past_key_values
             steps.append(output.logits)
         close(torch.cat(steps, dim=1), expected)
+
+
+@pytest.mark.parametrize("case", tiny.POST_NORMS)
+def test_a_rotation_behind_post_norms_is_exact(
+    case: str, run_slice: Slicer, dense_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At full width such results aren't rotated. With a plan that is, a matrix behind each norm rotates its output."""
+    choose_form = candidates.choose_form
+
+    def rotated(*args: Any, **kwargs: Any) -> Plan:
+        return replace(choose_form(*args, **kwargs), rotated=True)
+
+    monkeypatch.setattr(candidates, "choose_form", rotated)
+    result = run_slice(case, width=tiny.WIDTH, form="custom")
+    assert sum(name.endswith(".project.weight") for name in stored_tensors(result.output)) == 6  # two in each block
+    ids = tiny.random_ids(2, 20, seed=5)
+    with torch.no_grad():
+        close(load(result.output)(ids).logits, load(dense_folder(case))(ids).logits)

@@ -1,5 +1,6 @@
 """The last pass for a basis per block."""
 
+from dataclasses import replace
 from typing import Any
 
 from eigenslice.algebra.basis import principal_components
@@ -51,7 +52,8 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
         if number == 0:
             whole.begin(site)
         if site.layer is None and width == anatomy.width:
-            basis = identity_basis(anatomy.width, dense.device)
+            # The class has a matrix behind every post norm, because the other bases aren't the dense model's
+            basis = replace(identity_basis(anatomy.width, dense.device), rotated=True)
         else:
             spectrum = principal_components(run.ranks.sum(site.moment(normalized=False)), anatomy.layer_norm)
             basis = SiteBasis(run.ranks.decide(site_basis(anatomy, spectrum, width).matrix.contiguous()))
