@@ -26,6 +26,18 @@ def load_wide(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def layers_of(model: Any) -> Any:
+    """Return a model's decoder layers."""
+    return model.get_submodule(lookup(model.config).layers)
+
+
+def without_block(model: Any, block: int) -> Any:
+    """Let a decoder layer of a model give the stream back as it is; run it without a cache."""
+    as_tuple = lookup(model.config).layers_give_tuples
+    layers_of(model)[block].forward = lambda hidden, *args, **kwargs: (hidden, None) if as_tuple else hidden
+    return model
+
+
 def site_names(table: Table, config: Any) -> list[str]:
     """One name per site: the decoder layer's for the first one in it, the norm's for the others."""
     names = []

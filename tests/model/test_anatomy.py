@@ -38,7 +38,7 @@ def test_sizes_are_those_of_the_model(case: str) -> None:
     assert anatomy.width == model.get_input_embeddings().embedding_dim == tiny.WIDTH
     assert anatomy.block_count == len(layers) == 3
     assert anatomy.parameters == numbers(model)
-    assert anatomy.block_parameters == numbers(layers[0])
+    assert anatomy.block_sizes == tuple(map(numbers, layers))
     assert anatomy.tied == (model.get_output_embeddings().weight is model.get_input_embeddings().weight)
     assert anatomy.names_in_block(1).keys() == layers[1].state_dict().keys()
     assert anatomy.reader_bias == ("bias" in model.get_submodule(anatomy.table.final_norm).state_dict())
@@ -60,7 +60,7 @@ def test_a_checkpoint_has_the_anatomy_of_its_config(case: str, dense_folder: Fol
         ("opt", {"ffn_dim": 48}, {"neuron_count": 48, "kv_head_count": 0, "neuron_rows": 48}),
         ("phi3", {}, {"neuron_count": 56, "neuron_rows": 112, "kv_head_count": 0}),
         ("qwen3_moe", {}, {"neuron_count": 24, "expert_count": 4, "neuron_rows": 0}),
-        ("deepseek_v2", {}, {"neuron_count": 24, "expert_count": 4, "shared_neuron_count": 48, "blocks_alike": False}),
+        ("deepseek_v2", {}, {"neuron_count": 24, "expert_count": 4, "shared_neuron_count": 48}),
         ("gpt_oss", {}, {"in_float32": frozenset()}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -70,10 +70,26 @@ def test_units_are_counted_by_the_config(case: str, values: dict[str, Any], expe
     assert {fact: getattr(anatomy, fact) for fact in expected} == expected
 
 
-def test_blocks_of_several_kinds_are_not_alike() -> None:
-    assert anatomy_of("llama").blocks_alike
-    kinds = ["full_attention", "sliding_attention", "full_attention"]
-    assert not anatomy_of("qwen2", layer_types=kinds).blocks_alike
+@pytest.mark.parametrize(
+    ("case", "values", "kinds"),
+    [
+        ("llama", {}, "aaa"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "aba"),
+        ("gemma2", {}, "aba"),
+        ("smollm3", {"no_rope_layers": [1, 1, 0]}, "aab"),
+        ("deepseek_v3", {}, "abb"),
+        ("qwen3_moe", {}, "aba"),
+        ("qwen3_5_text", {}, "aba"),
+        ("gpt_neo", {}, "aba"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "abc"),
+    ],
+)
+def test_blocks_of_one_kind_are_those_that_transformers_builds_alike(
+    case: str, values: dict[str, Any], kinds: str
+) -> None:
+    anatomy = anatomy_of(case, **values)
+    assert [anatomy.kinds.index(kind) for kind in anatomy.kinds] == [kinds.index(kind) for kind in kinds]
+    assert anatomy.blocks_alike == (len(set(kinds)) == 1)
 
 
 def test_tied_embeddings_behind_a_norm_of_their_own_cannot_stay_tied() -> None:

@@ -12,11 +12,13 @@ from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.errors import OptionsError
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
+from eigenslice.plan.checks import check_dropped
 from eigenslice.search.depth import missed_least
 from eigenslice.stream.runner import captured_inputs
 from tests import tiny
 from tests.conftest import Folders, Recipe, Slicer
 from tests.messages import check_message
+from tests.reference import without_block
 from tests.results import load, relative
 from tests.runs import run_of
 
@@ -40,17 +42,14 @@ def test_without_refit_it_is_the_dense_model_without_a_block(
     model_type: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
 ) -> None:
     case, ids = TYPES[model_type], tiny.random_ids(2, 20, seed=5)
-    dense = DenseModel(open_source(str(dense_folder(case))))
-    if not dense.anatomy.blocks_alike:
-        with pytest.raises(OptionsError, match="blocks are all alike") as error:
-            run_slice(case, recipe=recipe(dropped_blocks=[1]))
-        check_message(error.value)
-        return
-    result = run_slice(case, recipe=recipe(dropped_blocks=[1]), refit=False)
+    config = open_source(str(dense_folder(case))).config
+    alone = getattr(config, "layer_types", None) == ["linear_attention", "full_attention", "linear_attention"]
+    block = 2 if alone else 1  # a recurrent model needs its only block with attention
+    result = run_slice(case, recipe=recipe(dropped_blocks=[block]), refit=False)
     sliced, model = load(result.output), load(dense_folder(case))
     assert sliced.config.num_hidden_layers == model.config.num_hidden_layers - 1
     with torch.no_grad():
-        whole, expected = model(ids).logits, without(model, 1, dense.table.layers)(ids, use_cache=False).logits
+        whole, expected = model(ids).logits, without_block(model, block)(ids, use_cache=False).logits
         assert relative(sliced(ids).logits, expected) < 1e-4
         assert relative(whole, expected) > 1e-3
         first = sliced(ids[:, :12], use_cache=True)
@@ -58,20 +57,16 @@ def test_without_refit_it_is_the_dense_model_without_a_block(
         assert relative(torch.cat([first.logits, rest.logits], dim=1), expected) < 1e-4
 
 
-def test_most_types_have_blocks_that_are_alike(dense_folder: Folders) -> None:
-    unlike = {
-        t for t, case in TYPES.items() if not DenseModel(open_source(str(dense_folder(case)))).anatomy.blocks_alike
-    }
-    assert len(unlike) < len(TYPES) // 2
-    assert {"gpt_neo", "gemma2"} <= unlike
-    assert not {"llama", "mistral", "qwen2", "qwen3", "gpt2", "phi3", "mixtral"} & unlike
-
-
 def test_blocks_that_depend_on_their_number_stay(dense_folder: Folders) -> None:
     config = open_source(str(dense_folder("gpt2"))).config
-    assert Anatomy.of_config(config).blocks_alike
+    assert Anatomy.of_config(config).can_drop_blocks
     config.scale_attn_by_inverse_layer_idx = True
-    assert not Anatomy.of_config(config).blocks_alike
+    anatomy = Anatomy.of_config(config)
+    assert not anatomy.can_drop_blocks
+    with pytest.raises(OptionsError, match="leaves out the blocks") as error:
+        check_dropped(anatomy, "global", [1])
+    check_message(error.value)
+    assert "scale_attn_by_inverse_layer_idx" in error.value.allowed
 
 
 @pytest.mark.parametrize("case", WRITERS)

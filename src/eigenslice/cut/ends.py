@@ -121,12 +121,15 @@ def slice_head(
 
 
 def stock_block(anatomy: Anatomy, plan: Plan, index: int, tensors: NamedTensors) -> NamedTensors:
-    """A sliced block (names relative to it) as a stock class holds it, with the tensors that its config requires."""
+    """A sliced block (names relative to it) as a stock class holds it, with the tensors that its config requires.
+
+    `index` is its number in the result.
+    """
     if plan.stock is None:
         yield from tensors
         return
     tensors = _stock_gains(anatomy.table, tensors)
-    prefix, width = f"{anatomy.table.layers}.{index}.", plan.site_widths[0]
+    prefix, width = f"{anatomy.table.layers}.{plan.kept_blocks[index]}.", plan.site_widths[0]
     if not anatomy.reader_bias:  # no norm has a shift that readers without bias would have to be given
         yield from tensors
         tensors = ()

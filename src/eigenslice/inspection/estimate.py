@@ -77,11 +77,11 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     # Readers of neurons are fitted by products as large as their own, three for each gradient, and run again
     twin_with_readers = twin + (3 + CONJUGATE_GRADIENTS / curvature_stride(tokens) * 3 + 4) * probe.read
     fit = more * share * (block + twin_with_readers) + anatomy.block_count * 2 * broad
-    plans = PLANS + (len(DROPS) if anatomy.blocks_alike else 0)
+    plans = PLANS + (len(DROPS) if anatomy.can_drop_blocks else 0)
     tried = anatomy.block_count * min(more * tokens, TRIED_TOKENS) / probe.tokens
     trial = tried * (2 * block + plans * twin)
     trial += (_allocation(anatomy) + _depth(anatomy)) * anatomy.block_count * block / probe.tokens
-    weights = anatomy.block_parameters
+    weights = max(anatomy.block_sizes)
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(anatomy, tokens, dtype)
     vocabulary = anatomy.shapes[anatomy.table.embeddings[0] + ".weight"]
@@ -167,6 +167,6 @@ def _allocation(anatomy: Anatomy) -> float:
 
 def _depth(anatomy: Anatomy) -> float:
     """Return the number of tokens that pass all blocks to find the least missed blocks."""
-    if not anatomy.blocks_alike:
+    if not anatomy.can_drop_blocks:
         return 0.0
     return TRIED_TOKENS + ALLOCATION_TOKENS * CANDIDATES / 2

@@ -9,6 +9,7 @@ from torch import Size
 
 from eigenslice.arch import Sublayer, Table, lookup
 from eigenslice.checkpoint.empty import empty_model
+from eigenslice.model.block_kinds import Kind, block_kinds
 
 Shape = tuple[int, ...]
 
@@ -24,6 +25,7 @@ class Anatomy:
         tied: True if embedding and head are one matrix.
         fixed_positions: Number of rows of each table of positions that no checkpoint holds, by the table's name.
         in_float32: Last parts of the names of tensors that transformers keeps in float32 beside 16-bit weights.
+        kinds: Kind of each block. Blocks of one kind compute the same with the same weights.
         dropped_tokens: Number of the checkpoint's tokens that are left out; config and shapes are of the others.
     """
 
@@ -33,6 +35,7 @@ class Anatomy:
     tied: bool
     fixed_positions: dict[str, int]
     in_float32: frozenset[str]
+    kinds: tuple[Kind, ...]
     dropped_tokens: int = 0
 
     @classmethod
@@ -63,7 +66,8 @@ class Anatomy:
         if table.sinusoids:
             positions[table.sinusoids + ".weights"] = len(model.get_submodule(table.sinusoids).weights)
         in_float32 = frozenset(model._keep_in_fp32_modules_strict or ())
-        return cls(config, table, shapes, tied, positions, in_float32, dropped_tokens)
+        kinds = block_kinds(config, model, table.layers)
+        return cls(config, table, shapes, tied, positions, in_float32, kinds, dropped_tokens)
 
     @cached_property
     def width(self) -> int:
@@ -154,19 +158,21 @@ class Anatomy:
         return {name: size // self.tokens * self.dropped_tokens for name, size in self.vocabulary_parameters.items()}
 
     @cached_property
-    def block_parameters(self) -> int:
-        """Number of parameters of the first block."""
-        return sum(Size(self.shapes[name]).numel() for name in self.names_in_block(0).values())
-
-    @cached_property
-    def blocks_alike(self) -> bool:
-        """True if blocks can be left out: the config has one number of blocks, and no fields of single blocks."""
-        if self.table.numbered and getattr(self.config, self.table.numbered):
-            return False
+    def block_sizes(self) -> tuple[int, ...]:
+        """Number of parameters of each block."""
         names = map(self.names_in_block, range(self.block_count))
-        parts = [{name: self.shapes[full] for name, full in of_block.items()} for of_block in names]
-        lists = [v for v in self.config.to_dict().values() if isinstance(v, list) and len(v) == self.block_count]
-        return all(part == parts[0] for part in parts) and all(v.count(v[0]) == len(v) for v in lists)
+        return tuple(sum(Size(self.shapes[name]).numel() for name in of_block.values()) for of_block in names)
+
+    @property
+    def blocks_alike(self) -> bool:
+        """True if all blocks are of one kind."""
+        return len(set(self.kinds)) == 1
+
+    @property
+    def can_drop_blocks(self) -> bool:
+        """True if blocks can be left out: there are several, and they don't depend on their numbers."""
+        numbered = self.table.numbered and getattr(self.config, self.table.numbered)
+        return self.block_count > 1 and not numbered
 
     @property
     def can_stay_tied(self) -> bool:

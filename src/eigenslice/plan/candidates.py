@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from eigenslice.errors import OptionsError
@@ -17,6 +19,7 @@ from eigenslice.plan.checks import (
     least_width,
     rounded,
 )
+from eigenslice.plan.dropped_blocks import blocks_to_drop
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.layout import stored_parameters
 from eigenslice.plan.plan import FEWEST_NEURONS, Plan, Sizes
@@ -77,16 +80,42 @@ def make_plans(anatomy: Anatomy, options: SliceOptions) -> list[list[Plan]]:
 
     Returns:
         A family for each number of heads and of blocks to leave out. In a family, plans that cut neurons come before
-        plans that cut the width. Here the last blocks are left out; measuring decides later.
+        plans that cut the width. Here the last blocks are left out; measuring decides later (`without_blocks`).
 
     Raises:
         OptionsError: the model doesn't have the width, no width reaches the size, or the recipe is wrong.
     """
-    tied = anatomy.can_stay_tied and options.basis == "global" and not options.untie
-    families = _make_plans(_Request(anatomy, options, tied))
+    families = _make_plans(_request(anatomy, options))
     for plan in itertools.chain(*families) if options.portable else ():
         check_portable(anatomy, plan)
     return families
+
+
+def without_blocks(anatomy: Anatomy, options: SliceOptions, family: list[Plan], order: Sequence[int]) -> list[Plan]:
+    """Return a family's plans without other blocks, as many as before.
+
+    Blocks may be of different sizes. So the other sizes of the plans are chosen anew, and no plan is over the budget.
+
+    Args:
+        anatomy: The dense model.
+        options: The options of the command, with --keep.
+        family: The family, see `make_plans`.
+        order: Numbers of the blocks that may go, the first one to go first.
+
+    Returns:
+        The plans. There are none where blocks are too small for the budget, or can't be left out together.
+    """
+    dropped = blocks_to_drop(anatomy, order, len(family[0].dropped_blocks))
+    if not dropped:
+        return []
+    if anatomy.blocks_alike:
+        return [replace(plan, dropped_blocks=dropped) for plan in family]
+    return _family(_request(anatomy, options), Sizes(anatomy.width, None, family[0].kv_heads, dropped))
+
+
+def _request(anatomy: Anatomy, options: SliceOptions) -> _Request:
+    tied = anatomy.can_stay_tied and options.basis == "global" and not options.untie
+    return _Request(anatomy, options, tied)
 
 
 def _make_plans(request: _Request) -> list[list[Plan]]:
@@ -144,14 +173,17 @@ def _plans_for_size(request: _Request) -> list[list[Plan]]:
     cuts_heads = more and options.heads and anatomy.kv_head_count
     numbers = [math.ceil(share * anatomy.kv_head_count) for share in HEADS] if cuts_heads else [None]
     kinds = [(kv_heads, 0) for kv_heads in numbers]
-    if more and options.depth and anatomy.blocks_alike:
-        cut = max(0, anatomy.remaining_parameters - request.budget) / anatomy.block_parameters
-        kinds += [(numbers[0], round(share * cut)) for share in DROPS]
     blocks = anatomy.block_count
-    families = [
-        _family(request, Sizes(anatomy.width, None, kv_heads, tuple(range(blocks - drop, blocks))))
+    if more and options.depth and anatomy.can_drop_blocks:
+        mean_size = statistics.mean(anatomy.block_sizes[1:])
+        cut = max(0, anatomy.remaining_parameters - request.budget) / mean_size
+        kinds += [(numbers[0], min(blocks - 1, round(share * cut))) for share in DROPS]
+    last = range(blocks - 1, 0, -1)
+    sizes = [
+        Sizes(anatomy.width, None, kv_heads, blocks_to_drop(anatomy, last, drop))
         for kv_heads, drop in dict.fromkeys(kinds)
     ]
+    families = [_family(request, whole) for whole in dict.fromkeys(sizes)]
     families = [family for family in families if family]
     if not families:
         smallest = stored_parameters(anatomy, request.plan(Sizes(1)))

@@ -5,6 +5,7 @@ from typing import Any
 from eigenslice.arch import TABLES
 from eigenslice.errors import OptionsError
 from eigenslice.model.anatomy import Anatomy
+from eigenslice.plan.dropped_blocks import why_blocks_stay
 from eigenslice.plan.plan import BasisKind, Plan
 
 ROUND = 8
@@ -78,13 +79,22 @@ def check_heads(anatomy: Anatomy, basis: BasisKind, heads: int) -> None:
 
 def check_dropped(anatomy: Anatomy, basis: BasisKind, dropped: list[Any]) -> None:
     """Refuse blocks in a recipe that the model can't be without."""
+    if not dropped:
+        return
     numbers = all(type(block) is int and 0 < block < anatomy.block_count for block in dropped)
-    if dropped and not (numbers and len({*dropped}) == len(dropped) and basis == "global" and anatomy.blocks_alike):
-        can = basis == "global" and anatomy.blocks_alike
+    allowed = f"numbers from 1 to {anatomy.block_count - 1}, each once"
+    if basis != "global":
+        why, allowed = "", "none: blocks are left out with --basis global"
+    elif not anatomy.can_drop_blocks:
+        why, allowed = "", f"none: {why_blocks_stay(anatomy, dropped)}"
+    elif not numbers or len({*dropped}) < len(dropped):
+        why = ""
+    else:
+        why = why_blocks_stay(anatomy, dropped)
+        allowed += ", of blocks whose removal the config can express"
+    if why is not None:
         raise OptionsError(
-            f"the recipe leaves out the blocks {dropped}; the model has {anatomy.block_count}",
-            allowed=f"numbers from 1 to {anatomy.block_count - 1}, each once"
-            if can
-            else "none: blocks are left out with --basis global, of models whose blocks are all alike",
-            next_step="correct dropped_blocks" if can else "leave dropped_blocks out",
+            f"the recipe leaves out the blocks {dropped}; the model has {anatomy.block_count}" + (why and f": {why}"),
+            allowed=allowed,
+            next_step="leave dropped_blocks out" if allowed.startswith("none") else "correct dropped_blocks",
         )

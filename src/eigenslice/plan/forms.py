@@ -5,31 +5,20 @@ from typing import Any, Literal
 
 import torch
 from transformers import AutoConfig
-from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from eigenslice.arch import StockForm
 from eigenslice.checkpoint.empty import empty_model
 from eigenslice.errors import OptionsError, first_line
-from eigenslice.model.anatomy import Anatomy
+from eigenslice.model.anatomy import Anatomy, parameter_shapes
+from eigenslice.model.block_kinds import block_kinds
 from eigenslice.modeling import AUTO_MAP, SlicedConfig
+from eigenslice.plan.kept_blocks import dense_config
 from eigenslice.plan.layout import layout
 from eigenslice.plan.plan import BasisKind, Plan, Sizes, full_plan, widths
 
 FormChoice = Literal["auto", "stock", "custom"]
 
-OWN_FIELDS = frozenset(
-    (
-        "_name_or_path",
-        "_model_name_or_path",
-        "architectures",
-        "auto_map",
-        "transformers_version",
-        "dtype",
-        "torch_dtype",
-    )
-)
-"""Fields of a config that are about its own folder."""
 LEGACY_ROPES = frozenset(("default", "linear", "dynamic", "yarn", "longrope", "llama3"))
 """Kinds of rotary angles in transformers 4.57."""
 
@@ -68,31 +57,11 @@ def architecture(anatomy: Anatomy) -> dict[str, Any]:
     }
 
 
-def _dense_config(anatomy: Anatomy, blocks: int) -> dict[str, Any]:
-    """The dense config with so many blocks.
-
-    Fields of its folder and its old weights are left out, and fields that every config has anyway.
-    """
-    common = PreTrainedConfig().to_dict()
-    values = {
-        key: value
-        for key, value in anatomy.config.to_dict().items()
-        if key not in OWN_FIELDS and (key not in common or common[key] != value)
-    }
-    if blocks == anatomy.block_count:
-        return values
-    for key, value in values.items():
-        if isinstance(value, list) and len(value) == anatomy.block_count:  # an entry for each block, all alike
-            values[key] = value[:blocks]
-    name = "num_hidden_layers"
-    return values | {type(anatomy.config).attribute_map.get(name, name): blocks}
-
-
 def custom_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
     """Config of the custom class."""
     values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
     return SlicedConfig(
-        text_config=_dense_config(anatomy, len(plan.neurons_per_block)) | {"tie_word_embeddings": plan.tied},
+        text_config=dense_config(anatomy, plan.kept_blocks) | {"tie_word_embeddings": plan.tied},
         architecture=architecture(anatomy),
         site_widths=list(plan.site_widths),
         neurons=list(plan.neurons_per_block) if set(plan.neurons_per_block) != {anatomy.neuron_count} else None,
@@ -148,7 +117,7 @@ def stock_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> dict[str, 
     """
     form = plan.stock
     assert form is not None
-    values = _dense_config(anatomy, len(plan.neurons_per_block))
+    values = dense_config(anatomy, plan.kept_blocks)
     if not (isinstance(getattr(type(anatomy.config), "head_dim", None), property) or values.get("head_dim")):
         values["head_dim"] = _head_dim(anatomy.config)
     if plan.kv_heads is not None:  # and as many query heads for each as before
@@ -184,7 +153,7 @@ def misfit(anatomy: Anatomy, plan: Plan) -> str | None:
     """Return the reason why a stock form can't hold a plan; None if it can.
 
     The config class validates the width. Then transformers builds the model on the meta device. Its parameters must be
-    exactly the parameters that will be written.
+    exactly the parameters that will be written, and its blocks of the kinds that they are of without a gap.
     """
     assert plan.stock is not None
     if not plan.stock.applies(anatomy.config):
@@ -196,10 +165,11 @@ def misfit(anatomy: Anatomy, plan: Plan) -> str | None:
     if len(set(plan.neurons_per_block)) > 1:
         return "stock configs have one number of MLP neurons for all blocks"
     try:
-        values = stock_config(anatomy, plan, torch.float32)
+        config = checked_config(stock_config(anatomy, plan, torch.float32))
     except ValueError as error:
         return first_line(error).partition(": ")[2] or first_line(error)
-    state = {name: tuple(p.shape) for name, p in empty_model(checked_config(values)).state_dict().items()}
+    model = empty_model(config)
+    state = parameter_shapes(model)
     if plan.tied:
         state.pop(anatomy.table.lm_head + ".weight", None)
     ours = {name: shape for name, (_, shape) in layout(anatomy, plan).items()}
@@ -209,7 +179,22 @@ def misfit(anatomy: Anatomy, plan: Plan) -> str | None:
             f"{different[0]} would be {ours.get(different[0])}, the type has {state.get(different[0])} "
             f"({len(different)} such tensors)"
         )
+    if plan.dropped_blocks:
+        whole = checked_config(stock_config(anatomy, _with_all_blocks(anatomy, plan), torch.float32))
+        kinds = block_kinds(whole, empty_model(whole), anatomy.table.layers)
+        if block_kinds(config, model, anatomy.table.layers) != tuple(kinds[block] for block in plan.kept_blocks):
+            return "the type can't keep the other blocks as they are"
     return None
+
+
+def _with_all_blocks(anatomy: Anatomy, plan: Plan) -> Plan:
+    """Return a stock plan with the same sizes that leaves out no block."""
+    return replace(
+        plan,
+        dropped_blocks=(),
+        neurons_per_block=plan.neurons_per_block[:1] * anatomy.block_count,
+        site_widths=widths(anatomy, plan.basis, plan.site_widths[0]),
+    )
 
 
 def choose_form(

@@ -11,7 +11,7 @@ Role = Literal["embedding", "attention", "mlp", "norm", "head", "shortcut"]
 
 
 def layout(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[Role, Shape]]:
-    """Role and shape of every stored parameter, by transformers' name of the dense model's.
+    """Role and shape of every stored parameter, by transformers' name in the result, where blocks are numbered anew.
 
     Shortcuts, the norms that a stock config insists on and biases that hold a folded shift are included.
     """
@@ -25,9 +25,11 @@ def layout(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[Role, Shape]]:
     if plan.tied and anatomy.layer_norm and not stock:
         result[table.embeddings[0] + ".center"] = ("embedding", (plan.site_widths[0],))
     sites = len(anatomy.sites)
-    for index in range(len(plan.neurons_per_block)):  # blocks are left out only where all are alike
+    for index, block in enumerate(plan.kept_blocks):
         ends = plan.site_widths[index * sites : (index + 1) * sites + 1]
-        result |= _block_layout(anatomy, plan, f"{table.layers}.{index}.", ends, plan.neurons_per_block[index])
+        before, after = (f"{table.layers}.{number}." for number in (block, index))
+        of_block = _block_layout(anatomy, plan, before, ends, plan.neurons_per_block[index])
+        result |= {after + name.removeprefix(before): entry for name, entry in of_block.items()}
     final = plan.site_widths[-1]
     for kind in ("weight", "bias"):
         name = f"{table.final_norm}.{kind}"
@@ -44,7 +46,10 @@ def layout(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[Role, Shape]]:
 def _block_layout(
     anatomy: Anatomy, plan: Plan, prefix: str, ends: tuple[int, ...], neurons: int
 ) -> dict[str, tuple[Role, Shape]]:
-    """Return the layout of one decoder layer; `ends` are the widths at its sites and at the next layer's first site."""
+    """Return the layout of one decoder layer, by its names in the dense model, which begin with `prefix`.
+
+    `ends` are the widths at its sites and at the next layer's first site.
+    """
     result: dict[str, tuple[Role, Shape]] = {}
     stock = plan.stock is not None
     for site, sublayers in enumerate(anatomy.sites):

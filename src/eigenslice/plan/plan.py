@@ -19,7 +19,7 @@ class Sizes:
         width: Hidden width.
         neurons: Number of MLP neurons in every block, or a number for each kept block; None keeps all.
         kv_heads: Number of key/value heads in every block; None keeps all.
-        dropped_blocks: Numbers of the dense model's blocks that are left out; all blocks must be alike then.
+        dropped_blocks: Numbers of the dense model's blocks that are left out.
     """
 
     width: int

@@ -7,6 +7,7 @@ from eigenslice.data.batches import Batch
 from eigenslice.data.holdout import trial_batches
 from eigenslice.measure.importance import Measurement
 from eigenslice.options.slicing import SliceOptions
+from eigenslice.plan.candidates import without_blocks
 from eigenslice.plan.plan import Plan
 from eigenslice.search.allocation import block_losses
 from eigenslice.search.depth import missed_least
@@ -38,7 +39,7 @@ def choose_plan(
     """
     batches = trial_batches(run.tokens.batches)
     if options.keep is not None:
-        families = _leave_out(run, families, batches)
+        families = _leave_out(run, families, batches, options)
         families = _allocate(run, families, measurement, batches, options.multiple)
     trials: list[tuple[Plan, float]] = []
 
@@ -65,16 +66,20 @@ def choose_plan(
     return chosen, [plan.describe() | {"kl": loss} for plan, loss in trials]
 
 
-def _leave_out(run: Run, families: list[list[Plan]], batches: list[Batch]) -> list[list[Plan]]:
-    """Return the plans, each without the least missed blocks, as many as it leaves out."""
+def _leave_out(run: Run, families: list[list[Plan]], batches: list[Batch], options: SliceOptions) -> list[list[Plan]]:
+    """Return the plans, each without the least missed blocks, as many as it leaves out.
+
+    If no plan for the size is without the least missed blocks, all plans stay as they are.
+    """
     most = max(len(plan.dropped_blocks) for family in families for plan in family)
     if not most:
         return families
     order = list(missed_least(run, 2 * most + CANDIDATES, batches))
-    return [
-        [replace(plan, dropped_blocks=tuple(sorted(order[: len(plan.dropped_blocks)]))) for plan in family]
-        for family in families
+    anatomy = run.dense.anatomy
+    without = [
+        without_blocks(anatomy, options, family, order) if family[0].dropped_blocks else family for family in families
     ]
+    return [family for family in without if family] or families
 
 
 def _allocate(

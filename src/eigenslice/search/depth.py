@@ -49,7 +49,7 @@ def missed_least(run: Run, count: int, batches: list[Batch]) -> dict[int, float]
     they part. The first block is never left out.
 
     Args:
-        run: The run. The blocks of its model are alike. An interrupted measurement begins again.
+        run: The run. An interrupted measurement begins again.
         count: Number of blocks to measure.
         batches: Sequences from `holdout.trial_batches`, of all ranks.
 

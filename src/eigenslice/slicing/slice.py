@@ -139,7 +139,7 @@ def _slice_source(
 ) -> SliceResult:
     """Slice a checkpoint that was opened; `companions` is a folder for files that join the result."""
     dense = DenseModel(source, device)
-    if dense.anatomy.block_parameters * torch.float32.itemsize > LARGE_BLOCK:
+    if max(dense.anatomy.block_sizes) * torch.float32.itemsize > LARGE_BLOCK:
         unmap_freed_tensors()
     families = make_plans(dense.anatomy, options)
     wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work

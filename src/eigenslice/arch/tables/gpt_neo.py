@@ -16,7 +16,6 @@ TABLES = (
             readers=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
             writers=("attn.attention.out_proj",),
         ),
-        numbered="attention_types",
         neurons_field="intermediate_size",
         refusals=(),
     ),
