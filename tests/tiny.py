@@ -158,11 +158,14 @@ FAMILIES = {
     "gpt2": Case("gpt2", COMMON, None, {"n_inner": 56, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}),
     "gpt2-untied": Case("gpt2", COMMON, None, {"n_inner": 56, "tie_word_embeddings": False}),
     "gpt_bigcode": Case("gpt_bigcode", COMMON, None, {"n_inner": 56}),
+    "gpt_bigcode-not-shared": Case(
+        "gpt_bigcode", COMMON, None, {"n_inner": 56, "multi_query": False, "num_key_value_heads": 4}
+    ),
     "gpt_neo": Case(
         "gpt_neo", COMMON, None, {"intermediate_size": 56, "attention_types": [[["global", "local", "global"], 1]]}
     ),
     "gptj": Case("gptj", COMMON, None, {"n_inner": 56, "rotary_dim": 4}),
-    "codegen": Case("codegen", COMMON, None, {"n_inner": 56, "rotary_dim": 4}),
+    "codegen": Case("codegen", COMMON | {"num_attention_heads": 8}, None, {"n_inner": 56, "rotary_dim": 4}),
     "bloom": Case("bloom", COMMON),
     "mpt": Case("mpt", COMMON),
     "falcon": Case("falcon", COMMON),

@@ -1,66 +1,173 @@
 """Cutting key/value heads: what is left is the dense model without the heads that it can best do without."""
 
-import itertools
+import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from eigenslice.algebra.elimination import rank_groups
 from eigenslice.algebra.refit import DEFAULT_RIDGE
-from eigenslice.arch import TABLES
+from eigenslice.arch import Table, lookup
 from eigenslice.checkpoint.source import open_source
 from eigenslice.data.batches import Batch
 from eigenslice.errors import OptionsError
 from eigenslice.measure.importance import measure
+from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
+from eigenslice.modeling import SlicedForCausalLM
 from eigenslice.stream.runner import captured_inputs
 from tests import tiny
 from tests.conftest import Folders, Recipe, Slicer
 from tests.messages import check_message
-from tests.results import load
+from tests.results import load, relative, size
 from tests.runs import run_of
 
-CASES = [name for name, case in tiny.CASES.items() if TABLES[case.model_type].attention.can_cut_heads]
-FORMS = [(name, form) for name in CASES for form in ("stock", "custom") if form == "custom" or tiny.CASES[name].stock]
+CONFIGS = {
+    name: AutoConfig.for_model(case.model_type, **copy.deepcopy(case.config | case.extra))
+    for name, case in tiny.CASES.items()
+}
+CUTTABLE = [name for name, config in CONFIGS.items() if lookup(config).attention.can_cut_heads]
+COUNTS = {name: Anatomy.of_config(CONFIGS[name]).kv_head_count for name in CUTTABLE}
+CASES = [name for name in CUTTABLE if COUNTS[name] > 1]
+GROUPED = [name for name in CUTTABLE if CONFIGS[name].num_attention_heads > COUNTS[name]]
+NORMS_JOIN_HEADS = {"olmoe", "minimax_m2", "olmo2", "olmo3"}
+WITH_ALIBI = {"bloom", "mpt", "falcon-sequential"}
+OTHER_HEADS = {"gemma4_text"}
+UNEVEN = {"deepseek_v2", "deepseek_v2-plain-queries"}
+"""Cases whose class refuses a hidden size of 32 with three heads."""
+IDS = tiny.random_ids(3, 20)
 
 
-def writers(model: Any, dense: DenseModel) -> list[Any]:
-    """The attentions' writers, block by block."""
-    layers = model.get_submodule(dense.table.layers)
-    return [layer.get_submodule(dense.table.attention.writers[0]) for layer in layers]
+def writers(model: Any, table: Table) -> list[Any]:
+    """The attentions' writers, block by block; a recurrent layer has none."""
+    name = table.attention.neuron_writer
+    layers = model.get_submodule(table.layers)
+    return [layer.get_submodule(name) for layer in layers if any(name == module for module, _ in layer.named_modules())]
 
 
-@pytest.mark.parametrize(("case", "form"), FORMS)
+def unwrapped(model: Any) -> Any:
+    """The architecture's own model, inside of the custom class or without."""
+    return model.model if isinstance(model, SlicedForCausalLM) else model
+
+
+def columns(writer: Any, table: Table) -> torch.Tensor:
+    """The weight of an attention's writer, out x in, as a view."""
+    transposed = table.attention.neuron_writer in table.attention.transposed
+    return writer.weight.data.T if transposed else writer.weight.data
+
+
+def kept_heads(model: Any, sliced: Any, table: Table, queries: int) -> list[list[int]]:
+    """Return the dense query heads that each block of a result has, and set the others' columns to zero in the dense
+    model, block by block.
+
+    A head of the result is the dense head with the same output, and no other dense head has this output.
+    """
+    result = []
+    for before, after in zip(writers(model, table), writers(sliced, table), strict=True):
+        outputs = []
+        for whole, writer in ((model, before), (sliced, after)):
+            seen: list[torch.Tensor] = []
+            handle = writer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2)))
+            with torch.no_grad():
+                whole(IDS)
+            handle.remove()
+            outputs.append(seen[0])
+        size = outputs[0].shape[1] // queries
+        theirs, ours = (output.unflatten(1, (-1, size)).transpose(0, 1).flatten(1) for output in outputs)
+        distances = torch.cdist(ours, theirs, compute_mode="donot_use_mm_for_euclid_dist") / theirs.norm(dim=1)
+        nearest = distances.sort(dim=1)
+        assert float(nearest.values[:, 0].max()) < 1e-4
+        assert float(nearest.values[:, 1].min()) > 1e-3
+        heads = nearest.indices[:, 0].tolist()
+        result.append(heads)
+        gone = [head for head in range(queries) if head not in heads]
+        columns(before, table).unflatten(1, (queries, -1))[:, gone] = 0
+    return result
+
+
+def check_logits(model: Any, sliced: Any) -> None:
+    """A result gives the logits of the dense model in which some columns are zero."""
+    with torch.no_grad():
+        expected, got = model(IDS).logits, sliced(IDS).logits
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def check_cache(model: Any) -> None:
+    """Token by token through the cache, a model gives the same logits; and it generates."""
+    past, steps = None, []
+    with torch.no_grad():
+        for i in range(6):
+            output = model(IDS[:, i : i + 1], past_key_values=past, use_cache=True)
+            past = output.past_key_values
+            steps.append(output.logits)
+        whole = model(IDS[:, :6]).logits
+        assert relative(torch.cat(steps, dim=1), whole) < 1e-4
+        written = model.generate(IDS[:, :6], max_new_tokens=3, do_sample=False)
+        assert torch.equal(written[:, 6], whole[:, -1].argmax(-1)) or written.shape[1] < 9
+
+
+def check_sizes(result: Any, dense: Any, sliced: Any, table: Table, heads: int, kept: int) -> None:
+    """The result holds what it says, and the attentions' writers are as narrow as the kept heads."""
+    assert result.manifest["parameters"]["stored"] == size(sliced)
+    for before, after in zip(writers(dense, table), writers(unwrapped(sliced), table), strict=True):
+        assert columns(after, table).shape[1] == columns(before, table).shape[1] // heads * kept
+
+
+@pytest.mark.parametrize("form", ["auto", "custom"])
+@pytest.mark.parametrize("case", CASES)
 def test_without_refit_it_is_the_dense_model_without_some_heads(
     case: str, form: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
 ) -> None:
-    dense = DenseModel(open_source(str(dense_folder(case))))
-    kept = dense.anatomy.kv_head_count - 1
+    count, table = COUNTS[case], lookup(CONFIGS[case])
+    kept = count - table.heads_step
     assert kept > 0
     result = run_slice(case, recipe=recipe(key_value_heads=kept), refit=False, form=form)
     model, sliced = load(dense_folder(case)), load(result.output)
-    ids = tiny.random_ids(3, 20)
-    with torch.no_grad():
-        got = sliced(ids).logits
-    before = [writer.weight.data.clone() for writer in writers(model, dense)]
-    distances = []
-    for gone in itertools.product(range(dense.anatomy.kv_head_count), repeat=dense.anatomy.block_count):
-        for writer, weight, head in zip(writers(model, dense), before, gone, strict=True):
-            writer.weight.data = weight.clone()
-            writer.weight.data.unflatten(1, (dense.anatomy.kv_head_count, -1))[:, head] = 0
-        with torch.no_grad():
-            expected = model(ids).logits
-        distances.append(float((got - expected).abs().max() / expected.abs().max()))
-    assert min(distances) < 1e-4
-    assert sorted(distances)[1] > 1e-3
-    config = result.manifest["plan"]
-    assert config["key_value_heads"] == kept
-    assert sliced.config.num_key_value_heads == kept
-    assert sliced.config.num_attention_heads == dense.config.num_attention_heads // dense.anatomy.kv_head_count * kept
-    cut = result.manifest["parameters"]["dense"] - result.manifest["parameters"]["stored"]
-    assert cut >= sum(weight.numel() for weight in before) // dense.anatomy.kv_head_count
+    group = CONFIGS[case].num_attention_heads // count
+    check_sizes(result, model, sliced, table, count, kept)
+    for heads in kept_heads(model, unwrapped(sliced), table, group * count):
+        kv_heads = sorted({head // group for head in heads})
+        assert len(kv_heads) == kept
+        assert heads == [head * group + query for head in kv_heads for query in range(group)]
+    check_logits(model, sliced)
+    check_cache(sliced)
+    assert result.manifest["plan"]["key_value_heads"] == kept
+    assert sliced.config.num_attention_heads == CONFIGS[case].num_attention_heads // count * kept
+    custom = form == "custom" or table.heads_span_width or case in UNEVEN
+    assert result.manifest["form"] == ("custom" if custom else "stock")
+
+
+@pytest.mark.parametrize("form", ["auto", "custom"])
+@pytest.mark.parametrize("case", GROUPED)
+def test_query_heads_can_be_cut_alone(
+    case: str, form: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
+) -> None:
+    count, table = COUNTS[case], lookup(CONFIGS[case])
+    queries = CONFIGS[case].num_attention_heads
+    group = queries // count
+    kept = queries - count
+    result = run_slice(case, recipe=recipe(query_heads=kept), refit=False, form=form)
+    model, sliced = load(dense_folder(case)), load(result.output)
+    check_sizes(result, model, sliced, table, queries, kept)
+    for heads in kept_heads(model, unwrapped(sliced), table, queries):
+        assert heads == sorted(set(heads))
+        assert [head // group for head in heads] == [head for head in range(count) for _ in range(group - 1)]
+    check_logits(model, sliced)
+    check_cache(sliced)
+    assert "key_value_heads" not in result.manifest["plan"]
+    assert f"| query heads per block | {queries} | {kept} |" in (result.output / "README.md").read_text()
+    assert result.manifest["plan"]["query_heads"] == sliced.config.num_attention_heads == kept
+    assert result.manifest["form"] == ("custom" if form == "custom" or table.heads_span_width else "stock")
+
+
+def test_all_types_can_lose_heads_but_for_a_reason() -> None:
+    whole = {name for name in CONFIGS if name not in CUTTABLE}
+    assert whole == NORMS_JOIN_HEADS | WITH_ALIBI | OTHER_HEADS
+    assert all(lookup(CONFIGS[name]).attention.why_no_heads for name in whole)
 
 
 @pytest.mark.parametrize("case", ["llama", "qwen3-tied"])
@@ -70,7 +177,7 @@ def test_the_heads_that_go_are_those_that_the_others_make_up_for(
     folder, ids = dense_folder(case), tiny.random_ids(12, 24, seed=1)
     dense, model = DenseModel(open_source(str(folder))), load(folder, dtype=torch.float64)
     found = measure(run_of(dense, [Batch(ids[:7]), Batch(ids[7:])], tmp_path))
-    for index, writer in enumerate(writers(model, dense)):
+    for index, writer in enumerate(writers(model, dense.table)):
         layer = model.model.layers[index]
         with captured_inputs(layer, ["input_layernorm", dense.table.attention.writers[0]]) as seen, torch.no_grad():
             model(ids)
@@ -78,6 +185,47 @@ def test_the_heads_that_go_are_those_that_the_others_make_up_for(
         a = a / (x.square().mean(-1, keepdim=True) + dense.anatomy.eps).sqrt()
         expected = rank_groups(a.T @ a, writer.weight.detach(), dense.anatomy.kv_head_count, DEFAULT_RIDGE)
         assert found.head_order[index].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("case", ["falcon", "falcon-new"])
+def test_both_kinds_are_cut_and_the_width(case: str, run_slice: Slicer, recipe: Recipe) -> None:
+    kv_heads = COUNTS[case] // 2 or 1
+    sliced = load(run_slice(case, recipe=recipe(width=20, key_value_heads=kv_heads, query_heads=kv_heads)).output)
+    assert sliced.config.num_attention_heads == kv_heads
+    assert {
+        columns(writer, lookup(CONFIGS[case])).shape for writer in writers(unwrapped(sliced), lookup(CONFIGS[case]))
+    } == {(20, 8 * kv_heads)}
+    check_cache(sliced)
+
+
+def test_folders_of_earlier_versions(run_slice: Slicer, recipe: Recipe) -> None:
+    """They hold the dense model's config, and the number of key/value heads beside it."""
+    folder = run_slice("qwen3", recipe=recipe(width=24, key_value_heads=1), form="custom").output
+    with torch.no_grad():
+        expected = load(folder)(IDS).logits
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config |= {"key_value_heads": 1}
+    for field in ("dense_width", "rotated"):
+        del config[field]
+    (folder / "config.json").write_text(json.dumps(config))
+    old = load(folder)
+    assert (old.config.num_attention_heads, old.config.num_key_value_heads) == (2, 1)
+    with torch.no_grad():
+        assert torch.equal(old(IDS).logits, expected)
+
+
+@pytest.mark.parametrize("queries", [0, 3, 8])
+def test_no_such_number_of_query_heads(queries: int, run_slice: Slicer, recipe: Recipe) -> None:
+    with pytest.raises(OptionsError, match=f"{queries} query heads") as error:
+        run_slice("llama", recipe=recipe(query_heads=queries))
+    check_message(error.value)
+
+
+def test_heads_that_come_in_fours(run_slice: Slicer, recipe: Recipe) -> None:
+    with pytest.raises(OptionsError, match="keeps 6 key/value heads") as error:
+        run_slice("codegen", recipe=recipe(key_value_heads=6))
+    check_message(error.value)
 
 
 @pytest.mark.parametrize("heads", [0, 99])
@@ -89,11 +237,12 @@ def test_no_such_number_of_heads(heads: int, run_slice: Slicer, recipe: Recipe) 
 
 def test_heads_that_cannot_be_cut(run_slice: Slicer, recipe: Recipe) -> None:
     with pytest.raises(OptionsError, match="0 that can be cut") as error:
-        run_slice("opt", recipe=recipe(key_value_heads=1))
+        run_slice("olmo2", recipe=recipe(key_value_heads=1))
     check_message(error.value)
 
 
 def test_keep_tries_fewer_heads_unless_told_not_to(run_slice: Slicer) -> None:
     tried, whole = (run_slice("llama", keep=0.8, heads=heads).manifest["trials"] for heads in (True, False))
     assert {trial.get("key_value_heads") for trial in tried} > {None}
-    assert {trial.get("key_value_heads") for trial in whole} == {None}
+    assert {trial.get("query_heads") for trial in tried} > {None}
+    assert {trial.get("key_value_heads") for trial in whole} == {trial.get("query_heads") for trial in whole} == {None}

@@ -1,5 +1,6 @@
 """The first pass against sums over what hooks on transformers' own model see."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum
 from eigenslice.arch import lookup
+from eigenslice.arch.heads import HeadCounts
 from eigenslice.checkpoint.source import open_source
 from eigenslice.cut.blocks import ALL
 from eigenslice.data.batches import Batch
@@ -103,6 +105,14 @@ def test_without_energies_all_are_kept() -> None:
 
 def test_heads_are_kept_in_their_order() -> None:
     ranked = [torch.tensor(order) for order in ([2, 0, 3, 1], [3, 1, 0, 2])]
-    kept = Measurement(FLAT, [], ranked).kept(plan((0, 0), heads=2))
-    assert [some.kv_heads.tolist() for some in kept if some.kv_heads is not None] == [[0, 2], [1, 3]]
-    assert [some.kv_head_count for some in kept] == [4, 4]
+    queries = [torch.tensor(order) for order in ([7, 6, 5, 4, 3, 2, 1, 0], [0, 2, 4, 6, 1, 3, 5, 7])]
+    found = Measurement(FLAT, [], ranked, query_order=queries, head_counts=HeadCounts(4, 2))
+
+    def kept(numbers: Plan) -> list[list[list[int]]]:
+        return [some.query_heads.tolist() for some in found.kept(numbers) if some.query_heads is not None]
+
+    both = plan((0, 0), heads=2)
+    assert kept(both) == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
+    assert kept(replace(both, query_heads=2)) == [[[1], [5]], [[2], [6]]]
+    assert kept(replace(both, kv_heads=None, query_heads=4)) == [[[1], [3], [5], [7]], [[0], [2], [4], [6]]]
+    assert kept(plan((0, 0))) == []

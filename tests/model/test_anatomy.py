@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoConfig
 
 from eigenslice.arch import TABLES
+from eigenslice.arch.heads import HeadCounts
 from eigenslice.checkpoint.source import open_source
 from eigenslice.errors import UnsupportedModelError
 from eigenslice.model.anatomy import Anatomy
@@ -57,11 +58,16 @@ def test_a_checkpoint_has_the_anatomy_of_its_config(case: str, dense_folder: Fol
     ("case", "values", "expected"),
     [
         ("llama", {"intermediate_size": 40}, {"neuron_count": 40, "kv_head_count": 2, "expert_count": 0}),
-        ("opt", {"ffn_dim": 48}, {"neuron_count": 48, "kv_head_count": 0, "neuron_rows": 48}),
-        ("phi3", {}, {"neuron_count": 56, "neuron_rows": 112, "kv_head_count": 0}),
+        ("opt", {"ffn_dim": 48}, {"neuron_count": 48, "kv_head_count": 4, "neuron_rows": 48}),
+        ("phi3", {}, {"neuron_count": 56, "neuron_rows": 112, "head_counts": HeadCounts(2, 2)}),
         ("qwen3_moe", {}, {"neuron_count": 24, "expert_count": 4, "neuron_rows": 0}),
         ("deepseek_v2", {}, {"neuron_count": 24, "expert_count": 4, "shared_neuron_count": 48}),
         ("gpt_oss", {}, {"in_float32": frozenset()}),
+        ("olmo2", {}, {"head_counts": None, "kv_head_count": 0}),
+        ("falcon", {}, {"head_counts": HeadCounts(1, 4)}),
+        ("falcon-new", {}, {"head_counts": HeadCounts(2, 2)}),
+        ("gpt_bigcode", {}, {"head_counts": HeadCounts(1, 4)}),
+        ("persimmon", {}, {"head_counts": HeadCounts(4, 1)}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from eigenslice.arch.heads import HeadCounts, HeadRows
+
 
 def always(config: Any) -> bool:
     """The condition of a stock form without one."""
@@ -40,9 +42,11 @@ class Sublayer:
     can_cut_neurons: bool = False
     """True if neurons can be cut: neuron i is row i of every reader and column i of the writer, and nothing in between
     joins two neurons. In a mixture, the neurons of each expert (`stacked`) are cut, and of `shared` experts."""
-    can_cut_heads: bool = False
-    """True if key/value heads can be cut, each with its query heads. The rows of every reader and the columns of the
-    writer belong to the first key/value head, then to the next, and nothing joins two heads."""
+    heads: Mapping[str, HeadRows] = field(default_factory=dict)
+    """For readers, writers and inner modules whose rows (a writer's columns) belong to heads: the order of the rows.
+    Heads can be cut if this says anything; nothing may join two heads then."""
+    why_no_heads: str = ""
+    """Reason why heads can't be cut, for the user."""
     gated: tuple[str, ...] = ()
     """Readers that are gate and up projection in one: rows of the gate first, then rows of the up projection."""
     interleaved: bool = False
@@ -59,6 +63,17 @@ class Sublayer:
     """For a module of the attention: arguments of the layer that it takes under another name, or (None) doesn't get."""
     adds_stream: bool = False
     """True if the modules take the stream as an argument `residual` and add it themselves."""
+
+    @property
+    def can_cut_heads(self) -> bool:
+        """True if key/value heads can be cut, each with its query heads, or query heads alone."""
+        return bool(self.heads)
+
+    def inner_heads(self, name: str) -> tuple[str, HeadRows] | None:
+        """Return the inner module or parameter that a parameter is in, and its order of rows, if it has heads."""
+        found = (part for part in self.heads if part in self.inner and (name == part or name.startswith(part + ".")))
+        part = next(found, None)
+        return None if part is None else (part, self.heads[part])
 
     @property
     def ends(self) -> tuple[str, ...]:
@@ -185,6 +200,16 @@ class Table:
     mlp: Sublayer
     neurons_field: str = "intermediate_size"
     """Field of the config with the number of MLP neurons, for stock forms."""
+    kv_heads: Callable[[Any], int] | None = None
+    """Function that gives the number of key/value heads from the config, if `kv_heads_field` isn't that number."""
+    kv_heads_field: str | None = "num_key_value_heads"
+    """Field of the config with the number of key/value heads; None if it is the number of query heads."""
+    heads_span_width: bool = False
+    """True if the config has no head_dim: heads x head_dim is the hidden size."""
+    width_fields: tuple[str, ...] = ()
+    """Further fields of the config that are the hidden size."""
+    heads_step: int = 1
+    """Divisor of the number of heads, in the code of the family."""
     parallel: bool | str = False
     """True if attention and MLP read the same stream; or the name of the config's boolean field for it."""
     residual_scale: str | None = None
@@ -223,6 +248,17 @@ class Table:
     def is_parallel(self, config: Any) -> bool:
         """Return whether a block of this model has one site (parallel) instead of two."""
         return getattr(config, self.parallel) if isinstance(self.parallel, str) else self.parallel
+
+    def head_counts(self, config: Any) -> HeadCounts | None:
+        """Return the numbers of heads of this model; None if heads can't be cut."""
+        if not self.attention.can_cut_heads:
+            return None
+        queries = int(config.num_attention_heads)
+        if self.kv_heads is not None:
+            kv = self.kv_heads(config)
+        else:
+            kv = int((self.kv_heads_field and getattr(config, self.kv_heads_field, None)) or queries)
+        return HeadCounts(kv, queries // kv)
 
     def epsilon(self, config: Any) -> float:
         """The epsilon of this model's norms."""

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from eigenslice.arch import Sublayer
+from eigenslice.arch.heads import HeadCounts, HeadRows
+from eigenslice.model.folding import is_inside
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,15 @@ class Kept:
     Attributes:
         neurons: Neurons of the MLP, (kept,); in a mixture neurons of each expert, (experts, kept).
         shared_neurons: Neurons of the shared experts that are cut with them, (kept,).
-        kv_heads: Key/value heads of the attention, each with its query heads.
-        kv_head_count: Number of key/value heads in the dense model.
+        query_heads: Query heads of the attention, (key/value heads, query heads of each), by their numbers in the
+            dense model. The key/value heads are those that these query heads use.
+        head_counts: Numbers of heads in the dense model.
     """
 
     neurons: Tensor | None = None
     shared_neurons: Tensor | None = None
-    kv_heads: Tensor | None = None
-    kv_head_count: int = 0
+    query_heads: Tensor | None = None
+    head_counts: HeadCounts | None = None
 
     def pick(self, sublayer: Sublayer, name: str, tensor: Tensor, axis: int) -> Tensor:
         """The kept part of a sublayer's weight or bias along one axis.
@@ -91,10 +94,39 @@ class Kept:
                 pairs = zip(tensor, neurons, strict=True)
                 return torch.stack([_pick_neurons(one, those, axis, gate) for one, those in pairs])
             return _pick_neurons(tensor, neurons, axis, gate)
-        if sublayer.can_cut_heads and self.kv_heads is not None:
-            parts = tensor.unflatten(axis, (self.kv_head_count, -1))
-            return parts.index_select(axis, self.kv_heads).flatten(axis, axis + 1)
+        if name in sublayer.heads:
+            return self._pick_heads(sublayer.heads[name], tensor, axis)
         return tensor
+
+    def pick_inner(self, sublayer: Sublayer, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield the kept parts of a sublayer's inner parameters, by their names in the result."""
+        for name, tensor in tensors.items():
+            found = sublayer.inner_heads(name)
+            if found is None:
+                yield name, tensor
+            elif not found[1].modules:
+                yield name, self._pick_heads(found[1], tensor, 0)
+            else:
+                module, rows = found
+                number, _, leaf = name.removeprefix(f"{module}.").partition(".")
+                places = self._places(rows)
+                if places is None:
+                    yield name, tensor
+                elif int(number) in places:
+                    yield f"{module}.{places.index(int(number))}.{leaf}", tensor
+
+    def _places(self, rows: HeadRows) -> list[int] | None:
+        """Return the kept runs of rows; None keeps all."""
+        if self.query_heads is None or self.head_counts is None:
+            return None
+        return rows.kept(self.head_counts, self.query_heads.tolist())
+
+    def _pick_heads(self, rows: HeadRows, tensor: Tensor, axis: int) -> Tensor:
+        places = self._places(rows)
+        if places is None or self.head_counts is None:
+            return tensor
+        parts = tensor.unflatten(axis, (len(rows.slots(self.head_counts)), -1))
+        return parts.index_select(axis, torch.tensor(places, device=tensor.device)).flatten(axis, axis + 1)
 
 
 def _pick_neurons(tensor: Tensor, neurons: Tensor, axis: int, gate: int | None) -> Tensor:
@@ -133,6 +165,11 @@ def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = AL
             yield part, tensor
     if sublayer.post_norm:
         yield sublayer.post_gain, folded[sublayer.post_gain]
+
+
+def keep_inner(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = ALL) -> dict[str, Tensor]:
+    """Return a sublayer's inner parameters, with only some heads, by their names in the result."""
+    return dict(kept.pick_inner(sublayer, {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}))
 
 
 def rotate_end(
@@ -186,6 +223,8 @@ def slice_block(
             for name, tensor in keep_units(sublayer, folded, kept):
                 done.add(name)
                 yield rotate_end(sublayer, name, tensor.to(torch.float32), basis.reading, following)
+            yield from keep_inner(sublayer, folded, kept).items()
+            done.update(name for name in folded if is_inside(name, sublayer.inner))
         if shortcuts:
             yield f"shortcuts.{index}.weight", basis.shortcut_to(following)
     for name in folded:

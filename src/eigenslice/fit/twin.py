@@ -16,7 +16,7 @@ from torch import Tensor
 from eigenslice.algebra.covariance import normalize
 from eigenslice.algebra.refit import InputsOutputs
 from eigenslice.arch import Sublayer
-from eigenslice.cut.blocks import Kept, keep_units, rotate_end
+from eigenslice.cut.blocks import Kept, keep_inner, keep_units, rotate_end
 from eigenslice.cut.ends import GlobalCut
 from eigenslice.fit.expert_writers import fit_experts
 from eigenslice.fit.normed_writers import NormedWriter, fit_normed_writer
@@ -25,7 +25,7 @@ from eigenslice.fit.ridges import Fitting, RidgeFits
 from eigenslice.fit.site_writers import fit_site_writers, pass_unfitted
 from eigenslice.fit.sliced_block import SlicedBlock
 from eigenslice.model.dense import Tensors
-from eigenslice.model.folding import FoldedBlock, is_inside
+from eigenslice.model.folding import FoldedBlock
 from eigenslice.runtime.offload import OffloadedTensors
 from eigenslice.runtime.run_state import Position
 from eigenslice.stream.experts import Experts, WriterInputs
@@ -137,11 +137,11 @@ class SlicedTwin:
         block.place = self._plan.kept_blocks.index(site.block)
         kept = self._kept[block.place]
         for sublayer in self._sites[site.index]:
-            inner = {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}
 
-            def rotated_weights(units: Kept, sublayer: Sublayer = sublayer, inner: Tensors = inner) -> Tensors:
+            def rotated_weights(units: Kept, sublayer: Sublayer = sublayer) -> Tensors:
                 ends = keep_units(sublayer, folded, units)
-                return dict(rotate_end(sublayer, name, weight, reading, self._basis) for name, weight in ends) | inner
+                rotated = (rotate_end(sublayer, name, weight, reading, self._basis) for name, weight in ends)
+                return dict(rotated) | keep_inner(sublayer, folded, units)
 
             fitted: Tensors = {}
             if sublayer.stacked and kept.neurons is not None and has_experts(block.layer, sublayer):

@@ -12,13 +12,14 @@ from eigenslice.algebra.covariance import gram_matrix
 from eigenslice.algebra.elimination import rank_groups
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.arch import Sublayer
+from eigenslice.arch.heads import HeadCounts
 from eigenslice.cut.blocks import Kept
 from eigenslice.cut.ends import GlobalCut, global_basis
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import Plan
 from eigenslice.stream.experts import Experts, Routing
 from eigenslice.stream.run import Run
-from eigenslice.stream.runner import has_experts
+from eigenslice.stream.runner import has_experts, has_module
 from eigenslice.stream.walk import STREAMS, Activations, Site
 
 MEASURING_STAGE = "measuring"
@@ -39,12 +40,16 @@ class Measurement:
         head_order: For each block, its key/value heads, most missed first, (heads,). Empty if heads won't be cut.
         shared_importance: For each block, the same as `neuron_importance` for the neurons of shared experts,
             (neurons,). Empty without shared experts.
+        query_order: For each block, its query heads, most missed first, (query heads,). Empty if heads won't be cut.
+        head_counts: Numbers of heads in the dense model; None if they can't be cut.
     """
 
     spectrum: Spectrum
     neuron_importance: list[Tensor]
     head_order: list[Tensor]
     shared_importance: list[Tensor] = field(default_factory=list)
+    query_order: list[Tensor] = field(default_factory=list)
+    head_counts: HeadCounts | None = None
 
     def cut(self, dense: DenseModel, plan: Plan) -> GlobalCut:
         """Return the basis, neurons and heads that a plan with a global basis keeps."""
@@ -54,17 +59,26 @@ class Measurement:
         """The most important neurons and heads of each block that a plan keeps, as many as it keeps."""
         result = []
         for block, count in zip(plan.kept_blocks, plan.neurons_per_block, strict=True):
-            neurons, shared, heads = None, None, None
+            neurons, shared = None, None
             if self.neuron_importance and count < self.neuron_importance[block].shape[-1]:
                 whole = self.neuron_importance[block].shape[-1]
                 neurons = self.neuron_importance[block].topk(count).indices.sort().values
                 if self.shared_importance:
                     times = len(self.shared_importance[block]) // whole
                     shared = self.shared_importance[block].topk(times * count).indices.sort().values
-            if self.head_order and plan.kv_heads is not None:
-                heads = self.head_order[block][: plan.kv_heads].sort().values
-            result.append(Kept(neurons, shared, heads, len(self.head_order[block]) if self.head_order else 0))
+            result.append(Kept(neurons, shared, self._kept_queries(plan, block), self.head_counts))
         return result
+
+    def _kept_queries(self, plan: Plan, block: int) -> Tensor | None:
+        """Return the query heads that a plan keeps in a block, (key/value heads, query heads of each); None: all."""
+        dense = self.head_counts
+        if not self.head_order or dense is None or (plan.kv_heads is None and plan.query_heads is None):
+            return None
+        heads = self.head_order[block][: plan.kv_heads or dense.kv].sort().values
+        group = dense.group if plan.query_heads is None else plan.query_heads // len(heads)
+        order = self.query_order[block]
+        each = [order[order // dense.group == head][:group].sort().values for head in heads]
+        return torch.stack(each)
 
 
 def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measurement:
@@ -86,9 +100,9 @@ def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measuremen
     finished = state.result(MEASURING_STAGE)
     if finished:
         saved = {name: tensor.to(dense.device) for name, tensor in finished[0].items()}
-        lists = (list(saved[name]) for name in ("importance", "heads", "shared"))
-        return Measurement(_spectrum(run, saved["moment"]), *lists)
-    sums = _Sums(run, anatomy.neuron_count if neurons else 0, anatomy.kv_head_count if heads else 0)
+        lists = (list(saved[name]) for name in ("importance", "heads", "shared", "queries"))
+        return Measurement(_spectrum(run, saved["moment"]), *lists, head_counts=anatomy.head_counts)
+    sums = _Sums(run, anatomy.neuron_count if neurons else 0, anatomy.head_counts if heads else None)
     position = state.position(MEASURING_STAGE)
     if position:
         sums.restore(position.tensors)
@@ -105,10 +119,11 @@ def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measuremen
     if anatomy.expert_count:
         energies[energies.sum(-1) == 0] = 1.0
     importance = energies * sums.columns
-    moment, order, shared = ranks.sum(sums.moment), sums.order, ranks.sum(sums.shared)
-    result = {"moment": moment, "importance": importance, "heads": order, "shared": shared}
-    state.finish(MEASURING_STAGE, result, {})
-    return Measurement(_spectrum(run, moment), list(importance), list(order), list(shared))
+    moment, shared = ranks.sum(sums.moment), ranks.sum(sums.shared)
+    result = {"moment": moment, "importance": importance, "heads": sums.order, "shared": shared}
+    state.finish(MEASURING_STAGE, result | {"queries": sums.query_order}, {})
+    orders = list(sums.order), list(shared), list(sums.query_order)
+    return Measurement(_spectrum(run, moment), list(importance), *orders, anatomy.head_counts)
 
 
 class _Sums:
@@ -121,20 +136,21 @@ class _Sums:
         columns: Squared norms of the MLP writers' columns, in the same shape.
         shared: For each block, the energies of shared experts' neurons times the squared norms of their columns.
         order: For each block, its key/value heads, the most missed head first.
+        query_order: For each block, its query heads, the most missed head first.
     """
 
-    def __init__(self, run: Run, neurons: int, heads: int) -> None:
+    def __init__(self, run: Run, neurons: int, heads: HeadCounts | None) -> None:
         """Begin with zeros.
 
         Args:
             run: The run.
             neurons: Number of neurons to measure in each block, or in each of its experts; 0 measures none.
-            heads: Number of heads to rank in each block; 0 ranks none.
+            heads: Numbers of heads to rank in each block; None ranks none.
         """
         dense, anatomy = run.dense, run.dense.anatomy
         self._dense, self._ranks, self._neurons, self._heads = dense, run.ranks, neurons, heads
         self._attention, self._mlp = dense.table.attention, dense.table.mlp
-        self.observed = [s for s, count in ((self._attention, heads), (self._mlp, neurons)) if count]
+        self.observed = [s for s, used in ((self._attention, heads), (self._mlp, neurons)) if used]
         self._options: dict[str, Any] = {"dtype": torch.float64, "device": dense.device}
         self.moment = torch.zeros(anatomy.width, anatomy.width, **self._options)
         each = (anatomy.expert_count, neurons) if anatomy.expert_count else (neurons,)
@@ -145,7 +161,10 @@ class _Sums:
             anatomy.shared_neuron_count,
             **self._options,
         )
-        self.order = torch.zeros(anatomy.block_count if heads else 0, heads, dtype=torch.int64, device=dense.device)
+        blocks, kv, queries = (anatomy.block_count, heads.kv, heads.queries) if heads else (0, 0, 0)
+        # A layer without heads, such as a recurrent one, keeps this order
+        self.order = torch.arange(kv, device=dense.device).repeat(blocks, 1)
+        self.query_order = torch.arange(queries, device=dense.device).repeat(blocks, 1)
         # Of the block that the stream passes
         self._experts: Experts | None = None
         self._shared_columns = torch.zeros(0, **self._options)
@@ -155,13 +174,13 @@ class _Sums:
     def tensors(self) -> dict[str, Tensor]:
         """Return all sums, as a saved state has them."""
         sums = {"moment": self.moment, "energies": self.energies, "columns": self.columns}
-        return sums | {"shared": self.shared, "heads": self.order}
+        return sums | {"shared": self.shared, "heads": self.order, "queries": self.query_order}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on with the sums of a saved state."""
-        names = ("moment", "energies", "columns", "shared", "heads")
+        names = ("moment", "energies", "columns", "shared", "heads", "queries")
         saved = (tensors[name].to(self._dense.device) for name in names)
-        self.moment, self.energies, self.columns, self.shared, self.order = saved
+        self.moment, self.energies, self.columns, self.shared, self.order, self.query_order = saved
 
     def begin_block(self, site: Site) -> None:
         """Take the weights of a block's writers, at its first site."""
@@ -171,7 +190,8 @@ class _Sums:
             self._experts = Experts.of(dense.table, mlp, site.layer) if mlp.stacked else None
             if mlp.shared_writer:
                 self._shared_columns = added_weight(dense, mlp, site, mlp.shared_writer).square().sum(-2)
-        if self._heads:
+        self._writer = torch.zeros(0, 0, **self._options)
+        if self._heads and has_module(site.layer, self._attention.neuron_writer):
             self._writer = added_weight(dense, self._attention, site)
             self._gram = torch.zeros(self._writer.shape[1], self._writer.shape[1], **self._options)
 
@@ -187,6 +207,8 @@ class _Sums:
             return (batch.rows(inputs[writer]).square() / size).sum(0).to(torch.float64)
 
         if sublayer is self._attention:
+            if not len(self._writer):
+                return
             self._gram = self._gram + gram_matrix(batch.rows(inputs[sublayer.neuron_writer]) * size.rsqrt())
         elif self._experts is None:
             self.energies[block] += energy(mlp.neuron_writer)
@@ -197,9 +219,14 @@ class _Sums:
 
     def rank_heads(self, block: int) -> None:
         """Rank the heads of a block that the stream has passed."""
-        if self._heads:
-            gram = self._ranks.sum(self._gram)
-            self.order[block] = self._ranks.decide(rank_groups(gram, self._writer, self._heads, DEFAULT_RIDGE))
+        if not self._heads or not len(self._writer):
+            return
+        gram = self._ranks.sum(self._gram)
+        self.order[block] = self._ranks.decide(rank_groups(gram, self._writer, self._heads.kv, DEFAULT_RIDGE))
+        queries = self.order[block]
+        if self._heads.group > 1:
+            queries = self._ranks.decide(rank_groups(gram, self._writer, self._heads.queries, DEFAULT_RIDGE))
+        self.query_order[block] = queries
 
 
 def _spectrum(run: Run, moment: Tensor) -> Spectrum:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Size
 
 from eigenslice.arch import Sublayer, Table, lookup
+from eigenslice.arch.heads import HeadCounts
 from eigenslice.checkpoint.empty import empty_model
 from eigenslice.model.block_kinds import Kind, block_kinds
 
@@ -113,9 +114,12 @@ class Anatomy:
     @cached_property
     def kv_head_count(self) -> int:
         """Number of key/value heads in each block; 0 if the table doesn't say that they can be cut."""
-        if not self.table.attention.can_cut_heads:
-            return 0
-        return int(getattr(self.config, "num_key_value_heads", None) or self.config.num_attention_heads)
+        return self.head_counts.kv if self.head_counts else 0
+
+    @cached_property
+    def head_counts(self) -> HeadCounts | None:
+        """Numbers of heads in each block; None if the table doesn't say that heads can be cut."""
+        return self.table.head_counts(self.config)
 
     @property
     def neurons_per_block(self) -> tuple[int, ...]:

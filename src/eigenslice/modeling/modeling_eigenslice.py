@@ -39,14 +39,18 @@ class SlicedConfig(PreTrainedConfig):
     """Config of a sliced model.
 
     Args:
-        text_config: The dense model's config. (Named as transformers names the config of a wrapped decoder, so that
-            caches and `generate` find the number of layers, heads and so on.)
+        text_config: The dense model's config, with the numbers of heads and blocks that are left. (Named as
+            transformers names the config of a wrapped decoder, so that caches and `generate` find the number of layers,
+            heads and so on.)
         architecture: Names of the readers and writers of the residual stream, from eigenslice's table.
         site_widths: Width of the residual stream at each site, in the order of the stream. There is a site before each
             sublayer (parallel blocks have one site a block), and the last site is before the head.
         neurons: Number of MLP neurons in each block, or in each of its experts; None is the dense model's number in all
             of them.
-        key_value_heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
+        key_value_heads: Number of key/value heads in every block, each with its query heads, if `text_config` has the
+            dense model's number. Only folders of earlier versions have this; else `text_config` has the numbers.
+        dense_width: The dense model's hidden size, if `text_config` has that of the heads that are left: some classes
+            have no head_dim, and some want the hidden size to be a multiple of the number of heads.
         shortcuts: True if the skip connection of each site passes a matrix to the next site's basis.
         norm_eps: Epsilon of the norms. (The stream is stored scaled so that this is the dense model's.)
         reader_bias: True if every reader has a bias, which holds the norm's folded shift. Otherwise only readers with a
@@ -68,6 +72,7 @@ class SlicedConfig(PreTrainedConfig):
     site_widths: list[int] | None = None
     neurons: list[int] | None = None
     key_value_heads: int | None = None
+    dense_width: int | None = None
     shortcuts: bool = False
     rotated: bool = True
     norm_eps: float = 1e-5
@@ -322,11 +327,11 @@ def _resize(layer: Any, sublayer: dict, name: str, inputs: int | None, outputs: 
         module.nx, module.nf = columns, rows
 
 
-def _narrow_experts(block: nn.Module, dense_width: int, width: int) -> None:
+def _narrow_experts(block: nn.Module, built_width: int, width: int) -> None:
     """Tell experts and routers the stream's width, which they remember to reshape their input."""
     for module in block.modules():
         for name in ("hidden_size", "hidden_dim", "input_size"):
-            if getattr(module, name, None) == dense_width:
+            if getattr(module, name, None) == built_width:
                 setattr(module, name, width)
 
 
@@ -371,7 +376,8 @@ def _neurons_of(layer: Any, sublayer: dict, neurons: int | None) -> dict[str, in
 def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None) -> None:
     """Narrow one decoder layer. widths: at each of its sites, then at the next layer's first one."""
     weight = next(layer.parameters())
-    sites, dense_width = _sites(config.architecture), config.text_config.hidden_size
+    sites, built_width = _sites(config.architecture), config.text_config.hidden_size
+    dense_width = config.dense_width or built_width
     layer.arguments, layer.takes = _parameters(layer.forward)[0][1:], {}
     shortcuts = []
     for sublayers, width, next_width in zip(sites, widths[:-1], widths[1:], strict=True):
@@ -400,9 +406,9 @@ def _slice_layer(layer: Any, config: Any, widths: list[int], neurons: int | None
                 inner = of.get(name)
                 if sublayer["attention"] and config.key_value_heads is not None:
                     inner = _of_heads(layer.get_submodule(name).weight.shape[1], config)
-                _resize(layer, sublayer, name, inner, None if name in normed else next_width)
+                _resize(layer, sublayer, name, inner, dense_width if name in normed else next_width)
             if sublayer["stacked"]:
-                _narrow_experts(layer.get_submodule(sublayer["modules"][0]), dense_width, width)
+                _narrow_experts(layer.get_submodule(sublayer["modules"][0]), built_width, width)
             for name in sublayer["modules"]:
                 module = _module(layer, name)
                 if module is not None:
@@ -435,6 +441,9 @@ def _slice_model(model: nn.Module, config: Any) -> None:
         _resize_embedding(model.get_submodule(name), widths[0])
     embedding: Any = model.get_submodule(architecture["embeddings"][0])
     head: Any = model.get_submodule(architecture["head"])
+    scale = getattr(embedding, "embed_scale", None)
+    if config.dense_width and isinstance(scale, float) and scale != 1:  # the root of the hidden size
+        embedding.embed_scale = scale * (config.dense_width / config.text_config.hidden_size) ** 0.5
     if config.centered_embedding:
         _derive(embedding, CenteredMixin)
         embedding.center = nn.Parameter(embedding.weight.new_zeros(widths[0]))

@@ -28,7 +28,9 @@ from eigenslice.plan.recipe import read_recipe, wrong_recipe
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the cut that the hidden width may bear, in the order of trials; MLP neurons bear the rest."""
 HEADS = (1.0, 0.75, 0.5)
-"""Shares of the key/value heads that plans may keep."""
+"""Shares of the key/value heads that plans may keep, or of each key/value head's query heads."""
+FEW_HEADS = 2
+"""Number of key/value heads up to which plans may keep fewer query heads for each of them."""
 DROPS = (1 / 6, 1 / 3)
 """Shares of the cut that blocks to leave out may bear."""
 
@@ -66,12 +68,13 @@ class _Request:
         """Return whether a plan stores no more than the budget."""
         return stored_parameters(self.anatomy, plan) <= self.budget
 
-    def step(self, kv_heads: int | None = None) -> int:
+    def step(self, sizes: Sizes | None = None) -> int:
         """Return the number that chosen widths are multiples of: with --portable, of the query heads' number, too."""
         if not self.options.portable:
             return self.options.multiple
-        queries = self.anatomy.config.num_attention_heads
-        kept = queries if kv_heads is None else queries // self.anatomy.kv_head_count * kv_heads
+        kept, dense = self.anatomy.config.num_attention_heads, self.anatomy.head_counts
+        if sizes is not None and dense is not None:
+            kept = sizes.query_heads or dense.group * (sizes.kv_heads or dense.kv)
         return math.lcm(self.options.multiple, kept)
 
 
@@ -110,7 +113,10 @@ def without_blocks(anatomy: Anatomy, options: SliceOptions, family: list[Plan], 
         return []
     if anatomy.blocks_alike:
         return [replace(plan, dropped_blocks=dropped) for plan in family]
-    return _family(_request(anatomy, options), Sizes(anatomy.width, None, family[0].kv_heads, dropped))
+    first = family[0]
+    return _family(
+        _request(anatomy, options), Sizes(anatomy.width, None, first.kv_heads, dropped, first.query_heads)
+    )
 
 
 def _request(anatomy: Anatomy, options: SliceOptions) -> _Request:
@@ -161,27 +167,27 @@ def _plan_of_recipe(request: _Request) -> Plan:
             next_step="leave tied out of the recipe",
         )
     heads = recipe.get("key_value_heads", anatomy.kv_head_count)
-    check_heads(anatomy, options.basis, heads)
+    queries = recipe.get("query_heads")
+    check_heads(anatomy, options.basis, heads, queries)
     request = replace(request, tied=request.tied and recipe.get("tied", True))
-    return request.plan(Sizes(recipe["width"], counts, heads, tuple(sorted(dropped))))
+    return request.plan(Sizes(recipe["width"], counts, heads, tuple(sorted(dropped)), queries))
 
 
 def _plans_for_size(request: _Request) -> list[list[Plan]]:
     """Plans that store at most `keep` of the dense model's parameters."""
     anatomy, options = request.anatomy, request.options
     more = options.mlp and options.fits and options.basis == "global"
-    cuts_heads = more and options.heads and anatomy.kv_head_count
-    numbers = [math.ceil(share * anatomy.kv_head_count) for share in HEADS] if cuts_heads else [None]
-    kinds = [(kv_heads, 0) for kv_heads in numbers]
+    heads = _numbers_of_heads(anatomy) if more and options.heads else [(None, None)]
+    kinds = [(numbers, 0) for numbers in heads]
     blocks = anatomy.block_count
     if more and options.depth and anatomy.can_drop_blocks:
         mean_size = statistics.mean(anatomy.block_sizes[1:])
         cut = max(0, anatomy.remaining_parameters - request.budget) / mean_size
-        kinds += [(numbers[0], min(blocks - 1, round(share * cut))) for share in DROPS]
+        kinds += [(heads[0], min(blocks - 1, round(share * cut))) for share in DROPS]
     last = range(blocks - 1, 0, -1)
     sizes = [
-        Sizes(anatomy.width, None, kv_heads, blocks_to_drop(anatomy, last, drop))
-        for kv_heads, drop in dict.fromkeys(kinds)
+        Sizes(anatomy.width, None, kv_heads, blocks_to_drop(anatomy, last, drop), query_heads)
+        for (kv_heads, query_heads), drop in dict.fromkeys(kinds)
     ]
     families = [_family(request, whole) for whole in dict.fromkeys(sizes)]
     families = [family for family in families if family]
@@ -196,6 +202,21 @@ def _plans_for_size(request: _Request) -> list[list[Plan]]:
     return [[full]] if full else families
 
 
+def _numbers_of_heads(anatomy: Anatomy) -> list[tuple[int | None, int | None]]:
+    """Return the numbers of key/value heads and of query heads that plans may keep, the dense model's first.
+
+    None is the dense model's number. Where there are few key/value heads, their query heads can be cut, too.
+    """
+    dense, step = anatomy.head_counts, anatomy.table.heads_step
+    if dense is None:
+        return [(None, None)]
+    numbers: list[tuple[int | None, int | None]] = []
+    numbers += [(math.ceil(share * dense.kv / step) * step, None) for share in HEADS]
+    if dense.kv <= FEW_HEADS and dense.group > 1:
+        numbers += [(dense.kv, dense.kv * math.ceil(share * dense.group)) for share in HEADS if share < 1]
+    return numbers
+
+
 def _family(request: _Request, whole: Sizes) -> list[Plan]:
     """Return plans with the same heads and blocks: the first plan cuts no width, the last one no neurons.
 
@@ -207,7 +228,7 @@ def _family(request: _Request, whole: Sizes) -> list[Plan]:
     narrow = _widest(request, whole)
     plans: list[Plan] = []
     if options.mlp and options.basis == "global" and anatomy.neuron_count:
-        step = request.step(whole.kv_heads)
+        step = request.step(whole)
         least = narrow.site_widths[0] if narrow else step
         for share in SHARES:
             width = anatomy.width - share * (anatomy.width - least)
@@ -224,7 +245,7 @@ def _family(request: _Request, whole: Sizes) -> list[Plan]:
 
 def _widest(request: _Request, whole: Sizes) -> Plan | None:
     """Return the widest plan with all neurons that fits the budget, with heads and blocks of `whole`."""
-    width, step = request.anatomy.width, request.step(whole.kv_heads)
+    width, step = request.anatomy.width, request.step(whole)
     if step == ROUND and width < 2 * ROUND:
         step = 1
     candidates = [width, *range((width - 1) // step * step, 0, -step)]

@@ -66,14 +66,36 @@ def check_neurons(anatomy: Anatomy, basis: BasisKind, neurons: int, given: str) 
         )
 
 
-def check_heads(anatomy: Anatomy, basis: BasisKind, heads: int) -> None:
-    """Refuse a number of key/value heads in a recipe that the model doesn't have."""
+def check_heads(anatomy: Anatomy, basis: BasisKind, heads: int, queries: int | None = None) -> None:
+    """Refuse numbers of key/value heads and of query heads in a recipe that the model doesn't have.
+
+    Args:
+        anatomy: The dense model.
+        basis: Global or per-block.
+        heads: Number of key/value heads.
+        queries: Number of query heads; None is as many for each key/value head as before.
+    """
+    step = anatomy.table.heads_step
+    if heads % step:
+        raise OptionsError(
+            f"the recipe keeps {heads} key/value heads in each block",
+            allowed=f"multiples of {step} up to {anatomy.kv_head_count}: {anatomy.table.model_type} holds them so",
+            next_step="correct key_value_heads",
+        )
     if heads != anatomy.kv_head_count and not (basis == "global" and 1 <= heads <= anatomy.kv_head_count):
         raise OptionsError(
             f"the recipe keeps {heads} key/value heads in each block; the model has {anatomy.kv_head_count} "
             "that can be cut",
             allowed=f"1 to {anatomy.kv_head_count}" if anatomy.kv_head_count and basis == "global" else "all of them",
             next_step="leave key_value_heads out to keep all of them",
+        )
+    dense = anatomy.head_counts
+    most = heads * dense.group if dense else 0
+    if queries is not None and not (basis == "global" and 1 <= queries <= most and queries % heads == 0):
+        raise OptionsError(
+            f"the recipe keeps {queries} query heads in each block, with {heads} key/value heads",
+            allowed=f"multiples of {heads} up to {most}" if most and basis == "global" else "all of them",
+            next_step="leave query_heads out to keep all query heads of the kept key/value heads",
         )
 
 

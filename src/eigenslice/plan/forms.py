@@ -1,5 +1,6 @@
 """The forms a result can be saved in: a stock config of transformers where one fits, else the custom class."""
 
+import copy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -8,6 +9,7 @@ from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from eigenslice.arch import StockForm
+from eigenslice.arch.heads import HeadCounts
 from eigenslice.checkpoint.empty import empty_model
 from eigenslice.errors import OptionsError, first_line
 from eigenslice.model.anatomy import Anatomy, parameter_shapes
@@ -60,12 +62,15 @@ def architecture(anatomy: Anatomy) -> dict[str, Any]:
 def custom_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
     """Config of the custom class."""
     values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
+    text, resized = _with_heads(anatomy, plan)
     return SlicedConfig(
-        text_config=dense_config(anatomy, plan.kept_blocks) | {"tie_word_embeddings": plan.tied},
+        text_config=text | {"tie_word_embeddings": plan.tied},
         architecture=architecture(anatomy),
         site_widths=list(plan.site_widths),
-        neurons=list(plan.neurons_per_block) if set(plan.neurons_per_block) != {anatomy.neuron_count} else None,
-        key_value_heads=plan.kv_heads,
+        neurons=list(plan.neurons_per_block)
+        if resized or set(plan.neurons_per_block) != {anatomy.neuron_count}
+        else None,
+        dense_width=anatomy.width if resized else None,
         shortcuts=plan.shortcuts,
         rotated=plan.rotated,
         norm_eps=anatomy.eps,
@@ -78,13 +83,46 @@ def custom_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> SlicedCon
     )
 
 
+def _with_heads(anatomy: Anatomy, plan: Plan) -> tuple[dict[str, Any], bool]:
+    """Return the dense config with a plan's numbers of blocks and heads, and whether its hidden size is another one.
+
+    The custom class gives all weights their width, so that only attention's own modules need this hidden size.
+    """
+    values, heads = dense_config(anatomy, plan.kept_blocks), plan.heads(anatomy)
+    if heads is None:
+        return values, False
+    values |= _head_fields(anatomy, heads)
+    if not anatomy.table.heads_span_width:
+        values["head_dim"] = values.get("head_dim") or _head_dim(anatomy.config)
+        try:
+            checked_config(copy.deepcopy(values))
+        except ValueError:  # the hidden size isn't a multiple of the number of heads
+            pass
+        else:
+            return values, False
+    width = _head_dim(anatomy.config) * heads.queries
+    return values | dict.fromkeys((_field(anatomy, "hidden_size"), *anatomy.table.width_fields), width), True
+
+
 def canonical_config(anatomy: Anatomy) -> SlicedConfig:
     """Config under which the custom class is the dense model in canonical form."""
     return custom_config(anatomy, full_plan(anatomy, tied=False), torch.float32)
 
 
+def _field(anatomy: Anatomy, name: str) -> str:
+    """Return the name that a dense config has for one of transformers' common fields."""
+    return type(anatomy.config).attribute_map.get(name, name)
+
+
+def _head_fields(anatomy: Anatomy, heads: HeadCounts) -> dict[str, int]:
+    """Return the fields of a dense config with other numbers of heads."""
+    kv = anatomy.table.kv_heads_field
+    return {_field(anatomy, "num_attention_heads"): heads.queries} | ({kv: heads.kv} if kv else {})
+
+
 def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    """Return the width of a head where the config doesn't say it."""
+    return config.hidden_size // config.num_attention_heads
 
 
 def _legacy_rope(values: dict[str, Any]) -> dict[str, Any]:
@@ -117,12 +155,10 @@ def stock_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> dict[str, 
     """
     form = plan.stock
     assert form is not None
-    values = dense_config(anatomy, plan.kept_blocks)
-    if not (isinstance(getattr(type(anatomy.config), "head_dim", None), property) or values.get("head_dim")):
+    values, heads = dense_config(anatomy, plan.kept_blocks), plan.heads(anatomy)
+    if not (anatomy.table.heads_span_width or values.get("head_dim")):
         values["head_dim"] = _head_dim(anatomy.config)
-    if plan.kv_heads is not None:  # and as many query heads for each as before
-        queries = anatomy.config.num_attention_heads // anatomy.kv_head_count * plan.kv_heads
-        values |= {"num_attention_heads": queries, "num_key_value_heads": plan.kv_heads}
+    values |= {} if heads is None else _head_fields(anatomy, heads)
     if form.model_type != anatomy.table.model_type:
         fields = AutoConfig.for_model(form.model_type).to_dict()
         values = {key: value for key, value in values.items() if key in fields}
@@ -162,6 +198,11 @@ def misfit(anatomy: Anatomy, plan: Plan) -> str | None:
         return "norms behind sublayers don't commute with a rotation"
     if plan.tied and anatomy.layer_norm and plan.rotated:
         return "tied embeddings behind LayerNorms need the custom class (--untie gives the stock form)"
+    heads = plan.heads(anatomy)
+    if heads is not None and anatomy.table.heads_span_width:
+        width = _head_dim(anatomy.config) * heads.queries
+        if width != plan.site_widths[0]:
+            return f"the hidden size of this type is heads x head_dim, {width}"
     if len(set(plan.neurons_per_block)) > 1:
         return "stock configs have one number of MLP neurons for all blocks"
     try:
@@ -222,6 +263,7 @@ def choose_form(
         stock=None,
         neurons_per_block=neurons if isinstance(neurons, tuple) else (neurons,) * blocks,
         kv_heads=None if sizes.kv_heads == anatomy.kv_head_count else sizes.kv_heads,
+        query_heads=_fewer_queries(anatomy, sizes),
         dropped_blocks=sizes.dropped_blocks,
         rotated=not (whole and anatomy.table.has_post_norms),
     )
@@ -247,6 +289,15 @@ def choose_form(
             next_step=_how_to_save(anatomy, basis, sizes.width),
         )
     return custom
+
+
+def _fewer_queries(anatomy: Anatomy, sizes: Sizes) -> int | None:
+    """Return the number of query heads if each kept key/value head has fewer than in the dense model."""
+    dense, queries = anatomy.head_counts, sizes.query_heads
+    if dense is None or queries is None:
+        return None
+    kv = dense.kv if sizes.kv_heads is None else sizes.kv_heads
+    return None if queries == kv * dense.group else queries
 
 
 def _how_to_save(anatomy: Anatomy, basis: BasisKind, width: int) -> str:

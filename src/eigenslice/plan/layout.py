@@ -3,6 +3,8 @@
 import math
 from typing import Literal
 
+from eigenslice.arch import Sublayer
+from eigenslice.arch.heads import HeadRows
 from eigenslice.model.anatomy import Anatomy, Shape
 from eigenslice.model.folding import is_inside
 from eigenslice.plan.plan import Plan, full_plan
@@ -61,11 +63,9 @@ def _block_layout(
                 if weight not in anatomy.shapes:
                     continue  # this layer is of another kind
                 *experts, outputs, inputs = sublayer.transpose_shape(name, anatomy.shapes[weight])
-                heads = plan.kv_heads if sublayer.can_cut_heads else None
                 if name in sublayer.readers:
                     inputs = width
-                    if heads is not None:
-                        outputs = outputs // anatomy.kv_head_count * heads
+                    outputs = _rows_of_heads(anatomy, plan, sublayer.heads.get(name), outputs)
                     if sublayer.has_neurons(name):
                         outputs = outputs // anatomy.neuron_count * neurons  # gate and up in one, or shared: a multiple
                     biased = anatomy.keeps_bias(
@@ -75,8 +75,7 @@ def _block_layout(
                     outputs = following if name in sublayer.writers else outputs
                     if sublayer.has_neurons(name):
                         inputs = inputs // anatomy.neuron_count * neurons
-                    if heads is not None:
-                        inputs = inputs // anatomy.kv_head_count * heads
+                    inputs = _rows_of_heads(anatomy, plan, sublayer.heads.get(name), inputs)
                     zero = plan.stock is not None and name in plan.stock.zero_biases
                     biased = zero or bias in anatomy.shapes
                 result[weight] = (role, sublayer.transpose_shape(name, (*experts, outputs, inputs)))
@@ -86,16 +85,37 @@ def _block_layout(
                 result[prefix + sublayer.projection] = (role, (following, anatomy.width))
             elif sublayer.post_norm:
                 result[prefix + sublayer.post_gain] = ("norm", (anatomy.width,))
-            result |= {
-                name: (role, shape)
-                for name, shape in anatomy.shapes.items()
-                if name.startswith(prefix) and is_inside(name.removeprefix(prefix), sublayer.inner)
-            }
+            inner = _inner_shapes(anatomy, plan, prefix, sublayer)
+            result |= {name: (role, shape) for name, shape in inner.items()}
             for kind in ("weight", "bias"):
                 if stock and f"{prefix}{sublayer.norm}.{kind}" in anatomy.shapes:
                     result[f"{prefix}{sublayer.norm}.{kind}"] = ("norm", (width,))
         if plan.shortcuts:
             result[f"{prefix}shortcuts.{site}.weight"] = ("shortcut", (following, width))
+    return result
+
+
+def _rows_of_heads(anatomy: Anatomy, plan: Plan, rows: HeadRows | None, count: int) -> int:
+    """Return the number of rows that a plan keeps of a weight with so many rows; None: they belong to no heads."""
+    dense, heads = anatomy.head_counts, plan.heads(anatomy)
+    return count if rows is None or dense is None or heads is None else rows.resized(count, dense, heads)
+
+
+def _inner_shapes(anatomy: Anatomy, plan: Plan, prefix: str, sublayer: Sublayer) -> dict[str, Shape]:
+    """Return the shapes of a sublayer's parameters that touch the stream at neither end, by their full names."""
+    result: dict[str, Shape] = {}
+    heads = plan.heads(anatomy)
+    for name, shape in anatomy.shapes.items():
+        part = name.removeprefix(prefix)
+        if not (name.startswith(prefix) and is_inside(part, sublayer.inner)):
+            continue
+        found = sublayer.inner_heads(part)
+        if found is None or heads is None:
+            result[name] = shape
+        elif not found[1].modules:
+            result[name] = (_rows_of_heads(anatomy, plan, found[1], shape[0]), *shape[1:])
+        elif int(part.removeprefix(f"{found[0]}.").partition(".")[0]) < len(found[1].slots(heads)):
+            result[name] = shape
     return result
 
 

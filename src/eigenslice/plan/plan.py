@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from eigenslice.arch import StockForm
+from eigenslice.arch.heads import HeadCounts
 from eigenslice.model.anatomy import Anatomy
 
 BasisKind = Literal["global", "per-block"]
@@ -19,6 +20,8 @@ class Sizes:
         width: Hidden width.
         neurons: Number of MLP neurons in every block, or a number for each kept block; None keeps all.
         kv_heads: Number of key/value heads in every block; None keeps all.
+        query_heads: Number of query heads in every block, equally many for each kept key/value head; None keeps all
+            of the kept key/value heads.
         dropped_blocks: Numbers of the dense model's blocks that are left out.
     """
 
@@ -26,6 +29,7 @@ class Sizes:
     neurons: int | tuple[int, ...] | None = None
     kv_heads: int | None = None
     dropped_blocks: tuple[int, ...] = ()
+    query_heads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Plan:
         neurons_per_block: Number of MLP neurons in each block, or in each of its experts. Stock configs hold one number
             for all blocks.
         kv_heads: Number of key/value heads in every block, each with its query heads; None is the dense model's.
+        query_heads: Number of query heads in every block, equally many for each kept key/value head; None is as many
+            for each as in the dense model.
         dropped_blocks: Numbers of the dense model's blocks that are left out. `neurons_per_block` and `site_widths` are
             of the other blocks.
         rotated: True if the stream leaves the dense model's coordinates. Otherwise all of the width is kept, and the
@@ -54,6 +60,15 @@ class Plan:
     kv_heads: int | None = None
     dropped_blocks: tuple[int, ...] = ()
     rotated: bool = True
+    query_heads: int | None = None
+
+    def heads(self, anatomy: Anatomy) -> HeadCounts | None:
+        """Return the numbers of heads in each block; None if none were cut."""
+        dense = anatomy.head_counts
+        if dense is None or (self.kv_heads is None and self.query_heads is None):
+            return None
+        kv = self.kv_heads or dense.kv
+        return HeadCounts(kv, dense.group if self.query_heads is None else self.query_heads // kv)
 
     @property
     def kept_blocks(self) -> tuple[int, ...]:
@@ -68,7 +83,8 @@ class Plan:
 
     def cuts(self, anatomy: Anatomy) -> bool:
         """Return whether anything is smaller than in the dense model."""
-        fewer = self.kv_heads is not None and self.kv_heads < anatomy.kv_head_count
+        heads, dense = self.heads(anatomy), anatomy.head_counts
+        fewer = heads is not None and dense is not None and heads.queries < dense.queries
         fewer = fewer or bool(self.dropped_blocks)
         return fewer or min(self.site_widths) < anatomy.width or min(self.neurons_per_block) < anatomy.neuron_count
 
@@ -82,6 +98,7 @@ class Plan:
             "tied": self.tied,
         }
         numbers |= {} if self.kv_heads is None else {"key_value_heads": self.kv_heads}
+        numbers |= {} if self.query_heads is None else {"query_heads": self.query_heads}
         return numbers | ({"dropped_blocks": list(self.dropped_blocks)} if self.dropped_blocks else {})
 
 

@@ -62,9 +62,14 @@ class CallRecorder(nn.Module):
         return (hidden_states, None) if self._gives_tuple else hidden_states
 
 
+def has_module(layer: nn.Module, name: str) -> bool:
+    """Return whether a decoder layer has a module of this name: layers of one model may differ."""
+    return any(name == module for module, _ in layer.named_modules())
+
+
 def has_experts(layer: nn.Module, sublayer: Sublayer) -> bool:
     """Return whether a decoder layer has a sublayer's experts: in some models, only some layers are mixtures."""
-    return any(name == sublayer.experts for name, _ in layer.named_modules())
+    return has_module(layer, sublayer.experts)
 
 
 class BlockRunner:

@@ -20,7 +20,7 @@ from eigenslice.plan.forms import canonical_config
 from eigenslice.runtime.device import trim_memory
 from eigenslice.runtime.offload import Offload, OffloadedTensors
 from eigenslice.runtime.run_state import Position
-from eigenslice.stream.runner import BlockRunner, CallRecorder, captured_inputs, has_experts
+from eigenslice.stream.runner import BlockRunner, CallRecorder, captured_inputs, has_module
 
 STREAMS = "dense"
 """Name of the dense model's streams in a saved state."""
@@ -230,7 +230,7 @@ class Stream:
     ) -> Tensor:
         """Let one batch pass a site's sublayers, and return whether it is finite then, a boolean on the device."""
         seen = [s for s in self._sites[site] if observe is not None and s in observed]
-        seen = [s for s in seen if not s.stacked or has_experts(layer, s)]
+        seen = [s for s in seen if has_module(layer, s.experts if s.stacked else s.neuron_writer)]
         hidden = batch.hidden
         post_norms = [s.post_norm for s in self._sites[site] if s.post_norm]
         modules = dict.fromkeys([*(name for s in seen for name in s.observed), *post_norms])

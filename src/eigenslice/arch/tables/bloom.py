@@ -1,5 +1,6 @@
 """BLOOM: LayerNorm, ALiBi, a norm behind the embeddings; modules add the stream themselves."""
 
+from eigenslice.arch.heads import ALIBI
 from eigenslice.arch.schema import Refusal, Sublayer, Table
 
 TABLES = (
@@ -18,6 +19,7 @@ TABLES = (
             modules=("self_attention",),
             readers=("self_attention.query_key_value",),
             writers=("self_attention.dense",),
+            why_no_heads=ALIBI,
             adds_stream=True,
         ),
         mlp=Sublayer(

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from eigenslice.arch.heads import KEYS, QUERIES
 from eigenslice.arch.schema import NOT_LLAMA_CPP, StockForm
 from eigenslice.arch.tables import llama
 
@@ -10,7 +11,11 @@ TABLE = replace(
     model_type="cohere",
     norm="layer",
     eps="layer_norm_eps",
-    attention=replace(llama.ATTENTION, inner=("self_attn.q_norm", "self_attn.k_norm")),
+    attention=replace(
+        llama.ATTENTION,
+        inner=("self_attn.q_norm", "self_attn.k_norm"),
+        heads={**llama.ATTENTION.heads, "self_attn.q_norm": QUERIES, "self_attn.k_norm": KEYS},
+    ),
     mlp=replace(llama.MLP, norm="input_layernorm"),
     parallel=True,
     logit_scale=lambda c: c.logit_scale,

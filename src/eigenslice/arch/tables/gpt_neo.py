@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from eigenslice.arch.heads import separate
 from eigenslice.arch.schema import Sublayer
 from eigenslice.arch.tables import gpt2
 
@@ -15,6 +16,9 @@ TABLES = (
             modules=("attn",),
             readers=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
             writers=("attn.attention.out_proj",),
+            heads=separate(
+                "attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj", "attn.attention.out_proj"
+            ),
         ),
         neurons_field="intermediate_size",
         refusals=(),

@@ -1,5 +1,6 @@
 """GPT-NeoX and Pythia: LayerNorm, fused q/k/v, parallel or sequential; attention as wide as the stream."""
 
+from eigenslice.arch.heads import BY_HEAD, fused
 from eigenslice.arch.schema import Sublayer, Table
 
 TABLE = Table(
@@ -15,6 +16,7 @@ TABLE = Table(
         modules=("attention",),
         readers=("attention.query_key_value",),
         writers=("attention.dense",),
+        heads=fused("attention.query_key_value", BY_HEAD, "attention.dense"),
     ),
     mlp=Sublayer(
         norm="post_attention_layernorm",
@@ -23,6 +25,8 @@ TABLE = Table(
         writers=("mlp.dense_4h_to_h",),
         can_cut_neurons=True,
     ),
+    kv_heads_field=None,
+    heads_span_width=True,
     parallel="use_parallel_residual",
     dropout="hidden_dropout",
 )

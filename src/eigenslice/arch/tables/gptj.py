@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from eigenslice.arch.heads import HeadRows, fused, separate
 from eigenslice.arch.schema import Sublayer, Table
 
 TABLE = Table(
@@ -19,6 +20,7 @@ TABLE = Table(
         modules=("attn",),
         readers=("attn.q_proj", "attn.k_proj", "attn.v_proj"),
         writers=("attn.out_proj",),
+        heads=separate("attn.q_proj", "attn.k_proj", "attn.v_proj", "attn.out_proj"),
     ),
     mlp=Sublayer(
         norm="ln_1",
@@ -27,10 +29,19 @@ TABLE = Table(
         writers=("mlp.fc_out",),
         can_cut_neurons=True,
     ),
-    parallel=True,
     neurons_field="n_inner",
+    kv_heads_field=None,
+    heads_span_width=True,
+    parallel=True,
+)
+CORES = 4
+"""Parts in which CodeGen's code holds queries, values and keys: heads come in multiples of it."""
+CODEGEN = replace(
+    TABLE.attention,
+    readers=("attn.qkv_proj",),
+    heads=fused("attn.qkv_proj", HeadRows("qvk", blocks=CORES), "attn.out_proj"),
 )
 TABLES = (
     TABLE,
-    replace(TABLE, model_type="codegen", attention=replace(TABLE.attention, readers=("attn.qkv_proj",))),
+    replace(TABLE, model_type="codegen", attention=CODEGEN, heads_step=CORES),
 )

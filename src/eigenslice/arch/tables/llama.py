@@ -1,7 +1,6 @@
 """Llama: RMSNorm, gated MLP. At widths that don't divide by the number of heads it is saved as Mistral."""
 
-from dataclasses import replace
-
+from eigenslice.arch.heads import separate
 from eigenslice.arch.schema import StockForm, Sublayer, Table
 
 ATTENTION = Sublayer(
@@ -9,6 +8,7 @@ ATTENTION = Sublayer(
     modules=("self_attn",),
     readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     writers=("self_attn.o_proj",),
+    heads=separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
 )
 MLP = Sublayer(
     norm="post_attention_layernorm",
@@ -33,7 +33,7 @@ TABLE = Table(
     layers="model.layers",
     final_norm="model.norm",
     lm_head="lm_head",
-    attention=replace(ATTENTION, can_cut_heads=True),
+    attention=ATTENTION,
     mlp=MLP,
     stock=(LLAMA, MISTRAL),
 )

@@ -22,22 +22,17 @@ TABLES = (
     replace(TABLE, model_type="smollm3", stock=stays("smollm3", portable=True)),
     replace(TABLE, model_type="ernie4_5", stock=stays("ernie4_5")),
     replace(TABLE, model_type="seed_oss", stock=stays("seed_oss", portable=True)),
-    # Attention as wide as the stream
-    replace(TABLE, model_type="helium", attention=ATTENTION, stock=()),
+    replace(TABLE, model_type="helium", heads_span_width=True, stock=()),
     replace(
         TABLE,
         model_type="hunyuan_v1_dense",
-        attention=replace(
-            ATTENTION, inner=("self_attn.query_layernorm", "self_attn.key_layernorm"), can_cut_heads=True
-        ),
+        attention=replace(ATTENTION, inner=("self_attn.query_layernorm", "self_attn.key_layernorm")),
         stock=stays("hunyuan_v1_dense"),
     ),
     replace(
         TABLE,
         model_type="apertus",
-        attention=replace(
-            ATTENTION, norm="attention_layernorm", inner=("self_attn.q_norm", "self_attn.k_norm"), can_cut_heads=True
-        ),
+        attention=replace(ATTENTION, norm="attention_layernorm", inner=("self_attn.q_norm", "self_attn.k_norm")),
         mlp=replace(UP_DOWN, norm="feedforward_layernorm", inner=("mlp.act_fn",)),
         stock=stays("apertus"),
     ),

@@ -7,6 +7,7 @@ cut, and the neurons of shared experts where configs have one field for both.
 from collections.abc import Iterable
 from dataclasses import replace
 
+from eigenslice.arch.heads import JOINED, KEYS, QUERIES
 from eigenslice.arch.schema import StockForm, Sublayer
 from eigenslice.arch.tables import granite, llama
 
@@ -65,10 +66,17 @@ def stays(model_type: str) -> tuple[StockForm, ...]:
 
 BIAS = "gate.e_score_correction_bias"
 WITH_NORMS = replace(llama.ATTENTION, inner=QK_NORMS)
+NORMS_OVER_HEADS = replace(WITH_NORMS, heads={}, why_no_heads=JOINED)
 LATENT = replace(
     llama.ATTENTION,
     readers=("self_attn.q_proj", "self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa"),
     inner=("self_attn.q_a_layernorm", "self_attn.q_b_proj", "self_attn.kv_a_layernorm", "self_attn.kv_b_proj"),
+    heads={
+        "self_attn.q_proj": QUERIES,
+        "self_attn.q_b_proj": QUERIES,
+        "self_attn.kv_b_proj": KEYS,
+        "self_attn.o_proj": QUERIES,
+    },
 )
 """DeepSeek's attention: keys and values pass a narrow layer with a norm of its own."""
 GPT_OSS = mixture(router="router")
@@ -102,6 +110,7 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="deepseek_v2",
+        kv_heads=lambda c: c.num_attention_heads,
         attention=LATENT,
         mlp=mixture(dense=True, shared="shared_experts", together=True),
         neurons_field=EXPERTS_FIELD,
@@ -110,6 +119,7 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="deepseek_v3",
+        kv_heads=lambda c: c.num_attention_heads,
         attention=LATENT,
         mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,), together=True),
         neurons_field=EXPERTS_FIELD,
@@ -118,7 +128,7 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="minimax_m2",
-        attention=WITH_NORMS,
+        attention=NORMS_OVER_HEADS,
         mlp=mixture(inner=("e_score_correction_bias",)),
         stock=stays("minimax_m2"),
     ),
@@ -131,7 +141,11 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="gpt_oss",
-        attention=replace(llama.ATTENTION, inner=("self_attn.sinks",)),
+        attention=replace(
+            llama.ATTENTION,
+            inner=("self_attn.sinks",),
+            heads={**llama.ATTENTION.heads, "self_attn.sinks": QUERIES},
+        ),
         mlp=replace(GPT_OSS, transposed=GPT_OSS.stacked, interleaved=True),
         stock=(StockForm(model_type="gpt_oss", portable=True),),
     ),
@@ -149,5 +163,5 @@ TABLES = (
         stock=stays("phimoe"),
     ),
     # Norms over all of q and k, as wide as the stream in the config
-    replace(llama.TABLE, model_type="olmoe", attention=WITH_NORMS, mlp=mixture(), stock=()),
+    replace(llama.TABLE, model_type="olmoe", attention=NORMS_OVER_HEADS, mlp=mixture(), stock=()),
 )

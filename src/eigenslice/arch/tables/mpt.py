@@ -1,5 +1,6 @@
 """MPT: LayerNorm without a shift, ALiBi, q, k, v in one; the MLP adds the stream itself."""
 
+from eigenslice.arch.heads import ALIBI
 from eigenslice.arch.schema import Sublayer, Table
 
 TABLES = (
@@ -17,6 +18,7 @@ TABLES = (
             modules=("attn",),
             readers=("attn.Wqkv",),
             writers=("attn.out_proj",),
+            why_no_heads=ALIBI,
             renames={"attn": {"layer_past": "past_key_values"}},
         ),
         mlp=Sublayer(

@@ -1,5 +1,6 @@
 """OPT: LayerNorm, learned positions, fc1 and fc2 in the decoder layer; attention as wide as the stream."""
 
+from eigenslice.arch.heads import separate
 from eigenslice.arch.schema import Refusal, Sublayer, Table
 
 TABLE = Table(
@@ -15,6 +16,7 @@ TABLE = Table(
         modules=("self_attn",),
         readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         writers=("self_attn.out_proj",),
+        heads=separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj"),
     ),
     mlp=Sublayer(
         norm="final_layer_norm",
@@ -24,6 +26,9 @@ TABLE = Table(
         can_cut_neurons=True,
     ),
     neurons_field="ffn_dim",
+    kv_heads_field=None,
+    heads_span_width=True,
+    width_fields=("word_embed_proj_dim",),
     dropout="dropout",
     refusals=(
         Refusal(

@@ -1,5 +1,6 @@
 """Persimmon: LayerNorm, q, k, v in one, a norm on each head's query and key."""
 
+from eigenslice.arch.heads import BY_HEAD, fused
 from eigenslice.arch.schema import Sublayer, Table
 
 TABLES = (
@@ -16,6 +17,7 @@ TABLES = (
             modules=("self_attn",),
             readers=("self_attn.query_key_value",),
             writers=("self_attn.dense",),
+            heads=fused("self_attn.query_key_value", BY_HEAD, "self_attn.dense"),
             inner=("self_attn.q_layernorm", "self_attn.k_layernorm"),
         ),
         mlp=Sublayer(
@@ -25,6 +27,8 @@ TABLES = (
             writers=("mlp.dense_4h_to_h",),
             can_cut_neurons=True,
         ),
+        kv_heads_field=None,
+        heads_span_width=True,
         dropout="hidden_dropout",
     ),
 )

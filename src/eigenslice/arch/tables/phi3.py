@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from eigenslice.arch.heads import QUERIES_KEYS_VALUES, fused
 from eigenslice.arch.schema import StockForm
 from eigenslice.arch.tables import glm, llama
 
@@ -9,7 +10,11 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="phi3",
-        attention=replace(llama.ATTENTION, readers=("self_attn.qkv_proj",)),
+        attention=replace(
+            llama.ATTENTION,
+            readers=("self_attn.qkv_proj",),
+            heads=fused("self_attn.qkv_proj", QUERIES_KEYS_VALUES, "self_attn.o_proj"),
+        ),
         mlp=glm.MLP,
         dropout="resid_pdrop",
         stock=(StockForm(model_type="phi3"),),

@@ -2,7 +2,8 @@
 
 from dataclasses import replace
 
-from eigenslice.arch.schema import Refusal, Sublayer, Table
+from eigenslice.arch.heads import JOINED
+from eigenslice.arch.schema import Refusal, Sublayer, Table, Variant
 from eigenslice.arch.tables import gemma, glm, llama
 
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
@@ -32,18 +33,21 @@ def sandwich(table: Table, model_type: str, inner: tuple[str, ...] = ()) -> Tabl
     )
 
 
-def after(model_type: str) -> Table:
+def after(model_type: str, base: Sublayer = llama.ATTENTION) -> Table:
     """OLMo's names for norms after the sublayers, which read the stream as it is."""
     return replace(
         llama.TABLE,
         model_type=model_type,
-        attention=followed(llama.ATTENTION, None, "post_attention_layernorm", QK_NORMS),
+        attention=followed(base, None, "post_attention_layernorm", QK_NORMS),
         mlp=followed(llama.MLP, None, "post_feedforward_layernorm"),
         stock=(),
     )
 
 
+NORMS_OVER_HEADS = replace(llama.ATTENTION, heads={}, why_no_heads=JOINED)
 GEMMA4 = sandwich(gemma.TABLE, "gemma4_text", QK_NORMS)
+GEMMA4_ATTENTION = replace(GEMMA4.attention, renames={"self_attn": {"per_layer_input": None}})
+TWO_NUMBERS = "full layers have other key/value heads than sliding ones"
 GEMMA4_REFUSALS = (
     Refusal(
         when=lambda c: bool(c.hidden_size_per_layer_input),
@@ -70,9 +74,15 @@ TABLES = (
     replace(
         GEMMA4,
         gain="w",
-        attention=replace(GEMMA4.attention, can_cut_heads=False, renames={"self_attn": {"per_layer_input": None}}),
+        attention=GEMMA4_ATTENTION,
         mlp=replace(GEMMA4.mlp, inner=(*GEMMA4.mlp.inner, "layer_scalar")),
         stream_scale="layer_scalar",
+        variants=(
+            Variant(
+                when=lambda c: c.attention_k_eq_v,
+                changes={"attention": replace(GEMMA4_ATTENTION, heads={}, why_no_heads=TWO_NUMBERS)},
+            ),
+        ),
         refusals=GEMMA4_REFUSALS,
     ),
     replace(
@@ -82,7 +92,7 @@ TABLES = (
         mlp=followed(glm.MLP, "post_attention_layernorm", "post_mlp_layernorm"),
         stock=(),
     ),
-    after("olmo2"),
-    after("olmo3"),
+    after("olmo2", NORMS_OVER_HEADS),
+    after("olmo3", NORMS_OVER_HEADS),
     after("exaone4"),
 )

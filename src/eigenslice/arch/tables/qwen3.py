@@ -8,7 +8,7 @@ from eigenslice.arch.tables import llama
 TABLE = replace(
     llama.TABLE,
     model_type="qwen3",
-    attention=replace(llama.ATTENTION, inner=("self_attn.q_norm", "self_attn.k_norm"), can_cut_heads=True),
+    attention=replace(llama.ATTENTION, inner=("self_attn.q_norm", "self_attn.k_norm")),
     stock=(StockForm(model_type="qwen3", portable=True),),
 )
 TABLES = (TABLE,)

@@ -2,8 +2,15 @@
 
 from dataclasses import replace
 
+from eigenslice.arch.heads import HeadRows
 from eigenslice.arch.schema import Variant
 from eigenslice.arch.tables import llama
+
+NORMS = {
+    "self_attn.q_layernorm.norms": HeadRows("q", modules=True),
+    "self_attn.k_layernorm.norms": HeadRows("k", modules=True),
+}
+"""A norm for each head's queries and keys."""
 
 TABLES = (
     replace(
@@ -11,7 +18,12 @@ TABLES = (
         model_type="stablelm",
         norm="layer",
         eps="layer_norm_eps",
-        attention=replace(llama.ATTENTION, inner=("self_attn.q_layernorm", "self_attn.k_layernorm")),
+        attention=replace(
+            llama.ATTENTION,
+            inner=tuple(NORMS),
+            heads={**llama.ATTENTION.heads, **NORMS},
+        ),
+        heads_span_width=True,
         variants=(
             Variant(
                 when=lambda c: c.use_parallel_residual,

@@ -1,5 +1,6 @@
 """StarCoder2: LayerNorm, biases, an MLP without a gate."""
 
+from eigenslice.arch.heads import separate
 from eigenslice.arch.schema import NOT_LLAMA_CPP, StockForm, Sublayer, Table
 
 ATTENTION = Sublayer(
@@ -7,6 +8,7 @@ ATTENTION = Sublayer(
     modules=("self_attn",),
     readers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     writers=("self_attn.o_proj",),
+    heads=separate("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
 )
 
 TABLE = Table(

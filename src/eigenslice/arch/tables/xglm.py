@@ -13,6 +13,7 @@ TABLES = (
         sinusoids="model.embed_positions",
         layers="model.layers",
         final_norm="model.layer_norm",
+        width_fields=(),
         refusals=(
             Refusal(when=lambda c: c.add_cross_attention, reason="add_cross_attention=true adds a third sublayer"),
         ),
