@@ -99,7 +99,7 @@ def test_an_error_is_repaired_where_the_gain_is_large_and_left_where_it_is_small
     target = writer.outputs(batch, gain * own + error) / writer.scale / share(hidden)
     repaired = gain * (target - own)
     torch.testing.assert_close(repaired[:, 0], error[:, 0], rtol=0.15, atol=0)
-    assert (target - own)[:, 1].abs().max() < 1e-6 * error.abs().max()
+    assert (target - own)[:, 1].abs().max() < 1e-5 * error.abs().max()
 
 
 def test_tokens_count_by_both_norms(batch: Activations) -> None:

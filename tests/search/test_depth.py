@@ -10,6 +10,7 @@ from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.checkpoint.source import open_source
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.errors import OptionsError
+from eigenslice.fit.normed_writers import DAMPING
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.checks import check_dropped
@@ -27,6 +28,11 @@ TYPES = {case.model_type: name for name, case in reversed(tiny.CASES.items())}
 """The first case of each type."""
 WRITERS = {"llama": ["mlp.down_proj"], "opt": ["fc2"], "phi": ["self_attn.dense", "mlp.fc2"]}
 """Of the last site of a block."""
+NORMED_WRITERS = {
+    case: ("mlp.down_proj", norm)
+    for case, norm in (("glm4", "post_mlp_layernorm"), ("olmo2", "post_feedforward_layernorm"))
+}
+"""The last writer of a block, and the norm behind it."""
 
 
 def without(model: Any, block: int, layers: str) -> Any:
@@ -104,6 +110,41 @@ def test_a_block_s_loss_is_that_of_the_model_with_the_writer_before_it_refitted(
             loss = float((dense_logits.exp() * (dense_logits - logits)).sum(-1).mean())
             assert loss > 1e-5
             assert found[block] == pytest.approx(loss, rel=2e-3)
+
+
+@pytest.mark.parametrize("case", NORMED_WRITERS)
+def test_a_writer_before_a_norm_is_refitted_for_the_norm(case: str, dense_folder: Folders, tmp_path: Path) -> None:
+    folder = dense_folder(case)
+    dense, model = DenseModel(open_source(str(folder))), load(folder, dtype=torch.float64)
+    fit, held_out = tiny.random_ids(12, 24, seed=1), tiny.random_ids(4, 24, seed=2)
+    batches = [Batch(fit), Batch(held_out, group=HELD_OUT_GROUP)]
+    found = missed_least(run_of(dense, [], tmp_path), 9, batches)
+    layers = dense.table.layers
+    with torch.no_grad():
+        dense_logits = model(held_out).logits.log_softmax(-1)
+        for block in range(1, dense.anatomy.block_count):
+            writer, norm = (f"{layers}.{block - 1}.{name}" for name in NORMED_WRITERS[case])
+            gain = model.get_submodule(norm).weight
+            last = block + 1 == dense.anatomy.block_count
+            streams = [f"{layers}.{block}", dense.table.final_norm if last else f"{layers}.{block + 1}"]
+            with captured_inputs(model, [writer, norm, *streams]) as seen:
+                model(fit)
+            a, u, x, behind = (seen[name].flatten(0, -2) for name in (writer, norm, *streams))
+            size, both = ((t.square().mean(-1, keepdim=True) + EPS).rsqrt() for t in (behind, u))
+            # The norm divides by the size of u: the least of |g y - error|^2 + DAMPING mean(g^2) |y|^2 by y
+            repair = gain * (behind - x) / (gain.square() + DAMPING * gain.square().mean())
+            inputs, outputs = size * both * a, size * gain.abs() * repair
+            level = DEFAULT_RIDGE * inputs.square().sum() / a.shape[1]
+            moment = inputs.T @ inputs + level * torch.eye(a.shape[1])
+            change = torch.linalg.solve(moment, inputs.T @ outputs).T / gain.abs()[:, None]
+            bridged = load(folder, dtype=torch.float64)
+            bridged.get_submodule(writer).weight += change
+            logits = without(bridged, block, layers)(held_out, use_cache=False).logits.log_softmax(-1)
+            loss = float((dense_logits.exp() * (dense_logits - logits)).sum(-1).mean())
+            plain = without(load(folder, dtype=torch.float64), block, layers)(held_out, use_cache=False).logits
+            assert loss > 1e-5
+            assert found[block] == pytest.approx(loss, rel=2e-3)
+            assert float((dense_logits.exp() * (dense_logits - plain.log_softmax(-1))).sum(-1).mean()) > 1.01 * loss
 
 
 def test_those_that_part_farthest_from_the_dense_stream_are_not_measured(dense_folder: Folders, tmp_path: Path) -> None:

@@ -77,12 +77,31 @@ class NormedWriter:
         """
         own = self.own(batch)
         own = own * inverse_size(own, self.eps)
-        gain, scale = self.gain.to(own.dtype), self.scale.to(own.dtype)
-        error = missing - self.basis.embed(own * gain)
+        change = self._repair(missing - self.basis.embed(own * self.gain.to(own.dtype)))
+        return (own + change) * self.scale.to(own.dtype) * inverse_size(batch.rows(batch.hidden), self.eps)
+
+    def change(self, batch: Activations, missing: Tensor) -> Tensor:
+        """Return how much more than the dense writer gives is the target, as `outputs`.
+
+        Args:
+            batch: The batch, with the dense stream behind the norm.
+            missing: Part of the sliced stream that the dense writer doesn't add, (tokens, width).
+        """
+        size = inverse_size(batch.rows(batch.hidden), self.eps)
+        return self._repair(missing) * self.scale.to(missing.dtype) * size
+
+    def added(self, batch: Activations, more: Tensor) -> Tensor:
+        """Return how much more the norm gives, (B, T, D), if the dense writer gives more, (B, T, D)."""
+        unnormed = batch.unnormed if self.unnormed is None else self.unnormed
+        own = unnormed[batch.number]
+        return (normalize(own + more, self.eps) - normalize(own, self.eps)) * self.gain.to(own.dtype)
+
+    def _repair(self, error: Tensor) -> Tensor:
+        """Return the change of the normed output, without the gain, for an error in the sliced stream."""
+        gain = self.gain.to(error.dtype)
         if self.basis.rotated:
-            error = error @ self.basis.matrix.T.to(own.dtype) / self.basis.scale
-        change = error * gain / (gain.square() + DAMPING * scale.square().mean())
-        return (own + change) * scale * inverse_size(batch.rows(batch.hidden), self.eps)
+            error = error @ self.basis.matrix.T.to(error.dtype) / self.basis.scale
+        return error * gain / (gain.square() + DAMPING * self.scale.square().mean().to(error.dtype))
 
 
 def fit_normed_writer(block: SlicedBlock, site: Site, before: int, normed: NormedWriter, fits: Fits) -> None:
