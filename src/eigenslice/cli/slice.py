@@ -2,6 +2,8 @@
 
 import json
 import os
+from pathlib import Path
+from typing import Any
 
 from eigenslice.cli.commands import Given
 from eigenslice.cli.console import errors, output, progress_bar
@@ -24,7 +26,6 @@ def slice_(
     """
     from eigenslice.checkpoint.hub import check_hub, push
     from eigenslice.options.paths import expanded
-    from eigenslice.report.stated_loss import loss_text, loss_warning
     from eigenslice.runtime.output import partial_path
     from eigenslice.slicing import slice_model
 
@@ -47,12 +48,17 @@ def slice_(
         errors.print(push(options.output, push_to_hub, private), markup=False, highlight=False, soft_wrap=True)
     if as_json:
         output.print_json(json.dumps(result.manifest))
-        return
-    if quiet:
-        return
-    sizes, manifest = result.manifest["parameters"], result.manifest
+    elif not quiet:
+        _show(options.output, result.manifest)
+
+
+def _show(folder: Path, manifest: dict[str, Any]) -> None:
+    """Print the size, the form and the loss of a result; warnings go to standard error."""
+    from eigenslice.report.stated_loss import loss_text, loss_warning
+
+    sizes = manifest["parameters"]
     output.print(
-        f"{options.output}: {sizes['dense'] / 1e6:.1f} M -> {sizes['stored'] / 1e6:.1f} M parameters "
+        f"{folder}: {sizes['dense'] / 1e6:.1f} M -> {sizes['stored'] / 1e6:.1f} M parameters "
         f"({100 * sizes['kept']:.1f} %), width {manifest['dense_width']} -> {manifest['site_widths'][0]}, "
         f"saved as {manifest['model_type']} ({manifest['form']})",
         highlight=False,
@@ -65,12 +71,7 @@ def slice_(
             soft_wrap=True,
         )
     if manifest.get("warning"):
-        errors.print(
-            f"{manifest['warning']}.",
-            style="yellow",
-            highlight=False,
-            soft_wrap=True,
-        )
+        errors.print(f"{manifest['warning']}.", style="yellow", highlight=False, soft_wrap=True)
     if loss_warning(manifest):
         errors.print(loss_warning(manifest), style="yellow", highlight=False, soft_wrap=True)
     output.print(loss_text(manifest), highlight=False, soft_wrap=True)

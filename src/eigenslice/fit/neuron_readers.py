@@ -136,8 +136,7 @@ def fit_readers(
         readers: The readers.
         batches: The tokens to fit on.
         writer: The writer's weight, (width, neurons), as it has been fitted.
-        run: The run. Slopes live in its offload; for each token of the curvature, they have the size of all readers'
-            outputs.
+        run: The run. Its offload holds the slopes: for each token of the curvature, as many as readers have outputs.
         stride: Distance of the tokens that the curvature is computed on.
 
     Returns:
@@ -163,7 +162,7 @@ def fit_readers(
         for tensors, tensor in zip(curved, (slopes, read), strict=True):
             tensors.append(tensor[-passed % stride :: stride].to(dtype, copy=True))
         passed += len(read)
-    gradient, moment, curvature = (ranks.sum(total) for total in sums)
+    gradient, moment, curvature = map(ranks.sum, sums)
     tokens, some = ranks.sum(torch.tensor([passed, -(-passed // stride)], dtype=torch.float64, device=device))
     share = some / tokens
 

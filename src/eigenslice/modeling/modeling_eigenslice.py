@@ -549,7 +549,7 @@ class SlicedForCausalLM(SlicedPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings):
         self.model.set_output_embeddings(new_embeddings)
 
-    def forward(
+    def forward(  # noqa: PLR0913 - transformers' signature
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,

@@ -114,9 +114,7 @@ def without_blocks(anatomy: Anatomy, options: SliceOptions, family: list[Plan], 
     if anatomy.blocks_alike:
         return [replace(plan, dropped_blocks=dropped) for plan in family]
     first = family[0]
-    return _family(
-        _request(anatomy, options), Sizes(anatomy.width, None, first.kv_heads, dropped, first.query_heads)
-    )
+    return _family(_request(anatomy, options), Sizes(anatomy.width, None, first.kv_heads, dropped, first.query_heads))
 
 
 def _request(anatomy: Anatomy, options: SliceOptions) -> _Request:

@@ -16,7 +16,7 @@ EXPERTS_FIELD = "moe_intermediate_size"
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def mixture(
+def mixture(  # noqa: PLR0913 - a table's row: each argument is one fact of a family, named where it differs
     block: str = "mlp",
     router: str = "gate",
     dense: bool = False,
