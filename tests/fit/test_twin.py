@@ -145,7 +145,8 @@ def test_the_ridge_is_chosen_on_groups_in_turns(
 @pytest.mark.usefixtures("constant_ridge")
 @pytest.mark.parametrize(
     ("case", "dropped"),
-    [(case, [1]) for case in (*FAMILIES, "glm4", "olmo2")] + [("llama", [2]), ("opt", [1, 2]), ("glm4", [1, 2])],
+    [(case, [1]) for case in (*FAMILIES, "glm4", "olmo2", "qwen2-window", "gemma2")]
+    + [("llama", [2]), ("opt", [1, 2]), ("glm4", [1, 2]), ("qwen2-window", [2]), ("exaone4", [1])],
 )
 def test_the_writer_before_a_gap_is_fitted_to_the_stream_behind_it(
     case: str, dropped: list[int], run_slice: Slicer, dense_folder: Folders, calibration: Path, recipe: Recipe

@@ -18,6 +18,7 @@ from eigenslice.plan.dropped_blocks import blocks_to_drop, why_blocks_stay
 from eigenslice.plan.forms import checked_config, stock_config
 from eigenslice.plan.kept_blocks import dense_config
 from eigenslice.plan.layout import stored_parameters
+from eigenslice.plan.plan import Plan
 from tests import tiny
 from tests.conftest import Recipe, Slicer
 from tests.messages import check_message
@@ -206,3 +207,31 @@ def test_no_plan_is_over_the_size_whichever_blocks_go(name: str) -> None:
                 sizes.add((plan.dropped_blocks, plan.site_widths[0], plan.neurons_per_block[0]))
     assert len({dropped for dropped, *_ in sizes}) > 1
     assert len(set(anatomy.block_sizes)) == 1 or len({tuple(kept) for _, *kept in sizes}) > 1
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3_moe", "gemma3_text", "qwen3_5_text"])
+@pytest.mark.parametrize("order", [[1, 2, 3], [3, 2, 1]])
+def test_keep_holds_whichever_block_is_missed_least(
+    name: str, order: list[int], folder_of: Any, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep, folder = 0.6, folder_of(name)
+
+    def order_of(*args: Any) -> dict[int, float]:
+        return dict.fromkeys(order, 1.0)
+
+    def most_dropped(run: Any, plans: list[Plan], *args: Any, **kwargs: Any) -> list[float]:
+        return [1.0 / (1 + len(plan.dropped_blocks)) for plan in plans]
+
+    monkeypatch.setattr("eigenslice.search.choose.missed_least", order_of)
+    monkeypatch.setattr("eigenslice.search.choose.try_plans", most_dropped)
+    result = run_slice(MIXED[name][0], model=str(folder), keep=keep, heads=False)
+    assert result.manifest["plan"]["dropped_blocks"] == order[:1]
+    sizes, whole = result.manifest["parameters"], sum(map(torch.Size.numel, map(torch.Size, _shapes(folder))))
+    stored = sum(map(torch.Size.numel, map(torch.Size, _shapes(result.output))))
+    assert sizes["stored"] == stored <= keep * sizes["dense"]
+    assert sizes["dense"] == whole
+    assert load(result.output)(tiny.random_ids(1, 9)).logits.isfinite().all()
+
+
+def _shapes(folder: Path) -> Any:
+    return stored_tensors(folder).values()

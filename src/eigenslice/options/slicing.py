@@ -54,7 +54,7 @@ class SliceOptions(Options):
     ] = None
     mlp: Annotated[bool, Option("With --keep: cut MLP neurons, too; --no-mlp cuts the width only.", SIZE)] = True
     heads: Annotated[bool, Option("With --keep: cut key/value heads, each with its query heads, too.", SIZE)] = True
-    depth: Annotated[bool, Option("With --keep: leave out whole blocks, too, where all are alike.", SIZE)] = True
+    depth: Annotated[bool, Option("With --keep: leave out whole blocks, too.", SIZE)] = True
     vocabulary: Annotated[
         int | None,
         Option(
