@@ -22,9 +22,9 @@ from eigenslice.algebra.refit import RIDGES
 from eigenslice.arch import lookup
 from eigenslice.fit.normed_writers import DAMPING
 from tests.reference import moment, rms_norm
+from tests.reference_readers import fit_readers
 
 FADING = 0.8
-READER_STEPS, READER_RIDGE = 3, 0.1
 
 
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ class Fit:
         if before in self.mlps:
             missing = share * (y - torch.cat(a, dim=1) @ fitted.T)
             columns = fitted.split([part.shape[1] for part in parts], dim=1)[names.index(self.mlps[before])]
-            self.fit_readers(before, missing, share, rms_norm(self.c * stream @ Q, self.eps), columns)
+            fit_readers(self, before, missing, share, rms_norm(self.c * stream @ Q, self.eps), columns)
 
     def fit_normed_writer(self, before: int, site: int, stream: Tensor) -> None:
         """Fit a writer before a norm of gain g, and the matrix behind the norm.
@@ -296,7 +296,7 @@ class Fit:
         module.weight[:, some] = (fitted / size[:, None]).to(module.weight)
         if before in self.mlps:
             z = self.norm_at(before, self.c * stream @ Q)
-            self.fit_readers(before, y - both * a @ fitted.T, both, z, fitted)
+            fit_readers(self, before, y - both * a @ fitted.T, both, z, fitted)
         if not self.twin.rotated:
             return
         post = self.sliced.get_submodule(self.posts[before])
@@ -309,61 +309,3 @@ class Fit:
             return rms_norm(args[0], self.eps) @ back.to(output)
 
         post.register_forward_hook(hook)
-
-    def fit_readers(self, site: int, missing: Tensor, share: Tensor, z: Tensor, columns: Tensor) -> None:
-        """A Gauss-Newton step of what the kept neurons read, in the Krylov space of its least-squares problem.
-
-        Slopes are finite differences of the model itself.
-
-        Args:
-            site: Theirs.
-            missing: (tokens, width), times `share`.
-            share: Weight of each token.
-            z: What they read, (tokens, width).
-            columns: The writer's, in the basis, (width, kept).
-        """
-        writer, some = self.mlps[site], self.kept[self.mlps[site]]
-        count = self.sliced.get_submodule(writer).weight.numel() // len(self.basis)
-        kinds = [
-            (self.sliced.get_submodule(name), some + part * count)
-            for name, parts in self.readers[site].items()
-            for part in range(parts)
-        ]
-
-        def nudged(module: Any, rows: Tensor, by: float) -> Tensor:
-            def hook(_: Any, args: Any, output: Tensor) -> Tensor:
-                return output.index_add(-1, rows, torch.full((*output.shape[:-1], len(rows)), by).to(output))
-
-            handle = module.register_forward_hook(hook)
-            given = self.inputs(self.sliced, [writer])[writer][:, some]
-            handle.remove()
-            return given
-
-        slopes = torch.stack([(nudged(*kind, 1e-5) - nudged(*kind, -1e-5)) / 2e-5 * share for kind in kinds], 1)
-
-        def curve(p: Tensor) -> Tensor:  # (kinds, kept, width), the curvature of some of the tokens
-            s, x = slopes[:: self.twin.stride], z[:: self.twin.stride]
-            errors = torch.einsum("tkn,knw,tw,on->to", s, p, x, columns)
-            return torch.einsum("tkn,to,on,tw->knw", s, errors, columns, x) * len(z) / len(x) + level * p
-
-        weights = columns.square().sum(0) * slopes.square().sum(0)  # (kinds, kept)
-        second = (share * z).T @ (share * z)
-        level = READER_RIDGE * weights.mean() * second.diagonal().mean() / len(z)
-        inverse = torch.linalg.inv(second / second.diagonal().mean() + torch.eye(len(second)))
-        scale = (weights + 0.05 * weights.mean(1, keepdim=True))[..., None]
-        right = torch.einsum("tkn,to,on,tw->knw", slopes, missing, columns, z)
-        space: list[Tensor] = []
-        for _ in range(READER_STEPS):
-            image = curve(space[-1]) if space else right
-            space.append(image @ inverse / scale)
-            space[-1] = space[-1] / space[-1].norm()
-        rows = torch.linalg.qr(torch.stack([p.flatten() for p in space], 1)).Q.T.reshape(-1, *right.shape)
-        images = torch.stack([curve(p) for p in rows])
-        matrix = torch.einsum("iknw,jknw->ij", rows, images)
-        best = torch.linalg.solve(matrix, (rows * right).sum((1, 2, 3)))
-        for (module, where), change in zip(kinds, torch.einsum("i,iknw->knw", best, rows), strict=True):
-
-            def hook(_: Any, args: Any, output: Tensor, where: Tensor = where, change: Tensor = change) -> Tensor:
-                return output.index_add(-1, where, (self.seen[site] @ change.T.to(self.seen[site])).to(output))
-
-            module.register_forward_hook(hook)

@@ -56,12 +56,12 @@ WHOLE = ("gpt2", "opt", "falcon", "gpt_neo", "gptj", "xglm", "mpt", "gemma2", "g
 """Cases of types that are stock at full width only."""
 
 
-def runs() -> Iterator[tuple[str, Any, dict[str, int]]]:
+def runs() -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Names, dense models and sizes."""
     for name, case in tiny.CORE.items():
         if case.stock is None:
             continue
-        size = {"width": 22 if name == "qwen3" else 24}
+        size: dict[str, Any] = {"width": 22 if name == "qwen3" else 24}
         for kind, rope in (("", ROPE), *([("-scaled", SCALED)] if name == "llama" else [])):
             rope = ROPES.get(case.model_type, rope)
             yield name + kind, tiny.tiny_model(case.model_type, case.config | case.extra | rope), size
