@@ -19,7 +19,7 @@ def fit_readers(fit: Any, site: int, missing: Tensor, share: Tensor, z: Tensor, 
         missing: (tokens, width), times `share`.
         share: Weight of each token.
         z: What they read, (tokens, width).
-        columns: Columns of the writer, in the basis, (width, kept), or times the gain of a norm behind the writer, (D, kept).
+        columns: Columns of the writer in the basis, (width, kept). Before a norm, they are times its gain, (D, kept).
     """
     writer, some = fit.mlps[site], fit.kept[fit.mlps[site]]
     count = fit.sliced.get_submodule(writer).weight.numel() // len(fit.basis)
