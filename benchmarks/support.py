@@ -31,6 +31,8 @@ from eigenslice import CalibrationOptions, SliceOptions, slice_model
 from eigenslice.arch import TABLES
 from eigenslice.measure.importance import HEAD_WEIGHT
 from families_table import section
+from support_cuts import Cuts
+from support_cuts import section as cuts_section
 from support_runtimes import (
     IDS,
     NOT_RUN,
@@ -203,6 +205,7 @@ def page(results: dict[str, dict[str, str]]) -> str:
     """The Markdown of docs/support.md."""
     lines = [
         head(results),
+        *cuts_section(results),
         *([*section(json.loads(FAMILIES.read_text())), ""] if FAMILIES.is_file() else []),
         "## Matrix",
         "",
@@ -250,10 +253,10 @@ def main() -> None:
         "--page", action="store_true", help="run nothing: write the page from the results that are here"
     )
     options = parser.parse_args()
-    columns = options.columns.split(",") if options.columns else list(COLUMNS)
+    columns = options.columns.split(",") if options.columns else [*COLUMNS, "cuts"]
     for column in columns:
-        if column not in COLUMNS:
-            parser.error(f"--columns {column}: none of {', '.join(COLUMNS)}")
+        if column not in (*COLUMNS, "cuts"):
+            parser.error(f"--columns {column}: none of {', '.join(COLUMNS)}, cuts")
         if options.columns and (missing(column) or not getattr(options, column, True)):
             parser.error(f"--columns {column}: the program isn't here, or --{column} doesn't say where")
     pythons = {"old": options.old, "vllm": options.vllm}
@@ -269,7 +272,10 @@ def main() -> None:
         if options.first and case != first[variant.model_type]:
             continue
         with tempfile.TemporaryDirectory() as folder:
-            cells = run_case(Runner(case, Path(folder), pythons), columns)
+            cells = run_case(Runner(case, Path(folder), pythons), [name for name in columns if name != "cuts"])
+        if "cuts" in columns and case == first[variant.model_type]:
+            with tempfile.TemporaryDirectory() as folder:
+                cells |= Cuts(case, Path(folder)).cells()
         results[case] = results.get(case, {}) | cells
         print(case, {column: cell for column, cell in cells.items() if cell not in ("yes", NOT_RUN)}, flush=True)
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")

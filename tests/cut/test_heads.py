@@ -18,12 +18,12 @@ from eigenslice.errors import OptionsError
 from eigenslice.measure.importance import measure
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
-from eigenslice.modeling import SlicedForCausalLM
 from eigenslice.stream.runner import captured_inputs
 from tests import tiny
 from tests.conftest import Folders, Recipe, Slicer
+from tests.kept_units import IDS, check_cache, check_logits, columns, kept_units, writers
 from tests.messages import check_message
-from tests.results import load, relative, size
+from tests.results import load, size
 from tests.runs import run_of
 
 CONFIGS = {
@@ -39,82 +39,14 @@ WITH_ALIBI = {"bloom", "mpt", "falcon-sequential"}
 OTHER_HEADS = {"gemma4_text"}
 UNEVEN = {"deepseek_v2", "deepseek_v2-plain-queries"}
 """Cases whose class refuses a hidden size of 32 with three heads."""
-IDS = tiny.random_ids(3, 20)
-
-
-def writers(model: Any, table: Table) -> list[Any]:
-    """The attentions' writers, block by block; a recurrent layer has none."""
-    name = table.attention.neuron_writer
-    layers = model.get_submodule(table.layers)
-    return [layer.get_submodule(name) for layer in layers if any(name == module for module, _ in layer.named_modules())]
-
-
-def unwrapped(model: Any) -> Any:
-    """The architecture's own model, inside of the custom class or without."""
-    return model.model if isinstance(model, SlicedForCausalLM) else model
-
-
-def columns(writer: Any, table: Table) -> torch.Tensor:
-    """The weight of an attention's writer, out x in, as a view."""
-    transposed = table.attention.neuron_writer in table.attention.transposed
-    return writer.weight.data.T if transposed else writer.weight.data
-
-
-def kept_heads(model: Any, sliced: Any, table: Table, queries: int) -> list[list[int]]:
-    """Return the dense query heads that each block of a result has, and set the others' columns to zero in the dense
-    model, block by block.
-
-    A head of the result is the dense head with the same output, and no other dense head has this output.
-    """
-    result = []
-    for before, after in zip(writers(model, table), writers(sliced, table), strict=True):
-        outputs = []
-        for whole, writer in ((model, before), (sliced, after)):
-            seen: list[torch.Tensor] = []
-            handle = writer.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, -2)))
-            with torch.no_grad():
-                whole(IDS)
-            handle.remove()
-            outputs.append(seen[0])
-        size = outputs[0].shape[1] // queries
-        theirs, ours = (output.unflatten(1, (-1, size)).transpose(0, 1).flatten(1) for output in outputs)
-        distances = torch.cdist(ours, theirs, compute_mode="donot_use_mm_for_euclid_dist") / theirs.norm(dim=1)
-        nearest = distances.sort(dim=1)
-        assert float(nearest.values[:, 0].max()) < 1e-4
-        assert float(nearest.values[:, 1].min()) > 1e-3
-        heads = nearest.indices[:, 0].tolist()
-        result.append(heads)
-        gone = [head for head in range(queries) if head not in heads]
-        columns(before, table).unflatten(1, (queries, -1))[:, gone] = 0
-    return result
-
-
-def check_logits(model: Any, sliced: Any) -> None:
-    """A result gives the logits of the dense model in which some columns are zero."""
-    with torch.no_grad():
-        expected, got = model(IDS).logits, sliced(IDS).logits
-    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-4
-
-
-def check_cache(model: Any) -> None:
-    """Token by token through the cache, a model gives the same logits; and it generates."""
-    past, steps = None, []
-    with torch.no_grad():
-        for i in range(6):
-            output = model(IDS[:, i : i + 1], past_key_values=past, use_cache=True)
-            past = output.past_key_values
-            steps.append(output.logits)
-        whole = model(IDS[:, :6]).logits
-        assert relative(torch.cat(steps, dim=1), whole) < 1e-4
-        written = model.generate(IDS[:, :6], max_new_tokens=3, do_sample=False)
-        assert torch.equal(written[:, 6], whole[:, -1].argmax(-1)) or written.shape[1] < 9
 
 
 def check_sizes(result: Any, dense: Any, sliced: Any, table: Table, heads: int, kept: int) -> None:
     """The result holds what it says, and the attentions' writers are as narrow as the kept heads."""
+    attention = table.attention
     assert result.manifest["parameters"]["stored"] == size(sliced)
-    for before, after in zip(writers(dense, table), writers(unwrapped(sliced), table), strict=True):
-        assert columns(after, table).shape[1] == columns(before, table).shape[1] // heads * kept
+    for before, after in zip(writers(dense, table, attention), writers(sliced, table, attention), strict=True):
+        assert columns(after, attention).shape[1] == columns(before, attention).shape[1] // heads * kept
 
 
 @pytest.mark.parametrize("form", ["auto", "custom"])
@@ -129,7 +61,7 @@ def test_without_refit_it_is_the_dense_model_without_some_heads(
     model, sliced = load(dense_folder(case)), load(result.output)
     group = CONFIGS[case].num_attention_heads // count
     check_sizes(result, model, sliced, table, count, kept)
-    for heads in kept_heads(model, unwrapped(sliced), table, group * count):
+    for heads in kept_units(model, sliced, table, table.attention, group * count):
         kv_heads = sorted({head // group for head in heads})
         assert len(kv_heads) == kept
         assert heads == [head * group + query for head in kv_heads for query in range(group)]
@@ -153,7 +85,7 @@ def test_query_heads_can_be_cut_alone(
     result = run_slice(case, recipe=recipe(query_heads=kept), refit=False, form=form)
     model, sliced = load(dense_folder(case)), load(result.output)
     check_sizes(result, model, sliced, table, queries, kept)
-    for heads in kept_heads(model, unwrapped(sliced), table, queries):
+    for heads in kept_units(model, sliced, table, table.attention, queries):
         assert heads == sorted(set(heads))
         assert [head // group for head in heads] == [head for head in range(count) for _ in range(group - 1)]
     check_logits(model, sliced)
@@ -177,7 +109,7 @@ def test_the_heads_that_go_are_those_that_the_others_make_up_for(
     folder, ids = dense_folder(case), tiny.random_ids(12, 24, seed=1)
     dense, model = DenseModel(open_source(str(folder))), load(folder, dtype=torch.float64)
     found = measure(run_of(dense, [Batch(ids[:7]), Batch(ids[7:])], tmp_path))
-    for index, writer in enumerate(writers(model, dense.table)):
+    for index, writer in enumerate(writers(model, dense.table, dense.table.attention)):
         layer = model.model.layers[index]
         with captured_inputs(layer, ["input_layernorm", dense.table.attention.writers[0]]) as seen, torch.no_grad():
             model(ids)
@@ -192,9 +124,9 @@ def test_both_kinds_are_cut_and_the_width(case: str, run_slice: Slicer, recipe: 
     kv_heads = COUNTS[case] // 2 or 1
     sliced = load(run_slice(case, recipe=recipe(width=20, key_value_heads=kv_heads, query_heads=kv_heads)).output)
     assert sliced.config.num_attention_heads == kv_heads
-    assert {
-        columns(writer, lookup(CONFIGS[case])).shape for writer in writers(unwrapped(sliced), lookup(CONFIGS[case]))
-    } == {(20, 8 * kv_heads)}
+    table = lookup(CONFIGS[case])
+    ends = writers(sliced, table, table.attention)
+    assert {columns(writer, table.attention).shape for writer in ends} == {(20, 8 * kv_heads)}
     check_cache(sliced)
 
 

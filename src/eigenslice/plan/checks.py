@@ -66,6 +66,14 @@ def check_neurons(anatomy: Anatomy, basis: BasisKind, neurons: int, given: str) 
         )
 
 
+def _numbers_of_heads(anatomy: Anatomy, basis: BasisKind) -> str:
+    """Return the numbers of key/value heads that a result can have, in words."""
+    if anatomy.kv_head_count and basis == "global":
+        return f"1 to {anatomy.kv_head_count}"
+    why = anatomy.table.attention.why_no_heads
+    return f"all of them: {why}" if why else "all of them"
+
+
 def check_heads(anatomy: Anatomy, basis: BasisKind, heads: int, queries: int | None = None) -> None:
     """Refuse numbers of key/value heads and of query heads in a recipe that the model doesn't have.
 
@@ -86,7 +94,7 @@ def check_heads(anatomy: Anatomy, basis: BasisKind, heads: int, queries: int | N
         raise OptionsError(
             f"the recipe keeps {heads} key/value heads in each block; the model has {anatomy.kv_head_count} "
             "that can be cut",
-            allowed=f"1 to {anatomy.kv_head_count}" if anatomy.kv_head_count and basis == "global" else "all of them",
+            allowed=_numbers_of_heads(anatomy, basis),
             next_step="leave key_value_heads out to keep all of them",
         )
     dense = anatomy.head_counts
