@@ -43,8 +43,8 @@ class SliceOptions(Options):
     recipe: Annotated[
         UserPath | None,
         Option(
-            "Plan from a file: an eigenslice.json, or YAML with width, neurons, key_value_heads, dropped_blocks, "
-            "tied, basis.",
+            "Plan from a file: an eigenslice.json, or YAML with width, neurons, key_value_heads, query_heads, "
+            "dropped_blocks, tied, basis.",
             SIZE,
         ),
     ] = None
@@ -53,7 +53,10 @@ class SliceOptions(Options):
         Option("MLP neurons (of each expert) to keep in every block, with --width or --slicing.", SIZE, "all"),
     ] = None
     mlp: Annotated[bool, Option("With --keep: cut MLP neurons, too; --no-mlp cuts the width only.", SIZE)] = True
-    heads: Annotated[bool, Option("With --keep: cut key/value heads, each with its query heads, too.", SIZE)] = True
+    heads: Annotated[
+        bool,
+        Option("With --keep: cut heads, too: key/value heads with their query heads, or query heads alone.", SIZE),
+    ] = True
     depth: Annotated[bool, Option("With --keep: leave out whole blocks, too.", SIZE)] = True
     vocabulary: Annotated[
         int | None,
