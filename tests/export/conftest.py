@@ -28,12 +28,13 @@ def sliced(run_slice: Slicer, recipe: Recipe, tmp_path: Path) -> Sliced:
         neurons: list[int] | None = None,
         heads: int | None = None,
         form: str = "auto",
+        experts: int | None = None,
         **config: Any,
     ) -> Path:
         dense = models.save(tmp_path / f"dense-{case}", case, split, **config)
         calibration = tiny.calibration_file(tmp_path, rows=60)
         data = CalibrationOptions(data=str(calibration))
-        size: dict[str, Any] = {"width": width}
+        size: dict[str, Any] = {"width": width, "experts": experts}
         if neurons or heads:
             plan = {"width": width, "neurons": neurons, "key_value_heads": heads}
             size = {"recipe": recipe(**{name: value for name, value in plan.items() if value})}

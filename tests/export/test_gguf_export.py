@@ -80,6 +80,15 @@ def test_experts_with_fewer_neurons(case: str, neurons: int, sliced: Sliced, exp
     assert shapes["blk.1.ffn_down_exps.weight"][:2] == [neurons, 32]
 
 
+@pytest.mark.parametrize(("case", "experts"), [("qwen3_moe", 3), ("mixtral", 10)])
+def test_fewer_experts(case: str, experts: int, sliced: Sliced, exported: Exporter) -> None:
+    """The file is compared with transformers there."""
+    result = exported(sliced(case, experts=experts))
+    shapes = {tensor.name: tensor.shape.tolist() for tensor in GGUFReader(result.output).tensors}
+    assert shapes["blk.1.ffn_down_exps.weight"][2] == experts
+    assert shapes["blk.1.ffn_gate_inp.weight"][1] == experts
+
+
 def test_a_tied_head_is_stored_once(sliced: Sliced, exported: Exporter) -> None:
     tied = exported(sliced("llama-tied"))
     assert "output.weight" not in {tensor.name for tensor in GGUFReader(tied.output).tensors}

@@ -55,7 +55,9 @@ class Sublayer:
     """Readers and writers that hold their weights as in x out (transformers' Conv1D; some experts)."""
     stacked: tuple[str, ...] = ()
     """Readers and writers that are no modules, but one parameter for all experts, (experts, out, in); a bias, if there
-    is one, is called NAME_bias. They don't repair the error before them, as other writers do."""
+    is one, is called NAME_bias."""
+    routers: tuple[str, ...] = ()
+    """Readers, and modules or parameters of `inner`, whose parameters have a row or a number for each expert."""
     shared: tuple[str, ...] = ()
     """Readers and writer of shared experts, which all tokens pass, if configs give their neurons as a multiple of an
     expert's neurons. Shared experts then lose the same share of neurons."""
@@ -116,6 +118,11 @@ class Sublayer:
     def has_neurons(self, name: str) -> bool:
         """Return whether the neurons that can be cut are rows of this reader, or columns of this writer."""
         return self.can_cut_neurons and (not self.stacked or name in (*self.stacked, *self.shared))
+
+    def is_per_expert(self, part: str) -> bool:
+        """Return whether the first axis of a parameter of the layer counts experts."""
+        stacked = (*self.stacked, *(self.bias(name) for name in self.stacked))
+        return part in stacked or any(part == name or part.startswith(f"{name}.") for name in self.routers)
 
     def weight(self, name: str) -> str:
         """Name of the weight of a reader or writer."""
@@ -198,8 +205,13 @@ class Table:
     """Function that gives the factor of the head's output, from the config."""
     attention: Sublayer
     mlp: Sublayer
-    neurons_field: str = "intermediate_size"
-    """Field of the config with the number of MLP neurons, for stock forms."""
+    neurons_field: str | None = "intermediate_size"
+    """Field of the config with the number of MLP neurons, for stock forms; None if it is four times the hidden size."""
+    experts_field: str | None = None
+    """Field of the config with the number of experts, if experts can be cut."""
+    groups_field: str | None = None
+    """Field of the config with the number of groups of experts: equally many experts of each group stay. A router may
+    rate a group by its best two experts, so that at least two stay."""
     kv_heads: Callable[[Any], int] | None = None
     """Function that gives the number of key/value heads from the config, if `kv_heads_field` isn't that number."""
     kv_heads_field: str | None = "num_key_value_heads"

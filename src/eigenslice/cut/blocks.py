@@ -71,12 +71,18 @@ class Kept:
         query_heads: Query heads of the attention, (key/value heads, query heads of each), by their numbers in the
             dense model. The key/value heads are those that these query heads use.
         head_counts: Numbers of heads in the dense model.
+        experts: Experts of a mixture, (experts,). `neurons` are of these experts.
     """
 
     neurons: Tensor | None = None
     shared_neurons: Tensor | None = None
     query_heads: Tensor | None = None
     head_counts: HeadCounts | None = None
+    experts: Tensor | None = None
+
+    def pick_experts(self, sublayer: Sublayer, part: str, tensor: Tensor) -> Tensor:
+        """Return the kept experts' part of a parameter."""
+        return tensor if self.experts is None or not sublayer.is_per_expert(part) else tensor[self.experts]
 
     def pick(self, sublayer: Sublayer, name: str, tensor: Tensor, axis: int) -> Tensor:
         """The kept part of a sublayer's weight or bias along one axis.
@@ -103,7 +109,7 @@ class Kept:
         for name, tensor in tensors.items():
             found = sublayer.inner_heads(name)
             if found is None:
-                yield name, tensor
+                yield name, self.pick_experts(sublayer, name, tensor)
             elif not found[1].modules:
                 yield name, self._pick_heads(found[1], tensor, 0)
             else:
@@ -142,7 +148,7 @@ ALL = Kept()
 
 
 def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = ALL) -> Iterator[tuple[str, Tensor]]:
-    """The weights of a sublayer's ends, with only some of its neurons or heads, and the gain of its post norm.
+    """The weights of a sublayer's ends, with only some of its neurons, heads or experts, and the gain of its post norm.
 
     Args:
         sublayer: The sublayer.
@@ -157,7 +163,7 @@ def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = AL
         for part in (weight, bias):
             if part not in folded:
                 continue
-            tensor = folded[part]
+            tensor = kept.pick_experts(sublayer, part, folded[part])
             if name in sublayer.readers:
                 tensor = kept.pick(sublayer, name, tensor, 0)
             elif part == weight:
@@ -168,7 +174,7 @@ def keep_units(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = AL
 
 
 def keep_inner(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = ALL) -> dict[str, Tensor]:
-    """Return a sublayer's inner parameters, with only some heads, by their names in the result."""
+    """Return a sublayer's inner parameters, with only some heads or experts, by their names in the result."""
     return dict(kept.pick_inner(sublayer, {name: folded[name] for name in folded if is_inside(name, sublayer.inner)}))
 
 

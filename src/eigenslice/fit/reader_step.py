@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from eigenslice.arch import Sublayer
-from eigenslice.fit.expert_writers import InputsOutputsOf
 from eigenslice.fit.neuron_readers import Errors, Readers, fit_readers, take_largest_step
-from eigenslice.fit.ridges import RidgeFits
+from eigenslice.fit.ridges import InputsOutputsOf, RidgeFits
 from eigenslice.fit.sliced_block import SlicedBlock
 from eigenslice.model.dense import Tensors
 from eigenslice.stream.run import Run

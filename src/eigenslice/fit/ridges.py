@@ -13,6 +13,9 @@ from eigenslice.runtime.device import trim_memory
 from eigenslice.runtime.ranks import Ranks
 from eigenslice.stream.walk import Activations
 
+InputsOutputsOf = Callable[[int, Activations], InputsOutputs]
+"""Takes a batch and its number, and gives the inputs (T, n) and outputs (T, m) of a regression."""
+
 
 @dataclass(frozen=True)
 class Fitting:
@@ -64,7 +67,7 @@ class RidgeFits:
         fit_number: int,
         activations: list[Activations],
         base: Tensor,
-        inputs_outputs: Callable[[int, Activations], InputsOutputs],
+        inputs_outputs: InputsOutputsOf,
     ) -> Tensor:
         """Solve a ridge regression towards known weights; once its ridge is chosen, on all tokens.
 

@@ -11,13 +11,6 @@ from eigenslice.model.dense import Tensors
 from eigenslice.stream.walk import Activations, Site
 
 
-def pass_unfitted(block: SlicedBlock, before: int) -> None:
-    """Let the stream pass sublayers without a writer to be fitted."""
-    for number, update in enumerate(block.inputs[0]):
-        block.pass_on(before, number, update)
-    block.inputs[0].clear()
-
-
 def fit_site_writers(block: SlicedBlock, site: Site, before: int, fits: Fits) -> None:
     """Fit the writers before a site in one regression, and let the stream pass them.
 

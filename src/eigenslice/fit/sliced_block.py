@@ -6,11 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenslice.arch import Sublayer
 from eigenslice.cut.blocks import SiteBasis
 from eigenslice.model.dense import Tensors
 from eigenslice.plan.forms import custom_config
 from eigenslice.plan.plan import Plan
 from eigenslice.runtime.offload import OffloadedTensors
+from eigenslice.stream.experts import Experts, MixtureInputs
 from eigenslice.stream.run import Run
 from eigenslice.stream.runner import BlockRunner, captured_inputs
 from eigenslice.stream.walk import Activations
@@ -24,8 +26,9 @@ class SlicedBlock:
         basis: The basis of the stream.
         place: Number of the block in the result.
         weights: Weights of the block so far, out x in; names relative to the block.
-        inputs: Inputs of each writer to be fitted of the sublayers that ran last, (B, T, n) for each batch. Without
-            such writers, the sublayers' output, (B, T, width).
+        inputs: Inputs of each writer to be fitted of the sublayers that ran last, (B, T, n) for each batch. Of a
+            mixture of experts, its output, (B, T, width).
+        mixture: Inputs of the writers of the mixture that ran last; None if none ran.
     """
 
     streams: OffloadedTensors
@@ -35,6 +38,7 @@ class SlicedBlock:
         self.basis, self.place = basis, 0
         self.weights: Tensors = {}
         self.inputs: list[OffloadedTensors] = []
+        self.mixture: MixtureInputs | None = None
         self._run, self._dense, self._kept_blocks = run, run.dense, plan.kept_blocks
         config = custom_config(run.dense.anatomy, replace(plan, stock=None), torch.float32)
         self._runner = BlockRunner(config, run.dense.table.layers, run.dense.device, run.dtype)
@@ -65,11 +69,19 @@ class SlicedBlock:
         return weights
 
     def writers(self, index: int) -> list[str]:
-        """Return the writers at a site that are to be fitted; none for experts, which don't repair the error before."""
-        sublayers = self._sites[index]
-        if any(name in self.weights for s in sublayers for name in s.stacked):
+        """Return the writers at a site that are fitted together; none of a mixture, see `expert_writers`."""
+        if self.mixture_at(index):
             return []
-        return [name for s in sublayers for name in (*s.writers, *s.normed_writers) if s.weight(name) in self.weights]
+        return [
+            name
+            for s in self._sites[index]
+            for name in (*s.writers, *s.normed_writers)
+            if s.weight(name) in self.weights
+        ]
+
+    def mixture_at(self, index: int) -> Sublayer | None:
+        """Return the mixture of experts at a site of this block, if there is one."""
+        return next((s for s in self._sites[index] if any(name in self.weights for name in s.stacked)), None)
 
     def normalized(self, index: int, number: int) -> Tensor:
         """Return the stream of a batch as the sublayers at a site read it, (B, T, width)."""
@@ -77,13 +89,19 @@ class SlicedBlock:
 
     def run(self, activations: list[Activations], index: int) -> None:
         """Run the sublayers at a site up to the writers that are to be fitted, and keep `inputs`."""
-        writers = self.writers(index)
+        writers, sublayer, self.mixture = self.writers(index), self.mixture_at(index), None
         self.inputs = [self._run.offload.tensors() for _ in writers or [""]]
+        if sublayer:
+            experts = Experts.of(self._dense.table, sublayer, self.layer)
+            self.mixture = MixtureInputs(sublayer, experts, self._run.offload)
+        observed = sublayer.observed if sublayer else writers
         for number, batch in enumerate(activations):
-            with captured_inputs(self.layer, writers, stop=True) as inputs:
+            with captured_inputs(self.layer, observed, stop=not sublayer) as inputs:
                 update = self.layer.update(index, self.normalized(index, number), **self.kwargs(batch))
             for kept_inputs, captured in zip(self.inputs, [inputs[w] for w in writers] or [update], strict=True):
                 kept_inputs.append(captured)
+            if self.mixture:
+                self.mixture.append(batch, inputs)
 
     def missing(self, index: int, number: int, batch: Activations) -> Tensor:
         """Return what the sublayers at a site are to add to the sliced stream of a batch, (B, T, width).

@@ -7,30 +7,25 @@ fitted once, by least squares. Ridges, but that step's, are chosen on tokens tha
 """
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
 from eigenslice.algebra.refit import InputsOutputs
-from eigenslice.arch import Sublayer
-from eigenslice.cut.blocks import Kept, keep_inner, keep_units, rotate_end
+from eigenslice.cut.blocks import keep_inner, keep_units, rotate_end
 from eigenslice.cut.ends import GlobalCut
-from eigenslice.fit.expert_writers import fit_experts
+from eigenslice.fit.expert_writers import fit_mixture
 from eigenslice.fit.normed_writers import NormedWriter, fit_normed_writer
 from eigenslice.fit.reader_step import Fits
 from eigenslice.fit.ridges import Fitting, RidgeFits
-from eigenslice.fit.site_writers import fit_site_writers, pass_unfitted
+from eigenslice.fit.site_writers import fit_site_writers
 from eigenslice.fit.sliced_block import SlicedBlock
 from eigenslice.model.dense import Tensors
 from eigenslice.model.folding import FoldedBlock
 from eigenslice.runtime.offload import OffloadedTensors
 from eigenslice.runtime.run_state import Position
-from eigenslice.stream.experts import Experts, WriterInputs
 from eigenslice.stream.run import Run
-from eigenslice.stream.runner import captured_inputs, has_experts
 from eigenslice.stream.walk import Activations, Site
 
 
@@ -137,54 +132,19 @@ class SlicedTwin:
         block.place = self._plan.kept_blocks.index(site.block)
         kept = self._kept[block.place]
         for sublayer in self._sites[site.index]:
-
-            def rotated_weights(units: Kept, sublayer: Sublayer = sublayer) -> Tensors:
-                ends = keep_units(sublayer, folded, units)
-                rotated = (rotate_end(sublayer, name, weight, reading, self._basis) for name, weight in ends)
-                return dict(rotated) | keep_inner(sublayer, folded, units)
-
-            fitted: Tensors = {}
-            if sublayer.stacked and kept.neurons is not None and has_experts(block.layer, sublayer):
-                fitted = self._fit_experts(
-                    site, sublayer, rotated_weights(replace(kept, neurons=None, shared_neurons=None)), kept
-                )
+            ends = keep_units(sublayer, folded, kept)
+            rotated = (rotate_end(sublayer, name, weight, reading, self._basis) for name, weight in ends)
+            block.put(dict(rotated) | keep_inner(sublayer, folded, kept))
             if sublayer.post_norm:
                 self._normed = NormedWriter(folded[sublayer.post_gain], self._basis, site.eps)
-            block.put(rotated_weights(kept) | fitted)
         block.run(site.activations, site.index)
 
     def _fit_writers(self, site: Site) -> None:
         """Fit the writers before a site so that the sliced stream becomes the dense stream in the basis."""
         before = (site.index - 1) % len(self._sites)
-        if not self._block.writers(before):
-            pass_unfitted(self._block, before)
+        if self._block.mixture:
+            fit_mixture(self._block, site, before, self._block.mixture, self._fits)
         elif self._normed:
             fit_normed_writer(self._block, site, before, self._normed, self._fits)
         else:
             fit_site_writers(self._block, site, before, self._fits)
-
-    def _fit_experts(self, site: Site, sublayer: Sublayer, whole: Tensors, kept: Kept) -> Tensors:
-        """Fit the writers of experts, and return their weights.
-
-        Args:
-            site: The site before the experts.
-            sublayer: The experts.
-            whole: The block's weights with all neurons, out x in; names relative to the layer. The dictionary is
-                emptied.
-            kept: Neurons that each expert keeps, and kept neurons of shared experts.
-        """
-        block, layer = self._block, self._block.layer
-        block.assign(whole)
-        shared = sublayer.shared_writer
-        names = [sublayer.weight(name) for name in (sublayer.neuron_writer, shared) if name]
-        writers = {name: whole[name] for name in names}
-        whole.clear()  # it is large
-        inputs = WriterInputs(Experts.of(self._dense.table, sublayer, layer), self._run.offload)
-        for number, batch in enumerate(site.activations):
-            with captured_inputs(layer, sublayer.observed, stop=True) as seen:
-                layer.update(site.index, block.normalized(site.index, number), **block.kwargs(batch))
-            inputs.append(batch, seen[sublayer.experts], seen[shared] if shared else None)
-        regression = partial(self._ridges.fit, "experts", self._site_number(site), site.activations)
-        fitted = fit_experts(site, sublayer, writers, kept, inputs, regression)
-        inputs.clear()
-        return fitted

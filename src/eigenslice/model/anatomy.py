@@ -102,9 +102,22 @@ class Anatomy:
 
     @cached_property
     def expert_count(self) -> int:
-        """Number of experts in each mixture; 0 if there are none, or their neurons can't be cut."""
+        """Number of experts in each mixture; 0 if there are none."""
         *experts, _ = self._columns(self.table.mlp.neuron_writer)
         return experts[0] if experts else 0
+
+    @cached_property
+    def expert_groups(self) -> int:
+        """Number of groups of experts, of each of which equally many experts stay; 1 without groups."""
+        return int((self.table.groups_field and getattr(self.config, self.table.groups_field)) or 1)
+
+    @cached_property
+    def fewest_experts(self) -> int:
+        """Least number of experts that a mixture needs, so that each token finds as many as before."""
+        top, groups = int(self.config.num_experts_per_tok), self.expert_groups
+        if groups == 1:
+            return top
+        return groups * max(2, -(-top // int(self.config.topk_group or groups)))
 
     @cached_property
     def shared_neuron_count(self) -> int:

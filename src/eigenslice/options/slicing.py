@@ -43,14 +43,18 @@ class SliceOptions(Options):
     recipe: Annotated[
         UserPath | None,
         Option(
-            "Plan from a file: an eigenslice.json, or YAML with width, neurons, key_value_heads, query_heads, "
-            "dropped_blocks, tied, basis.",
+            "Plan from a file: an eigenslice.json, or YAML with width, neurons, experts, key_value_heads, "
+            "query_heads, dropped_blocks, tied, basis.",
             SIZE,
         ),
     ] = None
     neurons: Annotated[
         int | None,
         Option("MLP neurons (of each expert) to keep in every block, with --width or --slicing.", SIZE, "all"),
+    ] = None
+    experts: Annotated[
+        int | None,
+        Option("Experts to keep in every mixture, with --width, --slicing or --neurons, or alone.", SIZE, "all"),
     ] = None
     mlp: Annotated[bool, Option("With --keep: cut MLP neurons, too; --no-mlp cuts the width only.", SIZE)] = True
     heads: Annotated[
@@ -142,7 +146,7 @@ class SliceOptions(Options):
     @model_validator(mode="after")
     def _check(self) -> "SliceOptions":
         given = [f"--{n}" for n in ("keep", "slicing", "width", "recipe") if getattr(self, n) is not None]
-        if len(given) != 1:
+        if len(given) != 1 and (given or self.experts is None):
             raise OptionsError(
                 " and ".join(given) + " together" if given else "no size was given",
                 allowed="exactly one of --keep, --slicing, --width and --recipe",
@@ -152,6 +156,13 @@ class SliceOptions(Options):
             raise OptionsError(
                 f"--neurons {self.neurons} with --keep, --recipe or --no-mlp",
                 allowed="--neurons beside --width or --slicing: --keep and --recipe say themselves how many to keep",
+                next_step="drop one of them",
+            )
+        if self.experts is not None and (self.keep is not None or self.recipe is not None):
+            raise OptionsError(
+                f"--experts {self.experts} with --keep or --recipe",
+                allowed="--experts alone, or beside --width, --slicing or --neurons: --keep and --recipe say "
+                "themselves how many to keep",
                 next_step="drop one of them",
             )
         if self.portable and (self.form == "custom" or self.basis == "per-block"):

@@ -12,6 +12,7 @@ from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.checks import (
     ROUND,
     check_dropped,
+    check_experts,
     check_heads,
     check_neurons,
     check_portable,
@@ -31,6 +32,8 @@ HEADS = (1.0, 0.75, 0.5)
 """Shares of the key/value heads that plans may keep, or of each key/value head's query heads."""
 FEW_HEADS = 2
 """Number of key/value heads up to which plans may keep fewer query heads for each of them."""
+EXPERTS = (0.5, 1.0)
+"""Shares of the cut that experts may bear beside 0; their neurons, or the width, bear the rest."""
 DROPS = (1 / 6, 1 / 3)
 """Shares of the cut that blocks to leave out may bear."""
 
@@ -128,16 +131,17 @@ def _make_plans(request: _Request) -> list[list[Plan]]:
         return _plans_for_size(request)
     if options.recipe is not None:
         return [[_plan_of_recipe(request)]]
-    if options.width is not None:
-        width, given = options.width, f"--width {options.width}"
+    if options.slicing is None:  # --experts may be alone
+        width = anatomy.width if options.width is None else options.width
+        given = f"--width {options.width}"
     else:
-        assert options.slicing is not None  # SliceOptions checks that a size is given
         width = rounded((1 - options.slicing) * anatomy.width, request.step())
         given = f"--slicing {options.slicing} leaves width {width}"
     check_width(anatomy, width, given)
     neurons = anatomy.neuron_count if options.neurons is None else options.neurons
     check_neurons(anatomy, options.basis, neurons, f"--neurons {neurons}")
-    return [[request.plan(Sizes(width, neurons))]]
+    check_experts(anatomy, options.basis, options.experts, f"--experts {options.experts}")
+    return [[request.plan(Sizes(width, neurons, experts=options.experts))]]
 
 
 def _plan_of_recipe(request: _Request) -> Plan:
@@ -167,8 +171,10 @@ def _plan_of_recipe(request: _Request) -> Plan:
     heads = recipe.get("key_value_heads", anatomy.kv_head_count)
     queries = recipe.get("query_heads")
     check_heads(anatomy, options.basis, heads, queries)
+    experts = recipe.get("experts")
+    check_experts(anatomy, options.basis, experts, f"the recipe keeps {experts} experts")
     request = replace(request, tied=request.tied and recipe.get("tied", True))
-    return request.plan(Sizes(recipe["width"], counts, heads, tuple(sorted(dropped)), queries))
+    return request.plan(Sizes(recipe["width"], counts, heads, tuple(sorted(dropped)), queries, experts))
 
 
 def _plans_for_size(request: _Request) -> list[list[Plan]]:
@@ -176,16 +182,18 @@ def _plans_for_size(request: _Request) -> list[list[Plan]]:
     anatomy, options = request.anatomy, request.options
     more = options.mlp and options.fits and options.basis == "global"
     heads = _numbers_of_heads(anatomy) if more and options.heads else [(None, None)]
-    kinds = [(numbers, 0) for numbers in heads]
+    kinds = [(numbers, 0, None) for numbers in heads]
+    if more and anatomy.expert_count and anatomy.table.experts_field:
+        kinds += [(heads[0], 0, experts) for experts in _numbers_of_experts(request)]
     blocks = anatomy.block_count
     if more and options.depth and anatomy.can_drop_blocks:
         mean_size = statistics.mean(anatomy.block_sizes[1:])
         cut = max(0, anatomy.remaining_parameters - request.budget) / mean_size
-        kinds += [(heads[0], min(blocks - 1, round(share * cut))) for share in DROPS]
+        kinds += [(heads[0], min(blocks - 1, round(share * cut)), None) for share in DROPS]
     last = range(blocks - 1, 0, -1)
     sizes = [
-        Sizes(anatomy.width, None, kv_heads, blocks_to_drop(anatomy, last, drop), query_heads)
-        for (kv_heads, query_heads), drop in dict.fromkeys(kinds)
+        Sizes(anatomy.width, None, kv_heads, blocks_to_drop(anatomy, last, drop), query_heads, experts)
+        for (kv_heads, query_heads), drop, experts in dict.fromkeys(kinds)
     ]
     families = [_family(request, whole) for whole in dict.fromkeys(sizes)]
     families = [family for family in families if family]
@@ -213,6 +221,19 @@ def _numbers_of_heads(anatomy: Anatomy) -> list[tuple[int | None, int | None]]:
     if dense.kv <= FEW_HEADS and dense.group > 1:
         numbers += [(dense.kv, dense.kv * math.ceil(share * dense.group)) for share in HEADS if share < 1]
     return numbers
+
+
+def _numbers_of_experts(request: _Request) -> list[int]:
+    """Return the numbers of experts that plans may keep, without the dense model's."""
+    anatomy = request.anatomy
+    every, step = anatomy.expert_count, anatomy.expert_groups
+    fewer = [
+        stored_parameters(anatomy, request.plan(Sizes(anatomy.width, experts=count))) for count in (every, every - step)
+    ]
+    each = (fewer[0] - fewer[1]) / step
+    cut = max(0, anatomy.remaining_parameters - request.budget)
+    numbers = [every - math.ceil(share * cut / each / step - 1e-9) * step for share in EXPERTS]
+    return [count for count in dict.fromkeys(numbers) if anatomy.fewest_experts <= count < every]
 
 
 def _family(request: _Request, whole: Sizes) -> list[Plan]:

@@ -107,6 +107,32 @@ def check_heads(anatomy: Anatomy, basis: BasisKind, heads: int, queries: int | N
         )
 
 
+def check_experts(anatomy: Anatomy, basis: BasisKind, experts: int | None, given: str) -> None:
+    """Refuse a number of experts that the model can't keep; `given` says where the number is from."""
+    if experts is None or experts == anatomy.expert_count:
+        return
+    most, least, groups = (
+        anatomy.expert_count,
+        anatomy.fewest_experts if anatomy.expert_count else 0,
+        anatomy.expert_groups,
+    )
+    if basis == "global" and anatomy.table.experts_field and least <= experts <= most and experts % groups == 0:
+        return
+    if not anatomy.table.experts_field:
+        allowed = "none: this architecture has no experts"
+    elif basis == "per-block":
+        allowed = "all experts: per-block is the paper's algorithm, which cuts the hidden width only"
+    elif groups > 1:
+        allowed = f"multiples of {groups}, the number of their groups, from {least} to {most}"
+    else:
+        allowed = f"{least}, as many as a token needs, to {most}"
+    raise OptionsError(
+        f"{given}; the model has {most} experts in each mixture",
+        allowed=allowed,
+        next_step="leave it out to keep all of them",
+    )
+
+
 def check_dropped(anatomy: Anatomy, basis: BasisKind, dropped: list[Any]) -> None:
     """Refuse blocks in a recipe that the model can't be without."""
     if not dropped:

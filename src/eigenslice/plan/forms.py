@@ -59,12 +59,18 @@ def architecture(anatomy: Anatomy) -> dict[str, Any]:
     }
 
 
+def _expert_fields(anatomy: Anatomy, plan: Plan) -> dict[str, int]:
+    """Return the field of a dense config with the number of experts, if some are cut."""
+    name = anatomy.table.experts_field
+    return {} if plan.experts is None or name is None else {_field(anatomy, name): plan.experts}
+
+
 def custom_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> SlicedConfig:
     """Config of the custom class."""
     values: dict[str, Any] = {"architectures": ["SlicedForCausalLM"], "auto_map": AUTO_MAP}
     text, resized = _with_heads(anatomy, plan)
     return SlicedConfig(
-        text_config=text | {"tie_word_embeddings": plan.tied},
+        text_config=text | _expert_fields(anatomy, plan) | {"tie_word_embeddings": plan.tied},
         architecture=architecture(anatomy),
         site_widths=list(plan.site_widths),
         neurons=list(plan.neurons_per_block)
@@ -159,6 +165,7 @@ def stock_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> dict[str, 
     if not (anatomy.table.heads_span_width or values.get("head_dim")):
         values["head_dim"] = _head_dim(anatomy.config)
     values |= {} if heads is None else _head_fields(anatomy, heads)
+    values |= _expert_fields(anatomy, plan)
     if form.model_type != anatomy.table.model_type:
         fields = AutoConfig.for_model(form.model_type).to_dict()
         values = {key: value for key, value in values.items() if key in fields}
@@ -168,11 +175,11 @@ def stock_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype) -> dict[str, 
         "hidden_size": plan.site_widths[0],
         "tie_word_embeddings": plan.tied,
     }
-    if anatomy.table.mlp.can_cut_neurons:
+    if anatomy.table.mlp.can_cut_neurons and anatomy.table.neurons_field:
         values[anatomy.table.neurons_field] = plan.neurons_per_block[0]
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(checked_config(values))].__name__
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(checked_config(values))]
     name = str(dtype).removeprefix("torch.")
-    return values | _legacy_rope(values) | {"architectures": [model_class], "dtype": name, "torch_dtype": name}
+    return values | _legacy_rope(values) | {"architectures": [model_class.__name__], "dtype": name, "torch_dtype": name}
 
 
 def checked_config(values: dict[str, Any]) -> Any:
@@ -203,6 +210,8 @@ def misfit(anatomy: Anatomy, plan: Plan) -> str | None:
         width = _head_dim(anatomy.config) * heads.queries
         if width != plan.site_widths[0]:
             return f"the hidden size of this type is heads x head_dim, {width}"
+    if anatomy.table.neurons_field is None and set(plan.neurons_per_block) != {anatomy.neuron_count}:
+        return "this type has four times as many neurons as its hidden size"
     if len(set(plan.neurons_per_block)) > 1:
         return "stock configs have one number of MLP neurons for all blocks"
     try:
@@ -264,6 +273,7 @@ def choose_form(
         neurons_per_block=neurons if isinstance(neurons, tuple) else (neurons,) * blocks,
         kv_heads=None if sizes.kv_heads == anatomy.kv_head_count else sizes.kv_heads,
         query_heads=_fewer_queries(anatomy, sizes),
+        experts=None if sizes.experts == anatomy.expert_count else sizes.experts,
         dropped_blocks=sizes.dropped_blocks,
         rotated=not (whole and anatomy.table.has_post_norms),
     )

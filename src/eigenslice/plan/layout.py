@@ -78,6 +78,7 @@ def _block_layout(
                     inputs = _rows_of_heads(anatomy, plan, sublayer.heads.get(name), inputs)
                     zero = plan.stock is not None and name in plan.stock.zero_biases
                     biased = zero or bias in anatomy.shapes
+                experts, outputs = _numbers_of_experts(plan, sublayer, name, experts, outputs)
                 result[weight] = (role, sublayer.transpose_shape(name, (*experts, outputs, inputs)))
                 if biased:
                     result[bias] = (role, (*experts, outputs))
@@ -95,6 +96,15 @@ def _block_layout(
     return result
 
 
+def _numbers_of_experts(
+    plan: Plan, sublayer: Sublayer, name: str, experts: list[int], outputs: int
+) -> tuple[list[int], int]:
+    """Return the axis of experts, if there is one, and the rows of a weight, of which a router has one an expert."""
+    if plan.experts is None or not sublayer.is_per_expert(sublayer.weight(name)):
+        return experts, outputs
+    return ([plan.experts], outputs) if experts else ([], plan.experts)
+
+
 def _rows_of_heads(anatomy: Anatomy, plan: Plan, rows: HeadRows | None, count: int) -> int:
     """Return the number of rows that a plan keeps of a weight with so many rows; None: they belong to no heads."""
     dense, heads = anatomy.head_counts, plan.heads(anatomy)
@@ -108,6 +118,9 @@ def _inner_shapes(anatomy: Anatomy, plan: Plan, prefix: str, sublayer: Sublayer)
     for name, shape in anatomy.shapes.items():
         part = name.removeprefix(prefix)
         if not (name.startswith(prefix) and is_inside(part, sublayer.inner)):
+            continue
+        if plan.experts is not None and sublayer.is_per_expert(part):
+            result[name] = (plan.experts, *shape[1:])
             continue
         found = sublayer.inner_heads(part)
         if found is None or heads is None:

@@ -23,6 +23,7 @@ class Sizes:
         query_heads: Number of query heads in every block, equally many for each kept key/value head; None keeps all
             of the kept key/value heads.
         dropped_blocks: Numbers of the dense model's blocks that are left out.
+        experts: Number of experts in every mixture; None keeps all.
     """
 
     width: int
@@ -30,6 +31,7 @@ class Sizes:
     kv_heads: int | None = None
     dropped_blocks: tuple[int, ...] = ()
     query_heads: int | None = None
+    experts: int | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Plan:
             of the other blocks.
         rotated: True if the stream leaves the dense model's coordinates. Otherwise all of the width is kept, and the
             result can have norms that don't commute with a rotation.
+        experts: Number of experts in every mixture; None is the dense model's.
     """
 
     basis: BasisKind
@@ -61,6 +64,7 @@ class Plan:
     dropped_blocks: tuple[int, ...] = ()
     rotated: bool = True
     query_heads: int | None = None
+    experts: int | None = None
 
     def heads(self, anatomy: Anatomy) -> HeadCounts | None:
         """Return the numbers of heads in each block; None if none were cut."""
@@ -85,7 +89,7 @@ class Plan:
         """Return whether anything is smaller than in the dense model."""
         heads, dense = self.heads(anatomy), anatomy.head_counts
         fewer = heads is not None and dense is not None and heads.queries < dense.queries
-        fewer = fewer or bool(self.dropped_blocks)
+        fewer = fewer or bool(self.dropped_blocks) or self.experts is not None
         return fewer or min(self.site_widths) < anatomy.width or min(self.neurons_per_block) < anatomy.neuron_count
 
     def describe(self) -> dict[str, Any]:
@@ -99,6 +103,7 @@ class Plan:
         }
         numbers |= {} if self.kv_heads is None else {"key_value_heads": self.kv_heads}
         numbers |= {} if self.query_heads is None else {"query_heads": self.query_heads}
+        numbers |= {} if self.experts is None else {"experts": self.experts}
         return numbers | ({"dropped_blocks": list(self.dropped_blocks)} if self.dropped_blocks else {})
 
 

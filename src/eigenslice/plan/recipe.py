@@ -15,12 +15,13 @@ FIELDS: dict[str, Any] = {
     "neurons": (int, list),
     "key_value_heads": int,
     "query_heads": int,
+    "experts": int,
     "dropped_blocks": list,
     "tied": bool,
     "basis": str,
 }
 ALLOWED = "an eigenslice.json, or YAML (or JSON) with width, and optionally neurons (one number or one for each block "
-ALLOWED += "that is kept), key_value_heads, query_heads, dropped_blocks, tied and basis"
+ALLOWED += "that is kept), key_value_heads, query_heads, experts, dropped_blocks, tied and basis"
 
 
 class _Plain(yaml.SafeLoader):

@@ -45,13 +45,15 @@ def write_card(folder: Path, manifest: dict[str, Any], name: str, metadata: dict
 
 
 def _fewer(manifest: dict[str, Any]) -> list[str]:
-    """Rows about tokens, heads and blocks, if some were cut."""
+    """Rows about tokens, experts, heads and blocks, if some were cut."""
     heads, dropped = manifest["plan"].get("key_value_heads"), manifest["plan"].get("dropped_blocks")
     queries = manifest["plan"].get("query_heads")
     rows = []
     if "vocabulary" in manifest:
         section = manifest["vocabulary"]
         rows.append(f"| tokens in the vocabulary | {section['dense']:,} | {section['kept']:,} |")
+    experts = manifest["plan"].get("experts")
+    rows += [] if experts is None else [f"| experts per mixture | {manifest['dense_experts']} | {experts} |"]
     rows += [] if heads is None else [f"| key/value heads per block | {manifest['dense_heads']} | {heads} |"]
     rows += [] if queries is None else [f"| query heads per block | {manifest['dense_query_heads']} | {queries} |"]
     if dropped:

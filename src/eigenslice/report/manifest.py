@@ -114,6 +114,7 @@ def manifest(
         "dense_width": anatomy.width,
         "dense_neurons": anatomy.neuron_count,
         "dense_heads": anatomy.kv_head_count,
+        "dense_experts": anatomy.expert_count,
         "dense_query_heads": anatomy.head_counts.queries if anatomy.head_counts else 0,
         "dense_blocks": anatomy.block_count,
         "site_widths": list(plan.site_widths),

@@ -29,6 +29,7 @@ class Plan(_Fields):
     neurons: Count | Annotated[list[Count], Field(min_length=1)]
     tied: bool
     key_value_heads: Size | None = None
+    experts: Size | None = None
     query_heads: Size | None = None
     dropped_blocks: list[Count] = []
 
@@ -175,6 +176,7 @@ class Manifest(_Fields):
     dense_width: Size
     dense_neurons: Count | None = None
     dense_heads: Count = 0
+    dense_experts: Count = 0
     dense_query_heads: Count = 0
     dense_blocks: Count = 0
     site_widths: Annotated[list[Size], Field(min_length=1)]

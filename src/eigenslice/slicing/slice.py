@@ -231,4 +231,5 @@ def _write_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype, folder: Path
 def _measure(run: Run, plans: list[Plan]) -> Measurement:
     """Measure the statistics of the dense model that these plans need."""
     neurons = any(plan.neurons_per_block != run.dense.anatomy.neurons_per_block for plan in plans)
+    neurons = neurons or any(plan.experts is not None for plan in plans)
     return measure(run, neurons=neurons, heads=any(plan.kv_heads or plan.query_heads for plan in plans))

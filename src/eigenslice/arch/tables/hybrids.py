@@ -38,6 +38,7 @@ TABLES = (
         attention=either(("in_proj_qkvz", "in_proj_ba")),
         mlp=mixtures.mixture(dense=True, shared="shared_expert", more=["shared_expert_gate"]),
         neurons_field=mixtures.EXPERTS_FIELD,
+        experts_field=mixtures.NUMBER,
         stock=(StockForm(model_type="qwen3_next"),),
     ),
     QWEN35,
@@ -46,6 +47,7 @@ TABLES = (
         model_type="qwen3_5_moe_text",
         mlp=mixtures.mixture(shared="shared_expert", more=["shared_expert_gate"]),
         neurons_field=mixtures.EXPERTS_FIELD,
+        experts_field=mixtures.NUMBER,
         stock=(StockForm(model_type="qwen3_5_moe_text"),),
     ),
 )

@@ -1,7 +1,7 @@
 """Mixtures of experts with Llama's layout: Mixtral, Qwen, GLM, DeepSeek, Granite, MiniMax, OLMoE, gpt-oss, Llama 4.
 
 transformers holds all experts of a layer in one tensor. The router reads the stream, too. The neurons of experts can be
-cut, and the neurons of shared experts where configs have one field for both.
+cut, and the neurons of shared experts where configs have one field for both. Whole experts can be cut, too.
 """
 
 from collections.abc import Iterable
@@ -13,17 +13,18 @@ from eigenslice.arch.tables import granite, llama
 
 QK_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 EXPERTS_FIELD = "moe_intermediate_size"
+NUMBER, LOCAL, ROUTED = "num_experts", "num_local_experts", "n_routed_experts"
+"""Fields of configs with the number of experts."""
 GATED = ("gate_proj", "up_proj", "down_proj")
 
 
-def mixture(  # noqa: PLR0913 - a table's row: each argument is one fact of a family, named where it differs
+def mixture(
     block: str = "mlp",
     router: str = "gate",
     dense: bool = False,
     shared: str = "",
     more: Iterable[str] = (),
     inner: tuple[str, ...] = (),
-    can_cut_neurons: bool = True,
     together: bool = False,
 ) -> Sublayer:
     """Return an MLP that is a mixture of experts.
@@ -34,8 +35,7 @@ def mixture(  # noqa: PLR0913 - a table's row: each argument is one fact of a fa
         dense: True if some layers have a plain MLP instead.
         shared: Name of the shared experts in the module, which all tokens pass; empty for none.
         more: Names of further readers in the module.
-        inner: Names of unchanged parts in the module.
-        can_cut_neurons: True if the experts' neurons can be cut.
+        inner: Names of further parts in the module with a number for each expert.
         together: True if shared experts have a multiple of an expert's neurons.
     """
     plain = [f"{block}.{name}" for name in GATED] if dense else []
@@ -53,7 +53,8 @@ def mixture(  # noqa: PLR0913 - a table's row: each argument is one fact of a fa
         writers=(*(name for name in plain if name.endswith("down_proj")), experts[1]),
         inner=tuple(f"{block}.{name}" for name in inner),
         stacked=experts,
-        can_cut_neurons=can_cut_neurons,
+        can_cut_neurons=True,
+        routers=(f"{block}.{router}", *(f"{block}.{name}" for name in inner)),
         gated=experts[:1],
         shared=tuple(beside) if together else (),
     )
@@ -80,13 +81,14 @@ LATENT = replace(
 )
 """DeepSeek's attention: keys and values pass a narrow layer with a norm of its own."""
 GPT_OSS = mixture(router="router")
-LLAMA4 = mixture("feed_forward", router="router", dense=True, shared="shared_expert", can_cut_neurons=False)
+LLAMA4 = mixture("feed_forward", router="router", dense=True, shared="shared_expert", together=True)
 
 TABLES = (
-    replace(llama.TABLE, model_type="mixtral", mlp=mixture(), stock=stays("mixtral")),
+    replace(llama.TABLE, model_type="mixtral", mlp=mixture(), experts_field=LOCAL, stock=stays("mixtral")),
     replace(
         llama.TABLE,
         model_type="qwen2_moe",
+        experts_field=NUMBER,
         mlp=mixture(dense=True, shared="shared_expert", more=["shared_expert_gate"]),
         neurons_field=EXPERTS_FIELD,
         stock=stays("qwen2_moe"),
@@ -94,6 +96,7 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="qwen3_moe",
+        experts_field=NUMBER,
         attention=WITH_NORMS,
         mlp=mixture(dense=True),
         neurons_field=EXPERTS_FIELD,
@@ -102,6 +105,8 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="glm4_moe",
+        experts_field=ROUTED,
+        groups_field="n_group",
         attention=WITH_NORMS,
         mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,), together=True),
         neurons_field=EXPERTS_FIELD,
@@ -110,6 +115,8 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="deepseek_v2",
+        experts_field=ROUTED,
+        groups_field="n_group",
         kv_heads=lambda c: c.num_attention_heads,
         attention=LATENT,
         mlp=mixture(dense=True, shared="shared_experts", together=True),
@@ -119,6 +126,8 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="deepseek_v3",
+        experts_field=ROUTED,
+        groups_field="n_group",
         kv_heads=lambda c: c.num_attention_heads,
         attention=LATENT,
         mlp=mixture(dense=True, shared="shared_experts", inner=(BIAS,), together=True),
@@ -128,6 +137,7 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="minimax_m2",
+        experts_field=LOCAL,
         attention=NORMS_OVER_HEADS,
         mlp=mixture(inner=("e_score_correction_bias",)),
         stock=stays("minimax_m2"),
@@ -135,12 +145,14 @@ TABLES = (
     replace(
         granite.TABLE,
         model_type="granitemoe",
+        experts_field=LOCAL,
         mlp=mixture("block_sparse_moe", router="router"),
         stock=(StockForm(model_type="granitemoe", overrides={"residual_multiplier": 1.0}),),
     ),
     replace(
         llama.TABLE,
         model_type="gpt_oss",
+        experts_field=LOCAL,
         attention=replace(
             llama.ATTENTION,
             inner=("self_attn.sinks",),
@@ -152,16 +164,18 @@ TABLES = (
     replace(
         llama.TABLE,
         model_type="llama4_text",
+        experts_field=LOCAL,
         mlp=replace(LLAMA4, transposed=LLAMA4.stacked),
         stock=stays("llama4_text"),
     ),
     replace(
         llama.TABLE,
         model_type="phimoe",
+        experts_field=LOCAL,
         norm="layer",
         mlp=mixture(router="router"),
         stock=stays("phimoe"),
     ),
     # Norms over all of q and k, as wide as the stream in the config
-    replace(llama.TABLE, model_type="olmoe", attention=NORMS_OVER_HEADS, mlp=mixture(), stock=()),
+    replace(llama.TABLE, model_type="olmoe", attention=NORMS_OVER_HEADS, mlp=mixture(), experts_field=NUMBER, stock=()),
 )
