@@ -30,6 +30,7 @@ TABLES = (
             can_cut_neurons=True,
             adds_stream=True,
         ),
+        neurons_field=None,
         refusals=(
             Refusal(
                 when=lambda c: c.apply_residual_connection_post_layernorm,

@@ -11,6 +11,7 @@ TABLES = (
         embeddings=("transformer.wte",),
         layers="transformer.blocks",
         layers_give_tuples=True,
+        neurons_field=None,
         final_norm="transformer.norm_f",
         lm_head="lm_head",
         attention=Sublayer(
