@@ -1,5 +1,8 @@
 """The order of heads' rows, against the reshapes of transformers' code."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -56,9 +59,8 @@ def by_core(p: dict[str, torch.Tensor]) -> torch.Tensor:
     ],
 )
 def test_the_kept_rows_are_the_rows_of_the_kept_heads(
-    rows: HeadRows, made: object, kv: int, group: int, queries: list[list[int]]
+    rows: HeadRows, made: Callable[[Any], torch.Tensor], kv: int, group: int, queries: list[list[int]]
 ) -> None:
-    assert callable(made)
     whole, counts = parts(kv, group), HeadCounts(kv, group)
     dense, expected = made(whole), made(kept_parts(whole, queries))
     assert dense[rows.kept(counts, queries)].tolist() == expected.tolist()
