@@ -81,7 +81,7 @@ def test_all_writers_together_come_to_the_least_squares_solution(monkeypatch: py
 def test_fitted_readers_and_attention_lose_less(
     case: str, run_slice: Slicer, dense_folder: Folders, tmp_path: Path
 ) -> None:
-    """Experts are only rotated, and yet, on text with a structure, the fit gets nearer to the dense model."""
+    """On text with a structure, the fit gets nearer to the dense model."""
     data = tmp_path / "structured.safetensors"
     save_file({"calibration": tiny.structured_ids(48, 24, seed=1)}, data)
     ids = tiny.structured_ids(8, 24, seed=2)

@@ -16,7 +16,13 @@ from eigenslice.stream.experts import MixtureInputs
 from eigenslice.stream.walk import Activations, Site
 
 SWEEPS = 2
-"""How often all experts are fitted, one after the other."""
+"""How often all experts are fitted, one after the other.
+
+Measured on a trained Qwen3-MoE of 1.9 M parameters without 4 of its 16 experts, chosen by REAP: KL 0.069 without a fit;
+0.0305, 0.0287 and 0.0281 with 1, 2 and 3 rounds. Two rounds towards the whole mixture's output on the sliced stream,
+which repair no error before the mixture, have 0.0305. A fit of all experts at once, each to its share of what is
+missing by the router's weights, has 0.0356, and 0.0299 when it is done three times.
+"""
 
 
 def fit_mixture(block: SlicedBlock, site: Site, before: int, inputs: MixtureInputs, fits: Fits) -> None:
