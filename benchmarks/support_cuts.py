@@ -28,6 +28,8 @@ DIMENSIONS = {
     "experts": "experts",
 }
 FORMS: tuple[FormChoice, ...] = ("stock", "custom")
+DROPPED = 2
+"""Number of the block that is left out: in models with recurrent blocks, block 1 is the one with attention."""
 NONE = "-"
 """The cell of a dimension that the type doesn't have."""
 
@@ -37,7 +39,10 @@ class Cuts:
 
     def __init__(self, case: str, folder: Path) -> None:
         self.case, self.folder = tiny.CASES[case], folder
-        model = self.case.build()
+        more = (
+            {"num_experts": 8, "n_routed_experts": 8} if "n_group" in self.case.extra else {}
+        )  # a group keeps at least two
+        model = tiny.tiny_model(self.case.model_type, self.case.config | self.case.extra | more)
         self.dense = tiny.save(model, folder / "dense")
         self.anatomy = Anatomy.of_config(model.config)
         self.calibration = tiny.calibration_file(folder)
@@ -61,12 +66,17 @@ class Cuts:
             return whole | {"neurons": anatomy.neuron_count - 8}
         if dimension == "heads":
             counts = anatomy.head_counts
-            if counts is None or counts.kv > 1:
-                return whole | {"key_value_heads": anatomy.kv_head_count - anatomy.table.heads_step}
-            return whole | {"query_heads": counts.queries - 1}
+            if counts is None:
+                return whole | {"key_value_heads": 1}
+            if counts.kv == 1:
+                return whole | {"query_heads": counts.queries - 1}
+            kept = counts.kv - anatomy.table.heads_step
+            while tiny.WIDTH % (kept * counts.group) and not anatomy.table.heads_span_width:
+                kept -= 1  # some classes want the hidden size to be a multiple of the number of heads
+            return whole | {"key_value_heads": kept}
         if dimension == "blocks":
-            return whole | {"dropped_blocks": [1]}
-        return whole | {"experts": anatomy.expert_count - 1} if anatomy.table.mlp.stacked else None
+            return whole | {"dropped_blocks": [DROPPED]}
+        return whole | {"experts": anatomy.expert_count - anatomy.expert_groups} if anatomy.table.mlp.stacked else None
 
     def _cell(self, dimension: str, plan: dict[str, Any], form: FormChoice, found: dict[str, torch.Tensor]) -> str:
         recipe = self.folder / "recipe.yaml"
@@ -112,7 +122,7 @@ class Cuts:
         elif dimension == "neurons" and not table.mlp.stacked:
             kept_units.kept_units(model, sliced, table, table.mlp, anatomy.neuron_count)
         elif dimension == "blocks":
-            layer = model.get_submodule(table.layers)[1]
+            layer = model.get_submodule(table.layers)[DROPPED]
             gives_tuple = table.layers_give_tuples
             layer.forward = lambda hidden, *_, **__: (hidden, None) if gives_tuple else hidden
         else:
@@ -124,7 +134,7 @@ class Cuts:
         if dimension == "heads" and not self.anatomy.kv_head_count:
             return self.anatomy.table.attention.why_no_heads
         reasons = re.split(r"hold width \d+: ", error.found)[-1]
-        return reasons.rpartition("; ")[2].removeprefix(f"{self.case.model_type}: ")
+        return re.sub(r", \d+$", "", reasons.rpartition("; ")[2].removeprefix(f"{self.case.model_type}: "))
 
 
 def section(results: dict[str, dict[str, str]]) -> list[str]:

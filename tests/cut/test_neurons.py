@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eigenslice.arch import lookup
+from eigenslice.arch import TABLES, lookup
 from eigenslice.errors import OptionsError
 from eigenslice.modeling import SlicedForCausalLM
 from tests import tiny
@@ -55,9 +56,12 @@ def mlp_shapes(model: Any) -> list[tuple[int, int]]:
     return shapes
 
 
-def test_some_neurons_stay(run_slice: Slicer) -> None:
+def test_some_neurons_stay(run_slice: Slicer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        TABLES, "llama", replace(TABLES["llama"], mlp=replace(TABLES["llama"].mlp, can_cut_neurons=False))
+    )
     with pytest.raises(OptionsError, match=r"none: this architecture's can't be cut"):
-        run_slice("llama4_text", width=24, neurons=40)
+        run_slice("llama", width=24, neurons=40)
 
 
 @pytest.mark.parametrize("case", tiny.WITH_NEURONS)

@@ -210,6 +210,8 @@ def misfit(anatomy: Anatomy, plan: Plan) -> str | None:
         width = _head_dim(anatomy.config) * heads.queries
         if width != plan.site_widths[0]:
             return f"the hidden size of this type is heads x head_dim, {width}"
+    if anatomy.table.embedding_norm:
+        return "the norm behind the embeddings is folded into their rows"
     if anatomy.table.neurons_field is None and set(plan.neurons_per_block) != {anatomy.neuron_count}:
         return "this type has four times as many neurons as its hidden size"
     if len(set(plan.neurons_per_block)) > 1:
