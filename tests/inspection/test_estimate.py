@@ -33,16 +33,22 @@ def test_activations_are_two_streams_and_what_writers_read(dense_folder: Folders
     )
 
 
-@pytest.mark.parametrize(("case", "kinds"), [("llama", 2), ("phi3", 2), ("opt", 1), ("gpt2", 1), ("mixtral", 0)])
+@pytest.mark.parametrize(("case", "kinds"), [("llama", 2), ("phi3", 2), ("opt", 1), ("gpt2", 1)])
 def test_fitting_readers_keeps_slopes_and_what_they_read(case: str, kinds: int, dense_folder: Folders) -> None:
     dense = DenseModel(open_source(str(dense_folder(case))))
     for tokens, some in ((40, 40), (100_000, 25_000)):  # the curvature is that of some of many tokens
         sizes = [
             activation_bytes(dense.anatomy, tokens, torch.float32, refitted=refitted) for refitted in (True, False)
         ]
-        assert sizes[0] - sizes[1] == (
-            some * 4 * (dense.anatomy.width + kinds * dense.anatomy.neuron_count) if kinds else 0
-        )
+        assert sizes[0] - sizes[1] == some * 4 * (dense.anatomy.width + kinds * dense.anatomy.neuron_count)
+
+
+@pytest.mark.parametrize(("case", "shared"), [("mixtral", 0), ("deepseek_v3", 2 * 24)])
+def test_fitting_experts_keeps_their_ends(case: str, shared: int, dense_folder: Folders) -> None:
+    """Input, output, and what is missing, 32 numbers each; and the neurons of shared experts."""
+    anatomy = DenseModel(open_source(str(dense_folder(case)))).anatomy
+    sizes = [activation_bytes(anatomy, 10, torch.float32, refitted=refitted) for refitted in (True, False)]
+    assert sizes == [10 * 4 * (5 * 32 + shared), 10 * 4 * 3 * 32]
 
 
 def test_results_in_the_custom_class_take_a_pass_more(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,9 @@ def activation_bytes(anatomy: Anatomy, tokens: int, dtype: torch.dtype, *, refit
     """
     item = torch.empty((), dtype=dtype).element_size()
     width, rows = anatomy.width, anatomy.neuron_rows
-    # The output of experts is kept, not the inputs of their writers
-    inner = 0 if anatomy.expert_count else anatomy.neuron_count
+    inner = anatomy.neuron_count
+    if anatomy.expert_count:  # a fit keeps the experts' input and output, what is missing, and shared experts' neurons
+        inner = 3 * width + anatomy.shared_neuron_count if refitted else 0
     read = (width + rows) / curvature_stride(tokens) if refitted and rows else 0
     return int(tokens * (2 * width + max(width, inner) + read)) * item
 
