@@ -43,7 +43,9 @@ def test_channels_are_cut_as_in_a_narrower_model(case: str) -> None:
     assert naive.block_parameters(dense, channels.sizes(len(KEPT))) == naive.block_parameters(reference)
 
 
-@pytest.mark.parametrize(("case", "others"), [("gpt2", set()), ("olmo2", {"q_norm"}), ("phi", {"q_proj.bias"})])
+@pytest.mark.parametrize(
+    ("case", "others"), [("gpt2", set()), ("olmo2", {"q_norm", "q_proj.bias"}), ("phi", {"q_proj.bias"})]
+)
 def test_vectors_as_long_as_the_stream_is_wide_are_not_cut(case: str, others: set[str]) -> None:
     """gpt2's norms and positions, olmo2's norms behind sublayers: all parameters but those inside of the attention."""
     variant = tiny.CASES[case]

@@ -129,7 +129,7 @@ def test_a_stock_result_of_an_architecture_that_has_none(
     slice_fails: Failure, dense_folder: Callable[[str], Path]
 ) -> None:
     message = slice_fails(dense_folder("opt"), "--form", "stock")
-    assert "no stock config can hold width 24: 'opt' ties the attention's width" in message
+    assert "no stock config can hold width 24: opt: the type can't hold this width" in message
 
 
 def test_an_output_that_exists(fails: Failure, model: Path, calibration: Path, tmp_path: Path) -> None:

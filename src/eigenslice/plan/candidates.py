@@ -216,10 +216,12 @@ def _numbers_of_heads(anatomy: Anatomy) -> list[tuple[int | None, int | None]]:
     dense, step = anatomy.head_counts, anatomy.table.heads_step
     if dense is None:
         return [(None, None)]
-    numbers: list[tuple[int | None, int | None]] = []
-    numbers += [(math.ceil(share * dense.kv / step) * step, None) for share in HEADS]
+    numbers: list[tuple[int | None, int | None]] = [(None, None)]
+    counts = [math.ceil(share * dense.kv / step) * step for share in HEADS]
+    numbers += [(count, None) for count in counts if count < dense.kv]
     if dense.kv <= FEW_HEADS and dense.group > 1:
-        numbers += [(dense.kv, dense.kv * math.ceil(share * dense.group)) for share in HEADS if share < 1]
+        groups = [math.ceil(share * dense.group) for share in HEADS]
+        numbers += [(dense.kv, dense.kv * group) for group in groups if group < dense.group]
     return numbers
 
 
