@@ -19,7 +19,6 @@ KINDS = {
 NOTES = {
     "llama": "saved as Mistral where the hidden size doesn't divide by the number of heads",
     "qwen2": "saved as Llama with attention bias, which llama.cpp and vLLM run at these hidden sizes",
-    "llama4_text": "experts keep their neurons",
     "gemma4_text": "31B; E2B, E4B and the variant with experts are refused",
 }
 """What is special about a type."""
@@ -39,10 +38,11 @@ eigenslice slices decoder-only language models of these {count} `model_type`s.
 """
 
 AFTER = """
-- LayerNorm models with tied embeddings need the custom class. `--untie` keeps them stock.
-- Experts lose hidden size and neurons. Their number stays.
+- LayerNorm models with tied embeddings need the custom class where the hidden size is cut. `--untie` keeps them stock.
+- Experts lose hidden size and neurons, and whole experts go (`--experts`, or `--keep` by itself), with their rows of
+  the router. Shared experts and dense layers stay; groups of experts stay equally large.
 - Some types tie the width of the attention to the hidden size (OPT, GPT-2), and some norm what a sublayer adds to the
-  stream (Gemma 2). Stock configs can't hold their results.
+  stream (Gemma 2). Stock configs hold their results at the whole hidden size: neurons, heads, blocks and experts go.
 - Other types are refused in one line that says why. Variants that break the mathematics are refused, too (OPT-350m).
 - A table of your own needs no fork: [ARCHITECTURE.md](../ARCHITECTURE.md#how-to-add-a-family).
 
