@@ -113,7 +113,9 @@ class Anatomy:
 
     @cached_property
     def fewest_experts(self) -> int:
-        """Least number of experts that a mixture needs, so that each token finds as many as before."""
+        """Least number of experts that a mixture needs, so that each token finds as many as before; 0 without any."""
+        if not self.expert_count:
+            return 0
         top, groups = int(self.config.num_experts_per_tok), self.expert_groups
         if groups == 1:
             return top
