@@ -34,7 +34,7 @@ def run_beside(
         report: Function that is called with the number of the current block.
         content: Function that gives further content of the saved state.
     """
-    sites = run.walk(batches, position=position, hold=True)
+    sites = run.walk(batches, position=position, hold=True, unnormed=True)
     if position:
         for name, twin in twins.items():
             twin.restore(position, name, position.content["fits"][name])

@@ -82,7 +82,7 @@ def missed_least(run: Run, count: int, batches: list[Batch]) -> dict[int, float]
         read.setdefault(batch.number, []).append(inputs[sublayer.neuron_writer])
 
     report = run.report(DEPTH_STAGE, sum(batch.tokens for batch in batches))
-    for site in run.walk(held_out_first(batches), observe, observed):
+    for site in run.walk(held_out_first(batches), observe, observed, unnormed=True):
         report(site.block)
         if site.index == 0:
             if gap:

@@ -46,6 +46,7 @@ class Run:
         *,
         position: Position | None = None,
         hold: bool = False,
+        unnormed: bool = False,
     ) -> Iterator[Site]:
         """Begin one more pass of the dense model, as `Stream.walk`. The activations of the pass before are removed.
 
@@ -57,10 +58,12 @@ class Run:
             observed: Sublayers that it sees.
             position: The position to go on from; None is the beginning.
             hold: True to keep a block's weights in memory while the stream passes it.
+            unnormed: True to keep the inputs of post norms.
         """
         self.offload.reset()
         stream = Stream(self.dense, self.dtype, self.offload)
-        return stream.walk(share_batches(batches, self.ranks), observe, observed, position=position, hold=hold)
+        shared = share_batches(batches, self.ranks)
+        return stream.walk(shared, observe, observed, position=position, hold=hold, unnormed=unnormed)
 
     def report(self, stage: str, tokens: int | None = None) -> Callable[[int], None]:
         """Return a function that reports the number of the current block of a stage.

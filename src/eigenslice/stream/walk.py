@@ -175,6 +175,7 @@ class Stream:
         *,
         position: Position | None = None,
         hold: bool = False,
+        unnormed: bool = False,
     ) -> Iterator[Site]:
         """Yield the stream at each site, the last one before the head, and run the sublayers in between.
 
@@ -187,6 +188,7 @@ class Stream:
             observed: Sublayers with one writer, or with experts (in the layers that have them).
             position: The position to go on from, with the streams saved as `STREAMS`; None begins with the embeddings.
             hold: True to keep a block's weights in memory, in float64's precision, while the stream passes it.
+            unnormed: True to keep the input of each post norm until the next post norm.
 
         Raises:
             ActivationError: NaN or infinite numbers; says in which block.
@@ -213,7 +215,10 @@ class Stream:
                     if site == 0 and block + 1 < blocks:  # not before: the consumer may need memory, too
                         following = reader.submit(dense.read_block, block + 1)
                     trim_memory()
-                    finite = [self._pass(layer, block, site, batch, observe, observed) for batch in activations]
+                    finite = [
+                        self._pass(layer, block, site, batch, observe, observed, unnormed=unnormed)
+                        for batch in activations
+                    ]
                 self._runner.release(layer)
                 trim_memory()
                 self._check(finite, f"block {block} (of 0 to {blocks - 1}) gives")
@@ -227,12 +232,14 @@ class Stream:
         batch: Activations,
         observe: Observer | None,
         observed: Collection[Sublayer],
+        *,
+        unnormed: bool,
     ) -> Tensor:
         """Let one batch pass a site's sublayers, and return whether it is finite then, a boolean on the device."""
         seen = [s for s in self._sites[site] if observe is not None and s in observed]
         seen = [s for s in seen if has_module(layer, s.experts if s.stacked else s.neuron_writer)]
         hidden = batch.hidden
-        post_norms = [s.post_norm for s in self._sites[site] if s.post_norm]
+        post_norms = [s.post_norm for s in self._sites[site] if s.post_norm and unnormed]
         modules = dict.fromkeys([*(name for s in seen for name in s.observed), *post_norms])
         with (
             captured_inputs(layer, list(modules)) as inputs,
