@@ -44,8 +44,7 @@ def fit_mixture(block: SlicedBlock, site: Site, before: int, inputs: MixtureInpu
     writers: dict[int | None, Tensor] = dict(enumerate(block.weights[stacked]))
     if shared:
         writers[None] = block.weights[sublayer.weight(shared)]
-    fit_number = site.block * len(fits.run.dense.anatomy.sites) + site.index
-    regression = partial(fits.ridges.fit, "experts", fit_number, site.activations)
+    regression = partial(fits.fit, "experts", site)
     fitted = fit_experts(site, writers, inputs, missing, regression)
     if shared:
         block.put({sublayer.weight(shared): fitted.pop(None)})

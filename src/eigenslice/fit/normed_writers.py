@@ -114,8 +114,7 @@ def fit_normed_writer(block: SlicedBlock, site: Site, before: int, normed: Norme
         normed: The writer, beside the dense model's.
         fits: What all fits share.
     """
-    sites = fits.run.dense.anatomy.sites
-    (sublayer,), fit_number = sites[before], site.block * len(sites) + site.index
+    (sublayer,) = fits.run.dense.anatomy.sites[before]
     weight, bias = sublayer.weight(sublayer.neuron_writer), block.weights.get(sublayer.bias(sublayer.neuron_writer))
     scale = normed.scale[:, None]
 
@@ -126,7 +125,7 @@ def fit_normed_writer(block: SlicedBlock, site: Site, before: int, normed: Norme
         return batch.rows(block.inputs[0][number]) * normed.weight(batch), outputs
 
     kind = "neurons" if sublayer.can_cut_neurons else "write"
-    fitted = fits.ridges.fit(kind, fit_number, site.activations, scale * block.weights[weight], inputs_outputs)
+    fitted = fits.fit(kind, site, scale * block.weights[weight], inputs_outputs)
     block.put({weight: fitted / scale})
     if fits.reader_stride and sublayer.can_cut_neurons:
         columns = scale * block.weights[weight]
@@ -144,13 +143,12 @@ def fit_normed_writer(block: SlicedBlock, site: Site, before: int, normed: Norme
 
 def _fit_projection(block: SlicedBlock, site: Site, before: int, sublayer: Sublayer, fits: Fits) -> None:
     """Fit the matrix behind a post norm whose writer is fitted; for the arguments, see `fit_normed_writer`."""
-    writer, sites = block.layer.get_submodule(sublayer.neuron_writer), fits.run.dense.anatomy.sites
+    writer = block.layer.get_submodule(sublayer.neuron_writer)
 
     def inputs_outputs(number: int, batch: Activations) -> InputsOutputs:
         inputs = batch.rows(normalize(writer(block.inputs[0][number]), site.eps))
         size = inverse_size(batch.rows(batch.hidden), site.eps)
         return inputs * size, batch.rows(block.missing(before, number, batch)) * size
 
-    base, fit_number = block.weights[sublayer.projection], site.block * len(sites) + site.index
-    fitted = fits.ridges.fit("write", fit_number, site.activations, base, inputs_outputs)
+    fitted = fits.fit("write", site, block.weights[sublayer.projection], inputs_outputs)
     block.put({sublayer.projection: fitted})

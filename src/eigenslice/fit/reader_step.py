@@ -30,6 +30,14 @@ class Fits:
     ridges: RidgeFits
     reader_stride: int
 
+    def fit(self, kind: str, site: Site, base: Tensor, inputs_outputs: InputsOutputsOf) -> Tensor:
+        """Solve a ridge regression over the batches at a site, whose number says which group is held out.
+
+        For the other arguments and the result, see `RidgeFits.fit`.
+        """
+        number = site.block * len(self.run.dense.anatomy.sites) + site.index
+        return self.ridges.fit(kind, number, site.activations, base, inputs_outputs)
+
 
 @dataclass(frozen=True)
 class FittedWriters:

@@ -34,8 +34,7 @@ def fit_site_writers(block: SlicedBlock, site: Site, before: int, fits: Fits) ->
         return batch.rows(inputs) * weight, batch.rows(block.missing(before, number, batch)) * weight
 
     kind = "neurons" if any(sublayer.can_cut_neurons for sublayer in sites[before]) else "write"
-    fit_number = site.block * len(sites) + site.index
-    fitted = fits.ridges.fit(kind, fit_number, site.activations, torch.cat(parts, dim=1), inputs_outputs)
+    fitted = fits.fit(kind, site, torch.cat(parts, dim=1), inputs_outputs)
     pieces = fitted.split([part.shape[1] for part in parts], dim=1)
     block.weights |= {module + ".weight": piece for module, piece in zip(writers, pieces, strict=False)}
     if biases:

@@ -113,18 +113,12 @@ class SlicedTwin:
         def inputs_outputs(number: int, batch: Activations) -> InputsOutputs:
             return batch.rows(seen(self.streams[number])), batch.rows(seen(batch.hidden))
 
-        reading = self._ridges.fit(
-            "read", self._site_number(site), site.activations, self._basis.reading, inputs_outputs
-        )
+        reading = self._fits.fit("read", site, self._basis.reading, inputs_outputs)
         if site.folded is None:
             assert site.layer is None, "a twin needs the weights that the walk holds"
             self.reading = reading
         else:
             self._run_sublayers(site, site.folded, reading)
-
-    def _site_number(self, site: Site) -> int:
-        """Return the number of a site, which says which group is held out."""
-        return site.block * len(self._sites) + site.index
 
     def _run_sublayers(self, site: Site, folded: FoldedBlock, reading: Tensor) -> None:
         """Give a site's sublayers weights, and keep the inputs of their writers."""
