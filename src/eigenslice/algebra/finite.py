@@ -1,7 +1,10 @@
-"""A check for NaN and infinite numbers."""
+"""Checks for numbers that are no finite floats."""
 
 import torch
 from torch import Tensor
+
+LARGEST_EXPONENT = 700.0
+"""Largest exponent, in nats: exp() of more is no float."""
 
 
 def all_finite(tensor: Tensor) -> Tensor:

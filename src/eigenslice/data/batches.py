@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from eigenslice.runtime.ranks import Ranks
@@ -32,6 +33,14 @@ class Batch:
     def tokens(self) -> int:
         """Tokens that count."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
+
+    @property
+    def predicted(self) -> Tensor:
+        """Whether a token and the next token count, (B, T - 1), so that the next token can be predicted."""
+        mask = self.attention_mask
+        if mask is None:
+            return torch.ones_like(self.input_ids[:, 1:], dtype=torch.bool)
+        return (mask[:, 1:] * mask[:, :-1]).bool()
 
 
 def share_batches(batches: list[Batch], ranks: Ranks) -> list[Batch]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from eigenslice.algebra.finite import LARGEST_EXPONENT
 from eigenslice.checkpoint.loading import load_model
 from eigenslice.data import evaluation_tokens
 from eigenslice.data.batches import Batch
@@ -18,7 +19,8 @@ from eigenslice.errors import ActivationError, CalibrationError
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.common import DtypeName
 
-LARGEST_LOSS = 700.0  # exp() of more is no float
+LARGEST_LOSS = LARGEST_EXPONENT
+"""Largest loss with a perplexity, in nats per token."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def predictions(model: Any, batch: Batch, row: int) -> tuple[torch.Tensor, torch
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs).logits[0, :-1]
     if mask is None:
         return logits, ids[0, 1:]
-    counts = (mask[0, 1:] * mask[0, :-1]).bool()
+    counts = batch.predicted[row].to(model.device)
     return logits[counts], ids[0, 1:][counts]
 
 

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
+from eigenslice.algebra.finite import LARGEST_EXPONENT
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.measure.divergence import Head
 from eigenslice.runtime.ranks import Ranks
-
-LARGEST = 700.0
-"""Largest exponent, in nats: exp() of more is no float."""
 
 
 @dataclass(frozen=True)
@@ -70,21 +68,13 @@ def predicting_rows(batch: Batch, stream: Tensor, eps: float) -> Tensor:
         stream: Their stream before the head, (B, T, width).
         eps: The epsilon of the norm.
     """
-    rows = normalize(stream, eps)[:, :-1][_predicted(batch).to(stream.device)]
+    rows = normalize(stream, eps)[:, :-1][batch.predicted.to(stream.device)]
     return rows.to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def next_tokens(batch: Batch) -> Tensor:
     """Ids of a batch's predicted tokens, (n,)."""
-    return batch.input_ids[:, 1:][_predicted(batch)]
-
-
-def _predicted(batch: Batch) -> Tensor:
-    """Return whether a token and the next token count, (B, T - 1)."""
-    mask = batch.attention_mask
-    if mask is None:
-        return torch.ones_like(batch.input_ids[:, 1:], dtype=torch.bool)
-    return (mask[:, 1:] * mask[:, :-1]).bool()
+    return batch.input_ids[:, 1:][batch.predicted]
 
 
 def measure_loss(
@@ -120,4 +110,4 @@ def measure_loss(
 
 
 def _exp(nats: float) -> float:
-    return math.exp(min(nats, LARGEST))
+    return math.exp(min(nats, LARGEST_EXPONENT))

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+from eigenslice.algebra.finite import LARGEST_EXPONENT
+
 BOUND = 2.0
 """Perplexity ratio from which on a result is called much worse than the dense model."""
 
@@ -49,7 +51,7 @@ def loss_warning(manifest: dict[str, Any]) -> str:
 
 
 def _ratio_on_own_text(loss: dict[str, Any]) -> float:
-    return math.exp(min(loss["kl"], 700.0))
+    return math.exp(min(loss["kl"], LARGEST_EXPONENT))
 
 
 def _advice(manifest: dict[str, Any]) -> list[str]:
