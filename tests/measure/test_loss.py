@@ -12,6 +12,7 @@ from torch import Tensor
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.data.holdout import hold_out
 from eigenslice.evaluation.perplexity import perplexity
+from eigenslice.measure import loss as loss_module
 from eigenslice.measure.divergence import Head
 from eigenslice.measure.loss import Loss, held_out_texts, measure_loss, next_tokens, predicting_rows
 from eigenslice.options.calibration_text import CalibrationOptions
@@ -126,7 +127,7 @@ def test_a_token_counts_where_it_and_the_one_before_are_no_padding() -> None:
 
 def test_a_loss_of_many_tokens_is_the_mean_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     """In parts of three tokens, whatever batch they are in; by the formula in float64."""
-    monkeypatch.setattr(Head, "at_once", 3)
+    monkeypatch.setattr(loss_module, "ROWS", 3)
     torch.manual_seed(0)
     whole, head = Head(torch.randn(9, 4), torch.randn(9), 0.7, 2.0), Head(torch.randn(9, 2), None, 0.7, 2.0)
     parts = [(torch.randn(n, 4), torch.randn(n, 2), torch.randint(9, (n,))) for n in (5, 1, 7)]

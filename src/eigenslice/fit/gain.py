@@ -63,12 +63,10 @@ def fit_gain(run: Run, site: Site, streams: OffloadedTensors, head: Head) -> Gai
     whole = dense_head(dense)
     kept: list[tuple[Tensor, Tensor]] = []  # x and P W
     fixed = torch.zeros(2, dtype=torch.float64, device=dense.device)  # the KL's part without g; tokens
-    for rows, (sliced,) in held_out_rows(site, [streams], whole.at_once):
-        expected = whole.logits(rows).log_softmax(-1)
-        probabilities = expected.exp()
-        kept.append((sliced, head.scale * (probabilities @ head.weight)))
-        bias = 0.0 if head.bias is None else head.scale * (probabilities @ head.bias).double().sum()
-        fixed[0] += (probabilities * expected).sum(-1).double().sum() - bias
+    for rows, (sliced,) in held_out_rows(site, [streams]):
+        target, known = _expected(whole, rows, head)
+        kept.append((sliced, target))
+        fixed[0] += known
         fixed[1] += len(rows)
     del whole
     constant, tokens = ranks.sum(fixed).tolist()
@@ -79,11 +77,9 @@ def fit_gain(run: Run, site: Site, streams: OffloadedTensors, head: Head) -> Gai
         """The KL and its gradient."""
         sums = torch.zeros(1 + len(gain), dtype=torch.float64, device=dense.device)
         for sliced, target in kept:
-            logits = head.logits(sliced * gain)
-            total = logits.logsumexp(-1, keepdim=True)
-            error = head.scale * ((logits - total).exp_() @ head.weight) - target
+            total, mean = _mean_weight(head, sliced * gain)
             sums[0] += total.double().sum() - ((sliced * gain) * target).double().sum()
-            sums[1:] += (error * sliced).sum(0)
+            sums[1:] += ((head.scale * mean - target) * sliced).sum(0)
         sums = ranks.sum(sums) / tokens
         return sums[0] + constant / tokens, sums[1:]
 
@@ -101,3 +97,47 @@ def fit_gain(run: Run, site: Site, streams: OffloadedTensors, head: Head) -> Gai
     optimizer.step(closure)
     fitted = ranks.decide(gain.detach().double())
     return GainFit(fitted, int(tokens), losses[0], float(divergence(fitted.float())[0]))
+
+
+def _expected(whole: Head, rows: Tensor, head: Head) -> tuple[Tensor, float]:
+    """Return the parts of KL(dense || sliced) that the gain doesn't change; P are the dense probabilities.
+
+    Args:
+        whole: The dense model's head.
+        rows: Its rows, (n, D).
+        head: The sliced model's head, with the weight W.
+
+    Returns:
+        scale * P W, (n, width); and the sum over the rows of P log P - scale * P b.
+    """
+    total, known = whole.log_total(rows, bounded=False), 0.0
+    target = rows.new_zeros(len(rows), head.weight.shape[1])
+    for part in whole.parts(len(rows)):
+        log_p = whole.logits(rows, part, bounded=False) - total[:, None]
+        p = log_p.exp()
+        target.addmm_(p, head.weight[part], alpha=head.scale)
+        known += float(torch.linalg.vecdot(p, log_p).double().sum())
+        known -= 0.0 if head.bias is None else head.scale * float((p @ head.bias[part]).double().sum())
+    return target, known
+
+
+def _mean_weight(head: Head, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the logarithm of the sum of exp(logits), (n,), and softmax(logits) W, (n, width), in one pass over W.
+
+    The sums so far are scaled down whenever a larger logit comes (online softmax, arXiv 1805.02867).
+
+    Args:
+        head: The head, with the weight W; its bound doesn't count.
+        rows: The rows, (n, width).
+    """
+    largest = rows.new_full((len(rows), 1), -torch.inf)
+    total, weighted = torch.zeros_like(largest), torch.zeros_like(rows)
+    for part in head.parts(len(rows)):
+        logits = head.logits(rows, part, bounded=False)
+        larger = torch.maximum(largest, logits.amax(-1, keepdim=True))
+        shrink = (largest - larger).exp_()
+        p = (logits - larger).exp_()
+        total = total * shrink + p.sum(-1, keepdim=True)
+        weighted = torch.addmm(weighted * shrink, p, head.weight[part])
+        largest = larger
+    return (largest + total.log())[:, 0], weighted / total

@@ -15,7 +15,7 @@ from torch import Tensor
 from eigenslice.algebra.covariance import normalize
 from eigenslice.algebra.finite import LARGEST_EXPONENT
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
-from eigenslice.measure.divergence import Head
+from eigenslice.measure.divergence import ROWS, Head, kl_of_rows
 from eigenslice.runtime.ranks import Ranks
 
 
@@ -93,20 +93,24 @@ def measure_loss(
     """
     sums = torch.zeros(4, dtype=torch.float64, device=whole.weight.device)
     for dense, sliced, targets in predictions:
-        for start in range(0, len(targets), whole.at_once):
-            part = slice(start, start + whole.at_once)
-            ids = targets[part, None].to(dense.device)
-            expected = whole.log_probabilities(dense[part])
-            actual = head.log_probabilities(sliced[part])
-            sums[1] -= expected.gather(1, ids).double().sum()
-            sums[2] -= actual.gather(1, ids).double().sum()
+        for start in range(0, len(targets), ROWS):
+            part = slice(start, start + ROWS)
+            ids = targets[part].to(dense.device)
+            (kl,) = kl_of_rows(whole, dense[part], [head], [sliced[part]])
+            sums[0] += kl.double().sum()
+            sums[1] += _cross_entropy(whole, dense[part], ids)
+            sums[2] += _cross_entropy(head, sliced[part], ids)
             sums[3] += len(ids)
-            sums[0] += (expected.exp() * (expected - actual)).sum(-1).double().sum()
     *losses, tokens = ranks.decide(ranks.sum(sums)).tolist()
     if not tokens:
         return None
     kl, of_dense, of_sliced = (loss / tokens for loss in losses)
     return Loss(kl, of_dense, of_sliced, int(tokens))
+
+
+def _cross_entropy(head: Head, rows: Tensor, ids: Tensor) -> Tensor:
+    """Return the sum of -log p(id) over rows (n, width) and their next tokens' ids (n,), in nats."""
+    return (head.log_total(rows) - head.chosen_logits(rows, ids)).double().sum()
 
 
 def _exp(nats: float) -> float:
