@@ -4,10 +4,6 @@ The sliced model is a copy of the dense one that keeps the dense width: a hook p
 the span of the basis Q, writers get weights that stay in it, and hooks behind the norms give the readers what the
 reading matrix makes of the stream. So no weight is folded, rotated or narrowed. Each fit is one least-squares problem
 over the tokens themselves, with rows for the ridge.
-
-Where a norm of gain g is between a writer W and the stream, W isn't moved into the span. What the norm makes of W a,
-without its gain, goes through a matrix behind the norm, from a hook; in the dense model's own coordinates it is the
-norm's gain.
 """
 
 import copy
@@ -20,8 +16,8 @@ from torch import Tensor
 
 from eigenslice.algebra.refit import RIDGES
 from eigenslice.arch import lookup
-from eigenslice.fit.normed_writers import DAMPING
 from tests.reference import moment, rms_norm
+from tests.reference_normed_writers import fit_normed_writer
 from tests.reference_readers import fit_readers
 
 FADING = 0.8
@@ -242,7 +238,7 @@ class Fit:
     def fit_writers(self, before: int, site: int, stream: Tensor) -> None:
         """Fit what is written between the site before, where the stream was `stream`, and this one."""
         if before in self.posts:
-            self.fit_normed_writer(before, site, stream)
+            fit_normed_writer(self, before, site, stream)
             return
         names, Q, x = self.writers[before], self.basis, self.dense[site]
         modules = [self.sliced.get_submodule(name) for name in names]
@@ -267,45 +263,3 @@ class Fit:
             missing = share * (y - torch.cat(a, dim=1) @ fitted.T)
             columns = fitted.split([part.shape[1] for part in parts], dim=1)[names.index(self.mlps[before])]
             fit_readers(self, before, missing, share, rms_norm(self.c * stream @ Q, self.eps), columns)
-
-    def fit_normed_writer(self, before: int, site: int, stream: Tensor) -> None:
-        """Fit a writer before a norm of gain g, and the matrix behind the norm.
-
-        With u what the dense model's writer gives and r the root of its mean square, the target of W a / r is u / r,
-        and what g times it should be more so that nothing is missing in the span: the minimum over y of
-        |g (y - u / r) - more|^2 + DAMPING mean(g^2) |y - u / r|^2, coordinate by coordinate.
-        """
-        (name,), Q, P, x = self.writers[before], self.basis, self.basis @ self.basis.T, self.dense[site]
-        g, u, module = self.gains[before], self.unnormed[before], self.sliced.get_submodule(name)
-        a = self.inputs(self.sliced, [name])[name]
-        some = self.kept.get(name, torch.arange(a.shape[1]))
-        a, weight = a[:, some], module.weight[:, some].double()
-        share = self.inverse_size(x)
-        both = share * self.inverse_size(u)  # g * RMSN(W a) is as far off as W a / r, times g
-        own = u * self.inverse_size(u)
-        missing = x / self.scales[before] - stream
-        more = (missing - g * own) @ P
-        least = 1e-3 * g.square().mean().sqrt()
-        size = torch.where(g.abs() < least, least, g.abs())
-        target = own + g * more / (g.square() + DAMPING * size.square().mean())
-        y = size * share * target
-        if module.bias is not None:
-            y = y - size * both * module.bias
-        fitted = self.solve(self.kinds[before], site, both * a, y, size[:, None] * weight)
-        module.weight.zero_()
-        module.weight[:, some] = (fitted / size[:, None]).to(module.weight)
-        if before in self.mlps:
-            z = self.norm_at(before, self.c * stream @ Q)
-            fit_readers(self, before, y - both * a @ fitted.T, both, z, fitted)
-        if not self.twin.rotated:
-            return
-        post = self.sliced.get_submodule(self.posts[before])
-        given = rms_norm(self.inputs(self.sliced, [self.posts[before]])[self.posts[before]], self.eps)
-        base = self.c * Q.T * g
-        project = self.solve("write", site, share * given, share * self.c * missing @ Q, base)
-        back = (Q @ project / self.c).T
-
-        def hook(_: Any, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            return rms_norm(args[0], self.eps) @ back.to(output)
-
-        post.register_forward_hook(hook)

@@ -17,9 +17,10 @@ from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.candidates import make_plans
-from eigenslice.plan.forms import checked_config, choose_form, stock_config
+from eigenslice.plan.forms import choose_form
 from eigenslice.plan.layout import stored_parameters
 from eigenslice.plan.plan import Plan, Sizes
+from eigenslice.plan.result_config import checked_config, stock_config
 from tests import tiny
 from tests.conftest import Folders, Slicer
 from tests.messages import check_message

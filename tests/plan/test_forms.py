@@ -9,8 +9,9 @@ from eigenslice.arch import TABLES
 from eigenslice.checkpoint.source import open_source
 from eigenslice.errors import OptionsError
 from eigenslice.model.anatomy import Anatomy
-from eigenslice.plan.forms import choose_form, stock_config
+from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Plan, Sizes
+from eigenslice.plan.result_config import stock_config
 from tests import tiny
 from tests.conftest import Folders
 from tests.messages import check_message

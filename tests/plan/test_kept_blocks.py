@@ -15,10 +15,10 @@ from eigenslice.model.dense import DenseModel
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.candidates import make_plans, without_blocks
 from eigenslice.plan.dropped_blocks import blocks_to_drop, why_blocks_stay
-from eigenslice.plan.forms import checked_config, stock_config
 from eigenslice.plan.kept_blocks import dense_config
 from eigenslice.plan.layout import stored_parameters
 from eigenslice.plan.plan import Plan
+from eigenslice.plan.result_config import checked_config, stock_config
 from tests import tiny
 from tests.conftest import Recipe, Slicer
 from tests.messages import check_message

@@ -6,9 +6,9 @@ from eigenslice.checkpoint.empty import empty_model
 from eigenslice.checkpoint.mapping import as_stored
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import NamedTensors
-from eigenslice.plan.forms import checked_config, stock_config
 from eigenslice.plan.layout import layout
 from eigenslice.plan.plan import Plan
+from eigenslice.plan.result_config import checked_config, stock_config
 
 
 class StoredForm:

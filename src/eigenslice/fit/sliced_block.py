@@ -9,8 +9,8 @@ from torch import Tensor
 from eigenslice.arch import Sublayer
 from eigenslice.cut.blocks import SiteBasis
 from eigenslice.model.dense import Tensors
-from eigenslice.plan.forms import custom_config
 from eigenslice.plan.plan import Plan
+from eigenslice.plan.result_config import custom_config
 from eigenslice.runtime.offload import OffloadedTensors
 from eigenslice.stream.experts import Experts, MixtureInputs
 from eigenslice.stream.run import Run

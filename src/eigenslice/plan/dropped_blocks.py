@@ -6,8 +6,8 @@ from eigenslice.checkpoint.empty import empty_model
 from eigenslice.errors import CheckpointError, first_line
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.block_kinds import ENTRY_PER_BLOCK, block_kinds, entries_of
-from eigenslice.plan.forms import checked_config
 from eigenslice.plan.kept_blocks import NUMBERS_OF_BLOCKS, PATTERNS, dense_config, has_entry_per_block
+from eigenslice.plan.result_config import checked_config
 
 RECURRENT = "linear_attention"
 """Entry of `layer_types` for recurrent blocks."""

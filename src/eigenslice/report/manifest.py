@@ -20,7 +20,7 @@ from eigenslice.plan.layout import count, dense_roles, layout
 from eigenslice.plan.plan import Plan
 from eigenslice.report.manifest_fields import check
 from eigenslice.runtime.reading import read_json
-from eigenslice.runtime.work_folder import differences
+from eigenslice.runtime.run_file import differences
 
 NAME = "eigenslice.json"
 SAMPLED_VALUES = 48

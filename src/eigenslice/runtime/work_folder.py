@@ -4,7 +4,6 @@
 empty folder or a folder of eigenslice, and removes only its own files.
 """
 
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator
@@ -15,12 +14,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from eigenslice.errors import EigensliceError, IncompleteError, OptionsError, OutputError, RankError
-from eigenslice.runtime.durable import flush, flush_all, replace_json
+from eigenslice.errors import EigensliceError, IncompleteError, OutputError, RankError
+from eigenslice.runtime.durable import flush, flush_all
 from eigenslice.runtime.output import LOCK, RUN, WEIGHT_FILE, being_written, check_output, partial_path
 from eigenslice.runtime.ranks import ALONE, Ranks
+from eigenslice.runtime.run_file import check_same_run, read_run, write_run
 
-MARK = "eigenslice work folder"
 STATE = re.compile(r"current\.json(\.new)?|[\w-]+\.safetensors|at-\d+-rank-\d+|settings\.json(\.new)?|checkpoint-\d+")
 
 
@@ -196,38 +195,16 @@ def _as_it_was(path: Path) -> WorkFolder:
     """
     if not (path / RUN).exists():
         return WorkFolder(path, None)
-    return WorkFolder(path, frozenset(map(str, _read_run(path / RUN)["names"])))
-
-
-def _read_run(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["made by"] == MARK and isinstance(content["names"], list) and isinstance(content["run"], dict):
-            return content
-        reason = "it was written by something else"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        reason = type(error).__name__
-    raise OutputError(
-        f"{path} can't be read ({reason})",
-        allowed="the file as eigenslice wrote it",
-        next_step=f"move {path.parent} away, and start anew",
-    )
+    return WorkFolder(path, frozenset(map(str, read_run(path / RUN)["names"])))
 
 
 def _begin(work: WorkFolder, identity: dict[str, Any], earlier: bool) -> None:
     """Write the identity of the run, or compare it with an earlier run's identity."""
-    identity = json.loads(json.dumps(identity))
     if earlier:
-        different = sorted(differences(_read_run(work.path / RUN)["run"], identity))
-        if different:
-            raise OptionsError(
-                f"{work.path} was begun with something else: " + "; ".join(different),
-                allowed="--resume with the options, input and version that the run was begun with",
-                next_step="run it as it was begun, or remove that folder to start anew",
-            )
+        check_same_run(work.path, identity)
     elif (work.path / RUN).exists():
         _as_it_was(work.path).remove()
-    replace_json(work.path / RUN, {"made by": MARK, "names": sorted(work.names or ()), "run": identity})
+    write_run(work.path / RUN, work.names or (), identity)
     for folder in (work.offload, work.companions):
         _clear(folder)
         folder.mkdir(exist_ok=True)
@@ -292,12 +269,3 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
             folder.rmdir()
-
-
-def differences(before: Any, now: Any, name: str = "") -> Iterator[str]:
-    """Return the differences of two JSON values, one line each."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in before.keys() | now.keys():
-            yield from differences(before.get(key), now.get(key), f"{name} {key}".strip())
-    elif before != now:
-        yield f"{name} was {before}, is {now}"

@@ -19,9 +19,9 @@ from eigenslice.model.dense import DenseModel
 from eigenslice.modeling import MODELING_FILE
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.candidates import make_plans
-from eigenslice.plan.forms import custom_config, stock_config
 from eigenslice.plan.layout import stored_parameters
 from eigenslice.plan.plan import Plan
+from eigenslice.plan.result_config import custom_config, stock_config
 from eigenslice.report.card import CARD, read_card_metadata, write_card
 from eigenslice.report.manifest import NAME, finished_manifest, manifest, resumable, run_identity
 from eigenslice.runtime.device import resolve_device, unmap_freed_tensors

@@ -16,7 +16,7 @@ from eigenslice.data.batches import BESIDE_GROUP, Batch
 from eigenslice.errors import ActivationError, CheckpointError, EigensliceError, first_line
 from eigenslice.model.dense import DenseModel
 from eigenslice.model.folding import FoldedBlock
-from eigenslice.plan.forms import canonical_config
+from eigenslice.plan.result_config import canonical_config
 from eigenslice.runtime.device import trim_memory
 from eigenslice.runtime.offload import Offload, OffloadedTensors
 from eigenslice.runtime.run_state import Position
