@@ -9,12 +9,13 @@ from eigenslice.arch import Refusal, StockForm, Sublayer, Table, Variant, regist
 from eigenslice.errors import EigensliceError
 from eigenslice.evaluation.perplexity import Perplexity, evaluate, perplexity
 from eigenslice.export import Export, export_model
+from eigenslice.healing import slice_model
 from eigenslice.inspection.inspect import Inspection, inspect_model
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM, register
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.exporting import ExportOptions
 from eigenslice.options.slicing import SliceOptions
-from eigenslice.slicing import SliceResult, slice_model
+from eigenslice.slicing import SliceResult
 
 register()
 

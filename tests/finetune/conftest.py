@@ -18,7 +18,14 @@ from tests import tiny
 from tests.conftest import Folders
 
 Tuner = Callable[..., FinetuneResult]
-SHORT: dict[str, Any] = {"held_out": 4, "device": "cpu", "learning_rate": 1e-2, "rank": 2, "evaluate_every": 2}
+SHORT: dict[str, Any] = {
+    "held_out": 4,
+    "device": "cpu",
+    "full": False,
+    "learning_rate": 1e-2,
+    "rank": 2,
+    "evaluate_every": 2,
+}
 """Eight steps, with a checkpoint at every second one."""
 
 
@@ -41,7 +48,14 @@ def tune(data: CalibrationOptions, tmp_path: Path) -> Tuner:
 
     def run(model: Path, **options: Any) -> FinetuneResult:
         output = tmp_path / f"tuned-{len(list(tmp_path.iterdir()))}"
-        defaults = {"output": output, "data": data, "held_out": 4, "device": "cpu", "learning_rate": 1e-2}
+        defaults = {
+            "output": output,
+            "data": data,
+            "held_out": 4,
+            "device": "cpu",
+            "learning_rate": 1e-2,
+            "full": False,
+        }
         return finetune(FinetuneOptions(**{"model": str(model), **defaults} | options))
 
     return run

@@ -16,7 +16,7 @@ def test_targets_are_the_next_tokens() -> None:
 
 @pytest.mark.parametrize("distill", [0.0, 0.3, 1.0])
 def test_loss_and_gradient(distill: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objective, "POSITIONS", 3)  # several parts, the last one shorter
+    monkeypatch.setattr(objective, "LOGITS", 3 * 11)  # several parts, the last one shorter
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 11, generator=generator, requires_grad=True)
     teacher = torch.randn(2, 5, 11, generator=generator)

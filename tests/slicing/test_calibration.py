@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eigenslice.data import own_text
 from eigenslice.data.batches import BESIDE_GROUP, Batch
 from eigenslice.data.own_text import Drawing, draw
 from eigenslice.errors import EigensliceWarning, OptionsError
@@ -67,7 +68,7 @@ def test_slicing_calibrates_on_own_text_too(model: Path, text: Path, run_slice: 
 def test_a_long_sequence_holds_several_own_texts(
     model: Path, text: Path, run_slice: Slicer, seen: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(calibration, "OWN_LENGTH", 8)
+    monkeypatch.setattr(own_text, "OWN_LENGTH", 8)
     data = CalibrationOptions(data=str(text), samples=10, seqlen=40)
     run_slice("llama", model=str(model), width=24, calibration=data, own_text=0.2, random_tokens=0.3)
     groups = sorted({batch.group for batch in seen})
@@ -120,7 +121,7 @@ def test_an_interrupted_run_goes_on_with_the_same_own_text(
     stopped = options.model_copy(update={"output": tmp_path / "stopped"})
     with pytest.raises(KeyboardInterrupt):
         slice_model(stopped, stop)
-    monkeypatch.delattr(calibration, "draw")  # it isn't written again
+    monkeypatch.delattr(calibration, "write_rows")  # it isn't written again
     slice_model(stopped.model_copy(update={"resume": True}))
     expected, found = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "stopped"))
     assert found.keys() == expected.keys()

@@ -25,17 +25,19 @@ def slice_(
     --keep tries several splits of the cut on held-out calibration tokens, and takes the best one.
     """
     from eigenslice.checkpoint.hub import check_hub, push
+    from eigenslice.healing import slice_model
     from eigenslice.options.paths import expanded
-    from eigenslice.runtime.output import partial_path
-    from eigenslice.slicing import slice_model
+    from eigenslice.runtime.output import partial_path, unhealed_path
 
     options = given.options(revision)
 
     def left() -> str:
-        partial = partial_path(options.output)
-        if not partial.exists():
+        unhealed = unhealed_path(options.output)
+        folders = (partial_path(options.output), partial_path(unhealed), unhealed)
+        there = [str(folder) for folder in folders if folder.exists()]
+        if not there:
             return "nothing was written"
-        return f"run the same command with --resume to go on, or remove {partial}"
+        return f"run the same command with --resume to go on, or remove {' and '.join(there)}"
 
     if push_to_hub:
         check_hub(push_to_hub)
@@ -54,7 +56,7 @@ def slice_(
 
 def _show(folder: Path, manifest: dict[str, Any]) -> None:
     """Print the size, the form and the loss of a result; warnings go to standard error."""
-    from eigenslice.report.stated_loss import loss_text, loss_warning
+    from eigenslice.report.stated_loss import healing_text, loss_text, loss_warning
 
     sizes = manifest["parameters"]
     output.print(
@@ -74,4 +76,6 @@ def _show(folder: Path, manifest: dict[str, Any]) -> None:
         errors.print(f"{manifest['warning']}.", style="yellow", highlight=False, soft_wrap=True)
     if loss_warning(manifest):
         errors.print(loss_warning(manifest), style="yellow", highlight=False, soft_wrap=True)
+    if "finetune" in manifest:
+        output.print(healing_text(manifest["finetune"]), highlight=False, soft_wrap=True)
     output.print(loss_text(manifest), highlight=False, soft_wrap=True)

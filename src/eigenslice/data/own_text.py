@@ -24,6 +24,10 @@ from eigenslice.runtime.output import check_output
 from eigenslice.runtime.progress import Progress, no_progress
 
 SAMPLING_STAGE = "sampling"
+OWN_LENGTH = 128
+"""Tokens of a text beside calibration texts. Many short texts show more kinds, and cost less, than a few long texts."""
+OWN_BATCH = 64
+"""Number of texts that are written at once."""
 
 
 class Drawn(LogitsProcessor):
@@ -140,3 +144,25 @@ def draw(model: Any, tokenizer: Any, texts: Drawing, progress: Progress = no_pro
         drawn.append(ids.cpu())
     progress(SAMPLING_STAGE, texts.samples, texts.samples)
     return torch.cat(drawn)
+
+
+def write_rows(
+    model: Any, tokenizer: Any, count: int, length: int, seed: int, progress: Progress = no_progress
+) -> Tensor:
+    """Let a model write rows of about this length, each of several short texts.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        count: Number of rows.
+        length: Number of tokens of a row, at most.
+        seed: Seed of the texts.
+        progress: Called after each batch of texts.
+
+    Returns:
+        Token ids, (count, T), on the CPU.
+    """
+    start = len(tokenizer("")["input_ids"])
+    each = max(2, min(OWN_LENGTH, length) - start)
+    together = max(1, length // (start + each))
+    return draw(model, tokenizer, Drawing(count * together, each, OWN_BATCH, seed=seed), progress).reshape(count, -1)

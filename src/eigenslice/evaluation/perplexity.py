@@ -96,7 +96,15 @@ def perplexity(
             allowed="sequences with at least 2 tokens that are not padding",
             next_step="check the attention_mask beside the token ids",
         )
-    loss = total / tokens
+    return of_loss(total / tokens, tokens, data)
+
+
+def of_loss(loss: float, tokens: int, data: dict[str, Any] | None = None) -> Perplexity:
+    """Return the perplexity of a mean loss in nats per token.
+
+    Raises:
+        ActivationError: the loss is NaN or too large.
+    """
     if not loss < LARGEST_LOSS:
         raise ActivationError(
             f"the loss is {loss}",

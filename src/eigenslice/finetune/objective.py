@@ -1,20 +1,26 @@
 """The objective of the training: the next token's loss, the divergence from a teacher, or a mixture of both."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, nll_loss
-from torch.utils.checkpoint import checkpoint
 
 IGNORED = -100
 """Target of positions that predict nothing: padding, and the last token of a sequence."""
-POSITIONS = 512
-"""Positions at once, so that only a few float32 copies of their logits are alive."""
+LOGITS = 2**21
+"""Logits that are computed with at once in float32; on CPU they stay in the cache."""
 
 
 def shifted_targets(input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """The token that each position (B, T) predicts: the next one, `IGNORED` where that is padding or there is none."""
     following = input_ids if attention_mask is None else input_ids.masked_fill(attention_mask == 0, IGNORED)
     return torch.cat([following[:, 1:], torch.full_like(following[:, :1], IGNORED)], dim=1)
+
+
+def parts(positions: int, vocabulary: int) -> list[slice]:
+    """Return parts of so many positions, of which `LOGITS` logits are computed with at once."""
+    size = max(1, LOGITS // vocabulary)
+    return [slice(start, min(start + size, positions)) for start in range(0, positions, size)]
 
 
 def summed_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, distill: float) -> Tensor:
@@ -26,24 +32,43 @@ def summed_loss(logits: Tensor, targets: Tensor, teacher: Tensor | None, distill
         teacher: The teacher's logits (..., V); None if distill is 0.
         distill: Share of the divergence.
     """
+    assert teacher is not None or not distill
     vocabulary = logits.shape[-1]
-    flat, wanted = logits.reshape(-1, vocabulary), targets.reshape(-1)
     expected = None if teacher is None or not distill else teacher.reshape(-1, vocabulary)
-    total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    for start in range(0, len(flat), POSITIONS):
-        part = slice(start, start + POSITIONS)
-        inputs = (flat[part], wanted[part], None if expected is None else expected[part], distill)
-        # the backward pass computes the parts' softmaxes again instead of keeping them
-        total = total + checkpoint(_part, *inputs, use_reentrant=False, preserve_rng_state=False)
-    return total
+    return _SummedLoss.apply(logits.reshape(-1, vocabulary), targets.reshape(-1), expected, distill)  # pyright: ignore
 
 
-def _part(logits: Tensor, targets: Tensor, teacher: Tensor | None, distill: float) -> Tensor:
-    log_p = logits.float().log_softmax(-1)
-    loss = log_p.new_zeros(())
-    if teacher is not None:
-        divergence = kl_div(log_p, teacher.float().log_softmax(-1), reduction="none", log_target=True).sum(-1)
-        loss = loss + distill * divergence[targets != IGNORED].sum()
-    if distill < 1:
-        loss = loss + (1 - distill) * nll_loss(log_p, targets, ignore_index=IGNORED, reduction="sum")
-    return loss
+class _SummedLoss(torch.autograd.Function):
+    """The loss and its gradient in one pass over the logits.
+
+    The gradient of each position is q - distill * p - (1 - distill) * e. q are the model's probabilities, p the
+    teacher's, and e is 1 for the target. Autograd would keep or compute again several copies of the logits.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, teacher: Tensor | None, distill: float) -> Tensor:
+        """Return the sum; arguments as those of `summed_loss`, with logits (n, V)."""
+        total = torch.zeros((), dtype=torch.float32, device=logits.device)
+        gradient = torch.empty_like(logits)
+        for part in parts(*logits.shape):
+            counts = (targets[part] != IGNORED).float()
+            log_q = logits[part].float().log_softmax(-1)
+            slope = log_q.exp()
+            if teacher is not None:
+                log_p = teacher[part].float().log_softmax(-1)
+                p = log_p.exp()
+                total += distill * (torch.linalg.vecdot(p, log_p - log_q) * counts).sum()
+                slope.sub_(p, alpha=distill)
+            if distill < 1:
+                target = targets[part].clamp_min(0)[:, None]
+                total -= (1 - distill) * (log_q.gather(1, target)[:, 0] * counts).sum()
+                slope.scatter_add_(1, target, torch.full_like(counts[:, None], distill - 1))
+            gradient[part] = slope * counts[:, None]
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *factors: Tensor) -> Any:
+        """Return the gradient of the logits."""
+        (gradient,) = ctx.saved_tensors
+        return gradient * factors[0].to(gradient.dtype), None, None, None

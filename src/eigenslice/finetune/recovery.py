@@ -4,44 +4,47 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
 from eigenslice._version import __version__
 from eigenslice.checkpoint.loading import LoadedModel
 from eigenslice.checkpoint.writer import check_space
-from eigenslice.data import Tokens, calibration_tokens
-from eigenslice.data.batches import Batch
-from eigenslice.errors import CalibrationError, EigensliceWarning, OptionsError
-from eigenslice.evaluation.perplexity import Perplexity, perplexity
+from eigenslice.data import Tokens
+from eigenslice.errors import EigensliceWarning, OptionsError
+from eigenslice.evaluation.perplexity import Perplexity
 from eigenslice.finetune.checkpoints import Checkpoints, load_weights, storage_errors
+from eigenslice.finetune.held_out import Judge
 from eigenslice.finetune.inputs import Input, Sliced, open_input, open_sliced
-from eigenslice.finetune.result import merged, result_names, section, write_result
+from eigenslice.finetune.trained_weights import with_weights_chosen
+from eigenslice.finetune.result import as_perplexity, merged, result_names, section, write_result
 from eigenslice.finetune.training import (
     Progress,
     Reporter,
     check_logs,
     make_trainer,
     on_gpu_in_bfloat16,
+    placed_teacher,
     training_arguments,
     with_adapters,
 )
+from eigenslice.finetune.windows import Windows, add_own_windows, text_windows
 from eigenslice.options.finetuning import FinetuneOptions
+from eigenslice.options.slicing import SliceOptions
 from eigenslice.report.card import write_card
 from eigenslice.report.manifest import NAME, finished_manifest, versions
 from eigenslice.runtime.device import resolve_device
 from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.ranks import Ranks, join_ranks
+from eigenslice.runtime.run_state import RunState
 from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, remove_finished, work_folder
 from eigenslice.vocabulary import keep_rows, kept_ids
 
@@ -75,8 +78,7 @@ class _Job:
         options: The options of the command.
         base: The sliced model's folder.
         loaded, teacher: The models.
-        tokens: All windows, as they go into the manifest.
-        train, held_out: Windows to train on, and to measure on, (T,) each.
+        windows: Windows of texts.
         identity: Everything that the result depends on.
         companions: A folder of files that join the result.
         card: Metadata of the sliced model's card.
@@ -88,22 +90,19 @@ class _Job:
     base: Sliced
     loaded: LoadedModel
     teacher: LoadedModel | None
-    tokens: Tokens
-    train: list[Tensor]
-    held_out: list[Tensor]
+    windows: Windows
     identity: dict[str, Any]
     companions: Path
     card: dict[str, Any]
     ranks: Ranks
     progress: Progress
 
-    @property
-    def batches(self) -> list[Batch]:
-        """The held-out windows."""
-        return [Batch(window[None]) for window in self.held_out]
 
-
-def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, total: None) -> FinetuneResult:
+def finetune(
+    options: FinetuneOptions,
+    progress: Progress = lambda stage, done, total: None,
+    slicing: SliceOptions | None = None,
+) -> FinetuneResult:
     """Train a sliced model for a while, and write it into a new folder of the same kind.
 
     Under torchrun or accelerate launch all processes call this, and the first one writes.
@@ -111,6 +110,8 @@ def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, 
     Args:
         options: The options of the command.
         progress: Called as the work goes on.
+        slicing: The options of the slicing that the training is a part of; they take the place of the sliced model's
+            in the manifest.
 
     Raises:
         EigensliceError: bad input or options; nothing has been written then.
@@ -120,12 +121,16 @@ def finetune(options: FinetuneOptions, progress: Progress = lambda stage, done, 
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     with join_ranks(device) as ranks:
-        return _finetune(options, ranks, progress)
+        return _finetune(options, ranks, progress, slicing)
 
 
-def _finetune(options: FinetuneOptions, ranks: Ranks, progress: Progress) -> FinetuneResult:
+def _finetune(
+    options: FinetuneOptions, ranks: Ranks, progress: Progress, slicing: SliceOptions | None
+) -> FinetuneResult:
     finished = ranks.on_first(lambda: _check_output(options))
     base = open_sliced(options.model)
+    if slicing:
+        base = replace(base, manifest=base.manifest | {"options": slicing.model_dump(mode="json")})
     dense = open_input(options.teacher) if options.teacher else None
     inputs: list[Input] = [base, *([dense] if dense else [])]
     refuse_overlap(options.output, [one.path for one in inputs])
@@ -139,18 +144,16 @@ def _finetune(options: FinetuneOptions, ranks: Ranks, progress: Progress) -> Fin
         teacher = dense.load(None, options.trust_remote_code) if dense else None
         if teacher:
             _fit_teacher(options, base.manifest, loaded, teacher)
-        tokens, train, held_out = _windows(options, loaded, loaded.model.config.get_text_config())
-        identity = ranks.on_first(lambda: _identity(options, inputs, tokens, ranks))
+        options = with_weights_chosen(options, loaded.model, teacher and teacher.model, ranks)
+        windows = text_windows(options, loaded.tokenizer, loaded.model.config.get_text_config())
+        identity = ranks.on_first(lambda: _identity(options, inputs, windows.tokens, ranks))
         for one, stamp in zip(inputs, stamps, strict=True):
             one.refuse_changed(stamp)
         if finished:  # it was interrupted after the last step
             content = finished_manifest(options.output, identity)
             ranks.on_first(lambda: remove_finished(options.output))
             return _finished(options.output, content)
-        job = _Job(
-            *(options, base, loaded, teacher, tokens, train, held_out, identity, companions, card, ranks, progress)
-        )
-        return _run(job)
+        return _run(_Job(options, base, loaded, teacher, windows, identity, companions, card, ranks, progress))
 
 
 def _check_output(options: FinetuneOptions) -> bool:
@@ -188,24 +191,6 @@ def _fit_teacher(options: FinetuneOptions, manifest: dict[str, Any], loaded: Loa
     keep_rows(teacher.model, kept)
 
 
-def _windows(options: FinetuneOptions, loaded: LoadedModel, config: Any) -> tuple[Tokens, list[Tensor], list[Tensor]]:
-    """Return windows to train on and held-out windows, which are the last ones, because texts take turns."""
-    wanted = options.data.model_copy(update={"samples": options.data.samples + options.held_out})
-    tokens = calibration_tokens(wanted, loaded.tokenizer, config, options.chat)
-    windows = []
-    for batch in tokens.batches:
-        masks = [None] * len(batch.input_ids) if batch.attention_mask is None else batch.attention_mask.bool()
-        windows += [row if mask is None else row[mask] for row, mask in zip(batch.input_ids, masks, strict=True)]
-    windows = [window for window in windows if len(window) > 1]
-    if len(windows) <= options.held_out:
-        raise CalibrationError(
-            f"{len(windows)} windows of text, of which {options.held_out} are to be held out",
-            allowed="more windows than --held-out",
-            next_step="pass more text, or lower --held-out or --seqlen",
-        )
-    return tokens, windows[: -options.held_out], windows[-options.held_out :]
-
-
 def _identity(options: FinetuneOptions, inputs: list[Input], tokens: Tokens, ranks: Ranks) -> dict[str, Any]:
     """All that the result depends on: an interrupted run goes on only where none of it has changed."""
     free = {"output", "resume", "log_to", "trust_remote_code"}
@@ -241,10 +226,10 @@ def _run(job: _Job) -> FinetuneResult:
                 with suppress(OSError):  # the error that led here says more
                     checkpoints.remove_unsealed()
             raise
-    if result.after.loss >= result.before.loss:
+    if not result.manifest["finetune"]["best_step"]:
         warnings.warn(
-            f"Training didn't help: perplexity on held-out windows {result.before.perplexity:.3f} -> "
-            f"{result.after.perplexity:.3f}. Try a lower --learning-rate, or more text.",
+            f"Training didn't help: at no step were all held-out texts as good as before. {options.output} has the "
+            "weights that the training began with. More text may help, or a lower rate (finetune --learning-rate).",
             EigensliceWarning,
             stacklevel=4,
         )
@@ -263,42 +248,59 @@ def _prepare(job: _Job, work: WorkFolder) -> None:
 def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneResult:
     """Train, or go on, and write the result."""
     options, ranks, base = job.options, job.ranks, job.base
-    arguments = training_arguments(options, work.state, len(job.train), ranks.device)
-    start = _start(options, checkpoints, ranks)
+    is_new = ranks.on_first(lambda: not work.began)
+    teacher, windows = None, job.windows
+    if job.teacher:
+        teacher = job.teacher.model.to(ranks.device)
+        state = RunState(work.state, ranks)
+        windows = add_own_windows(windows, options, teacher, job.loaded.tokenizer, state, ranks, job.progress)
+    rate = options.rate(job.loaded.model.config.get_text_config().hidden_size)
+    arguments = training_arguments(options, work.state, windows.train, rate, ranks.device)
+    teacher = None if teacher is None else placed_teacher(teacher, arguments)
+    start = _start(options, checkpoints, ranks, is_new)
     model = job.loaded.model.to(arguments.device)
-    before = perplexity(model, job.batches, progress=_named(job.progress, "before"))
+    job.progress("before", 0, 1)
+    judge = Judge.of(model, windows.held_out, teacher, options.distilled, ranks)
+    job.progress("before", 1, 1)
+    before = as_perplexity(judge.before)
     if not options.full:
         model = with_adapters(model, options, on_gpu_in_bfloat16(arguments))
     ranks.on_first(lambda: _check_space(job, model, checkpoints))
     reporter = Reporter(job.progress, checkpoints, ranks)
-    windows = job.train, job.held_out
-    trainer = make_trainer(options, arguments, model, job.teacher and job.teacher.model, windows, reporter)
+    trainer = make_trainer(options, arguments, model, windows.train, judge, reporter)
     if start is not None and start["last"]:
-        state = TrainerState.load_from_json(str(checkpoints.path(start["step"]) / TRAINER_STATE_NAME))
+        trained = TrainerState.load_from_json(str(checkpoints.path(start["step"]) / TRAINER_STATE_NAME))
     else:
         trainer.train(resume_from_checkpoint=str(checkpoints.path(start["step"])) if start else None)
-        state = trainer.state
-    best = state.best_global_step or state.global_step
-    ranks.on_first(lambda: checkpoints.check_weights(best))
-    load_weights(trainer.model, checkpoints.path(best))
-    tuned, save = merged(trainer.model, base)
-    after = perplexity(tuned.to(arguments.device), job.batches, progress=_named(job.progress, "after"))
-    described = section(options, base, job.tokens, state.log_history, (before, after), state.global_step)
-    content = base.manifest | {"finetune": described, "run": job.identity}
+        trained = trainer.state
+    job.progress("after", 0, 1)
+    tuned, save = None, None
+    losses = judge.before
+    best, criterion = trained.best_global_step, trained.best_metric
+    if best is not None and criterion is not None and criterion < judge.before.mean:
+        ranks.on_first(lambda: checkpoints.check_weights(best))
+        load_weights(trainer.model, checkpoints.path(best))
+        tuned, save = merged(trainer.model, base)
+        losses = judge.measure(tuned.to(arguments.device))
+    job.progress("after", 1, 1)
+    content = base.manifest | section(options, base, windows, trained, (judge.before, losses)) | {"run": job.identity}
     if ranks.first:
-        content = write_result(work, options, base, tuned.to("cpu"), save, content)
+        content = write_result(work, options, base, tuned, save, content)
         write_card(work.result, content, options.output.name, job.card)
-    return FinetuneResult(options.output, content, before, after)
+    return FinetuneResult(options.output, content, before, as_perplexity(losses))
 
 
-def _start(options: FinetuneOptions, checkpoints: Checkpoints, ranks: Ranks) -> dict[str, Any] | None:
-    """The seal of the checkpoint to go on from, None to begin."""
+def _start(options: FinetuneOptions, checkpoints: Checkpoints, ranks: Ranks, is_new: bool) -> dict[str, Any] | None:
+    """The seal of the checkpoint to go on from, None to begin; warns where there is nothing to go on from.
+
+    `is_new` is True if the work folder held no state at all.
+    """
     start, changed = ranks.on_first(checkpoints.usable)
     where = f"training goes on from step {start['step']}" if start else "training begins anew"
     if changed and ranks.first:
         text = f"{changed} is missing or not as it was written: {where}."
         warnings.warn(text, EigensliceWarning, stacklevel=5)
-    elif options.resume and start is None and ranks.first:
+    elif options.resume and is_new and ranks.first:
         warnings.warn("There is no checkpoint to resume from: starting.", EigensliceWarning, stacklevel=5)
     return start
 
@@ -310,7 +312,3 @@ def _check_space(job: _Job, model: Any, checkpoints: Checkpoints) -> None:
     training = (KEPT * FLOATS + 1) * trained
     writing = ((KEPT - 1) * FLOATS + 1) * trained + stored
     check_space(job.options.output, max(training, writing) - checkpoints.size)
-
-
-def _named(progress: Progress, stage: str) -> Callable[[str, int, int], None]:
-    return lambda _, done, total: progress(stage, done, total)

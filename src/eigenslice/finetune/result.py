@@ -7,16 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.trainer_callback import TrainerState
 
 from eigenslice.algebra.finite import all_finite
 from eigenslice.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from eigenslice.checkpoint.names import CONFIG
 from eigenslice.checkpoint.weights import SafetensorsWeights
 from eigenslice.checkpoint.writer import GIB, write_json
-from eigenslice.data import Tokens
 from eigenslice.errors import IncompleteError, OutputError
-from eigenslice.evaluation.perplexity import Perplexity
+from eigenslice.evaluation.perplexity import Perplexity, of_loss
+from eigenslice.finetune.held_out import WindowLosses
 from eigenslice.finetune.inputs import Sliced, stored_tensors
+from eigenslice.finetune.windows import Windows
 from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.report.card import CARD
 from eigenslice.report.manifest import NAME
@@ -96,15 +98,17 @@ def _saves_adapter(model: Any) -> Save:
 
 
 def write_result(
-    work: WorkFolder, options: FinetuneOptions, base: Sliced, tuned: Any, save: Save, content: dict[str, Any]
+    work: WorkFolder, options: FinetuneOptions, base: Sliced, tuned: Any, save: Save | None, content: dict[str, Any]
 ) -> dict[str, Any]:
     """Write weights, or base weights and adapter, and then all files that were staged.
+
+    If no step was better than the sliced model, the sliced model's files are copied.
 
     Args:
         work: The work folder; its `companions` are moved into its `result`.
         options: The options of the command.
         base: The sliced model, as it was before the training.
-        tuned, save: The answer of `merged`.
+        tuned, save: The answer of `merged`; None if no step was better.
         content: The manifest without the hashes of the weights.
 
     Returns:
@@ -116,10 +120,13 @@ def write_result(
     scratch = work.offload / "saved"  # libraries write more into it than is wanted
     scratch.mkdir()
     work.result.mkdir(exist_ok=True)
-    if options.keep_adapter:
+    adapted = options.keep_adapter and save is not None
+    if save is None:
+        base.copy_weights(work.companions)
+    elif options.keep_adapter:
         save(scratch)
     else:
-        cast(tuned, base)
+        cast(tuned.to("cpu"), base)
         tuned.save_pretrained(scratch, max_shard_size=int(options.shard_gib * GIB))
     for file in sorted(scratch.iterdir()):
         if WEIGHT_FILE.fullmatch(file.name) or file.name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
@@ -128,7 +135,7 @@ def write_result(
     for path in sorted(work.companions.iterdir()):
         path.rename(work.result / path.name)
     _check_tensors(work.result, base)
-    adapter = [work.result / ADAPTER_WEIGHTS] if options.keep_adapter else []
+    adapter = [work.result / ADAPTER_WEIGHTS] if adapted else []
     content = content | {"sha256": file_hashes([*SafetensorsWeights(work.result).files, *adapter])}
     write_json(work.result / NAME, content)
     return content
@@ -149,34 +156,62 @@ def _check_tensors(folder: Path, base: Sliced) -> None:
 def section(
     options: FinetuneOptions,
     base: Sliced,
-    tokens: Tokens,
-    history: list[dict[str, float]],
-    measured: tuple[Perplexity, Perplexity],
-    steps: int,
+    windows: Windows,
+    trained: TrainerState,
+    measured: tuple[WindowLosses, WindowLosses],
 ) -> dict[str, Any]:
-    """The manifest's section on the training.
+    """Return the manifest's entries that the training adds or changes.
 
     Args:
         options: The options of the command.
         base: The sliced model, as it was before the training.
-        tokens: The windows, with the held-out windows.
-        history: Trainer's log.
-        measured: Perplexity on the held-out windows, before and after.
-        steps: Number of the optimizer's steps.
+        windows: The windows, with the held-out windows.
+        trained: Trainer's state behind the last step.
+        measured: Losses on the held-out windows, before the training and of the result.
+
+    Returns:
+        The section `finetune`; and `loss`, if the dense model was the teacher.
     """
     before, after = measured
-    return {
-        "base": {"name": options.model, "sha256": base.hashes},
-        "teacher": options.teacher,
-        "objective": {"distillation": options.distilled, "next_token": 1 - options.distilled},
-        "trained": "all weights" if options.full else f"LoRA, r={options.rank}, alpha={options.alpha:g}",
-        "data": tokens.description | {"held_out": options.held_out},
-        "steps": steps,
-        "perplexity": {"before": before.perplexity, "after": after.perplexity, "tokens": before.tokens},
-        "loss": _logged(history, "loss"),
-        "held_out_loss": _logged(history, "eval_loss"),
-        "options": json.loads(options.model_dump_json()) | {"resume": False},
+    perplexities = [as_perplexity(losses) for losses in measured]
+    groups = zip(before.by_group().items(), after.by_group().values(), strict=True)
+    best = trained.best_global_step if after is not before else 0
+    content: dict[str, Any] = {
+        "finetune": {
+            "base": {"name": options.model, "sha256": base.hashes},
+            "teacher": options.teacher,
+            "objective": {"distillation": options.distilled, "next_token": 1 - options.distilled},
+            "trained": "all weights" if options.full else f"LoRA, r={options.rank}, alpha={options.alpha:g}",
+            "data": windows.tokens.description
+            | {"held_out": len(windows.held_out.windows), "own_sequences": windows.own},
+            "steps": trained.global_step,
+            "best_step": best,
+            "perplexity": {
+                "before": perplexities[0].perplexity,
+                "after": perplexities[1].perplexity,
+                "tokens": perplexities[0].tokens,
+            },
+            "texts": [{"text": name, "before": old, "after": new} for (name, old), new in groups],
+            "loss": _logged(trained.log_history, "loss"),
+            "held_out_loss": [[0, before.mean], *_logged(trained.log_history, "eval_mean")],
+            "options": json.loads(options.model_dump_json()) | {"resume": False},
+        }
     }
+    loss = after.loss()
+    if options.teacher and loss:
+        content["loss"] = loss.describe() | {"finetuned": True}
+    return content
+
+
+def as_perplexity(losses: WindowLosses) -> Perplexity:
+    """Return the perplexity on held-out windows of texts.
+
+    Raises:
+        ActivationError: the loss is NaN or too large.
+    """
+    loss = losses.loss()
+    assert loss is not None  # at least one window of the texts is held out
+    return of_loss(loss.sliced, loss.tokens)
 
 
 def _logged(history: list[dict[str, float]], name: str) -> list[list[float]]:

@@ -13,6 +13,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from eigenslice.errors import OptionsError, OutputError, first_line
 from eigenslice.finetune.checkpoints import Checkpoints, load_weights
+from eigenslice.finetune.held_out import Judge
 from eigenslice.finetune.objective import shifted_targets, summed_loss
 from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.runtime.output import refuse_overlap
@@ -25,7 +26,7 @@ MEASUREMENTS = 10
 """Measurements and checkpoints in a run."""
 
 
-class Windows(torch.utils.data.Dataset):
+class Sequences(torch.utils.data.Dataset):
     """Sequences of token ids, (T,) each."""
 
     def __init__(self, windows: list[Tensor]) -> None:
@@ -55,9 +56,9 @@ class RecoveryTrainer(Trainer):
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the targets of the whole step
 
-    def __init__(self, *, teacher: Any, distill: float, **kwargs: Any) -> None:
+    def __init__(self, *, teacher: Any, distill: float, judge: Judge, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._teacher, self._distill = teacher, distill
+        self._teacher, self._distill, self._judge = teacher, distill, judge
         self.model_accepts_loss_kwargs = True  # so that the targets of a step are counted
 
     def compute_loss(
@@ -78,6 +79,18 @@ class RecoveryTrainer(Trainer):
         assert num_items_in_batch is not None
         loss = loss / num_items_in_batch * self.accelerator.num_processes  # gradients are averaged over processes
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Measure the held-out windows, by text; Trainer's own knows only one mean."""
+        losses = self._judge.measure(self.model)
+        groups = {f"{metric_key_prefix}_group_{n}": loss for n, loss in enumerate(losses.by_group().values())}
+        mean = {f"{metric_key_prefix}_mean": losses.mean}
+        metrics = {f"{metric_key_prefix}_loss": losses.criterion(self._judge.before), **mean, **groups}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer's own passes over experts, which a checkpoint holds in other parts than the model."""
@@ -104,13 +117,16 @@ class Reporter(TrainerCallback):
         self._ranks.on_first(lambda: self._checkpoints.seal(state.global_step, state.best_global_step, last))
 
 
-def training_arguments(options: FinetuneOptions, folder: Path, windows: int, device: torch.device) -> TrainingArguments:
+def training_arguments(
+    options: FinetuneOptions, folder: Path, windows: list[Tensor], rate: float, device: torch.device
+) -> TrainingArguments:
     """transformers' arguments.
 
     Args:
         options: The options of the command.
         folder: The folder of checkpoints.
-        windows: Number of windows to train on.
+        windows: The windows to train on.
+        rate: The highest learning rate.
         device: The device to train on.
 
     Raises:
@@ -125,7 +141,7 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int, dev
         per_device_train_batch_size=options.micro_batch,
         per_device_eval_batch_size=options.micro_batch,
         num_train_epochs=options.epochs,
-        learning_rate=options.rate,
+        learning_rate=rate,
         lr_scheduler_type=options.schedule,
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
@@ -160,7 +176,10 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int, dev
             next_step="change one of them",
         )
     arguments.gradient_accumulation_steps = options.batch // share
-    steps = max(1, -(-int(windows * options.epochs) // options.batch))
+    passes = options.epochs if options.tokens is None else options.tokens / sum(map(len, windows))
+    steps = max(1, -(-int(len(windows) * passes) // options.batch))
+    if options.tokens is not None:
+        arguments.max_steps = steps
     every = options.evaluate_every or max(1, -(-steps // MEASUREMENTS))
     arguments.eval_steps = arguments.save_steps = min(every, steps)
     return arguments
@@ -169,6 +188,12 @@ def training_arguments(options: FinetuneOptions, folder: Path, windows: int, dev
 def on_gpu_in_bfloat16(arguments: TrainingArguments) -> bool:
     """Return whether weights that aren't trained may be held in bfloat16."""
     return bool(arguments.bf16) and arguments.device.type != "cpu"
+
+
+def placed_teacher(teacher: Any, arguments: TrainingArguments) -> Any:
+    """The teacher on the device that is trained on, in bfloat16 on a GPU that computes in it."""
+    dtype = torch.bfloat16 if on_gpu_in_bfloat16(arguments) else None
+    return teacher.requires_grad_(False).to(device=arguments.device, dtype=dtype)
 
 
 def with_adapters(model: Any, options: FinetuneOptions, bfloat16: bool) -> Any:
@@ -192,33 +217,30 @@ def make_trainer(
     options: FinetuneOptions,
     arguments: TrainingArguments,
     model: Any,
-    teacher: Any,
-    windows: tuple[list[Tensor], list[Tensor]],
+    train: list[Tensor],
+    judge: Judge,
     reporter: Reporter,
 ) -> RecoveryTrainer:
-    """Return the trainer of a model. The teacher is moved to the model's device, and to bfloat16 on a GPU that computes
-    in it.
+    """Return the trainer of a model.
 
     Args:
         options: The options of the command.
         arguments: The answer of `training_arguments`.
         model: The model to train, maybe with adapters.
-        teacher: The dense model, or None.
-        windows: Windows to train on, and held-out windows.
+        train: Windows to train on.
+        judge: The held-out windows, with the teacher.
         reporter: The callback that seals the checkpoints.
     """
-    if teacher is not None:
-        teacher = teacher.requires_grad_(False)
-        teacher = teacher.to(device=arguments.device, dtype=torch.bfloat16 if on_gpu_in_bfloat16(arguments) else None)
     early = [] if options.patience is None else [EarlyStoppingCallback(options.patience)]
     trainer = RecoveryTrainer(
-        teacher=teacher,
+        teacher=judge.teacher,
         distill=options.distilled,
+        judge=judge,
         model=model,
         args=arguments,
         data_collator=collate,
-        train_dataset=Windows(windows[0]),
-        eval_dataset=Windows(windows[1]),
+        train_dataset=Sequences(train),
+        eval_dataset=Sequences(judge.held_out.windows),
         callbacks=[reporter, *early, *_tensorboard(options)],
     )
     trainer.remove_callback(PrinterCallback)

@@ -4,14 +4,14 @@ On the tokens that its layers were fitted on, a sliced model looks better than o
 held-out sequences, and the gain before the head is fitted on them.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eigenslice.algebra.covariance import normalize
-from eigenslice.cut.ends import GlobalCut, slice_embeddings, slice_head
+from eigenslice.cut.ends import GlobalCut
 from eigenslice.data.batches import HELD_OUT_GROUP
 from eigenslice.model.dense import DenseModel
 from eigenslice.runtime.offload import OffloadedTensors
@@ -43,7 +43,7 @@ class Head:
 
     def parts(self, rows: int) -> list[slice]:
         """Return parts of the vocabulary of which `LOGITS` logits of so many rows are held at once."""
-        size, vocabulary = max(1, LOGITS[self.weight.device.type] // max(1, rows)), len(self.weight)
+        size, vocabulary = max(1, LOGITS.get(self.weight.device.type, LOGITS["cuda"]) // max(1, rows)), len(self.weight)
         return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
     def logits(self, rows: Tensor, part: slice = EVERY, *, bounded: bool = True) -> Tensor:
@@ -68,41 +68,30 @@ class Head:
         return total
 
 
-def dense_head(dense: DenseModel) -> Head:
-    """Return the dense model's head."""
-    rows, bias = dense.lm_head()
-    return Head(rows.to(torch.float32), None if bias is None else bias.float(), _scale(dense), _cap(dense))
+def make_heads(dense: DenseModel, cuts: Sequence[tuple[GlobalCut, Tensor | None]] = ()) -> tuple[Head, list[Head]]:
+    """Return the dense model's head and those of sliced models. The vocabulary's rows are read once for all heads.
 
-
-def sliced_head(dense: DenseModel, cut: GlobalCut, reading: Tensor | None) -> Head:
-    """Return a sliced model's head; it doesn't depend on the class that the model is saved as.
+    The heads don't depend on the classes that the models are saved as.
 
     Args:
         dense: The dense model.
-        cut: The plan and the basis of the sliced model.
-        reading: The untied head's map from the sliced stream to dense coordinates, (D, width); None takes the basis.
+        cuts: For each sliced model its plan and basis, and an untied head's map from the sliced stream to dense
+            coordinates, (D, width); None takes the basis.
     """
-    plan, basis = cut.plan, cut.basis
-    head, norm = dense.table.lm_head, dense.table.final_norm
-    custom = replace(plan, stock=None)  # another class computes the same
-    tensors = dict(slice_head(dense, custom, basis.site, basis.tied_gain, torch.float32, reading))
-    if plan.tied:
-        embeddings = dict(slice_embeddings(dense, plan, basis.site, torch.float32))
-        weight = embeddings[dense.table.embeddings[0] + ".weight"] * tensors[norm + ".weight"].float()
-    else:
-        weight = tensors[head + ".weight"]
-    bias = tensors.get(head + ".bias")
-    return Head(weight, None if bias is None else bias.float(), _scale(dense), _cap(dense))
+    gain = dense.final_gain()
 
+    def sliced(cut: GlobalCut, reading: Tensor | None) -> Callable[[Tensor], Tensor]:
+        basis, tied_gain = cut.basis.site, cut.basis.tied_gain
+        if tied_gain is not None:  # the rows are the embedding's, too, and the norm's gain is behind the basis
+            return lambda rows: (rows @ basis.reading) * tied_gain
+        return lambda rows: (rows * gain) @ (basis.reading if reading is None else reading)
 
-def _scale(dense: DenseModel) -> float:
-    """Return the factor of the logits in the config."""
-    return dense.table.logit_scale(dense.config) if dense.table.logit_scale else 1.0
-
-
-def _cap(dense: DenseModel) -> float | None:
-    """Return the bound of the logits in the config; None where there is none."""
-    return getattr(dense.config, "final_logit_softcapping", None)
+    matrices, bias = dense.head_matrices([lambda rows: rows * gain, *(sliced(*cut) for cut in cuts)])
+    bias = None if bias is None else bias.float()
+    scale = dense.table.logit_scale(dense.config) if dense.table.logit_scale else 1.0
+    cap = getattr(dense.config, "final_logit_softcapping", None)
+    whole, *heads = (Head(matrix, bias, scale, cap) for matrix in matrices)
+    return whole, heads
 
 
 def held_out_rows(site: Site, streams: Sequence[OffloadedTensors]) -> Iterator[tuple[Tensor, list[Tensor]]]:

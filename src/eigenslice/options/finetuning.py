@@ -1,5 +1,6 @@
 """Options of `eigenslice finetune`."""
 
+import math
 from importlib.util import find_spec
 from typing import Annotated, Any, Literal
 
@@ -10,12 +11,19 @@ from eigenslice.options.calibration_text import MOST_SAMPLES, CalibrationOptions
 from eigenslice.options.common import GPU, ShardGib, TrustCheckpoints
 from eigenslice.options.flags import ADAPTERS, MACHINE, OUTPUT, TEXT, TRAINING, Nested, Option, Options, Range
 from eigenslice.options.paths import UserPath
+from eigenslice.options.slicing import OWN_SHARE, SHARES
 
-LORA_RATE, FULL_RATE = 1e-3, 3e-4
-"""Default learning rates."""
+LORA_RATE, FULL_RATE = 1e-3, 0.1
+"""Default learning rates: of adapters; of all weights, times the hidden width.
+
+AdamW changes each weight by about the rate in a step, whatever the gradient. So an output changes by the rate times the
+number of inputs.
+"""
 DISTILL = 0.8
 """Share of the distillation beside a teacher. benchmarks/EXPERIMENTS.md compares it with smaller and larger shares."""
 LOGGERS = ("tensorboard", "trackio")
+HELD_OUT = 16
+"""Default number of windows of texts that are held out."""
 TRAINING_TEXT: dict[str, Option | None] = {
     "data": Option("Text to train on, as slice's --calibration.", TEXT, flags=("--calibration", "--data")),
     "field": Option("Text field of records, as slice's --field.", TEXT, "text, or else a conversation"),
@@ -44,7 +52,10 @@ class FinetuneOptions(Options):
         ),
         Range(0, 1, "0 (next token only) to 1 (distillation only), beside --teacher"),
     ] = None
-    full: Annotated[bool, Option("Train all weights instead of LoRA adapters.", ADAPTERS)] = False
+    full: Annotated[
+        bool | None,
+        Option("Train all weights; --no-full trains LoRA adapters.", ADAPTERS, "all weights, if the memory is enough"),
+    ] = None
     rank: Annotated[int, Option("Rank of the adapters.", ADAPTERS), Range(1, 65536, "1 to 65536")] = 32
     alpha: Annotated[
         float,
@@ -58,6 +69,22 @@ class FinetuneOptions(Options):
         bool, Option("Store the adapter beside the unchanged weights instead of merging it.", ADAPTERS)
     ] = False
     data: Annotated[CalibrationOptions, Nested(TRAINING_TEXT)] = CalibrationOptions(samples=400, seqlen=1024)
+    tokens: Annotated[
+        int | None,
+        Option(
+            "Tokens to train on, with the model's own text, in place of --samples and --epochs; short texts repeat.",
+            TEXT,
+            "--epochs passes over --samples windows",
+        ),
+        Range(1, 10**12, "1 to 10^12 tokens"),
+    ] = None
+    own_text: Annotated[
+        float | None,
+        Option(
+            "Windows that the teacher writes, as a share of the texts' windows.", TEXT, f"{OWN_SHARE} with --teacher"
+        ),
+        SHARES,
+    ] = None
     chat: Annotated[
         bool,
         Option(
@@ -77,7 +104,9 @@ class FinetuneOptions(Options):
     ] = 1
     learning_rate: Annotated[
         float | None,
-        Option("Highest learning rate.", TRAINING, f"{LORA_RATE}; {FULL_RATE} with --full"),
+        Option(
+            "Highest learning rate.", TRAINING, f"{FULL_RATE} / hidden width for all weights, {LORA_RATE} for adapters"
+        ),
         Range(1e-12, 1e3, "more than 0, at most 1000"),
     ] = None
     schedule: Annotated[
@@ -91,10 +120,14 @@ class FinetuneOptions(Options):
     ] = 0.05
     weight_decay: Annotated[float, Option("Weight decay of AdamW.", TRAINING), Range(0, 1e3, "0 to 1000")] = 0.0
     held_out: Annotated[
-        int,
-        Option("Windows of the same texts to measure instead of training on them.", TEXT),
+        int | None,
+        Option(
+            "Windows of the same texts to measure instead of training on them.",
+            TEXT,
+            f"{HELD_OUT}, or an eighth of few windows",
+        ),
         Range(1, MOST_SAMPLES, f"1 to {MOST_SAMPLES} windows"),
-    ] = 16
+    ] = None
     evaluate_every: Annotated[
         int | None,
         Option("Steps between measurements and checkpoints.", TRAINING, "a tenth of the run"),
@@ -129,6 +162,12 @@ class FinetuneOptions(Options):
                 allowed="--distill beside --teacher",
                 next_step="pass the dense model as --teacher, or leave --distill out",
             )
+        if self.own_text and self.teacher is None:
+            raise OptionsError(
+                f"--own-text {self.own_text} without --teacher",
+                allowed="--own-text beside --teacher, which writes the text",
+                next_step="pass the dense model as --teacher, or leave --own-text out",
+            )
         if self.full and self.keep_adapter:
             raise OptionsError(
                 "--full with --keep-adapter",
@@ -146,7 +185,7 @@ class FinetuneOptions(Options):
 
     def _check_packages(self) -> None:
         unknown = [name for name in self.log_to if name not in LOGGERS]
-        needed = [*self.log_to, *([] if self.full else ["peft"])]
+        needed = [*self.log_to, *(["peft"] if self.full is False or self.keep_adapter else [])]
         missing = [name for name in needed if find_spec(name) is None]
         if unknown:
             raise OptionsError(
@@ -164,16 +203,29 @@ class FinetuneOptions(Options):
         """Share of the distillation in the loss."""
         return (DISTILL if self.distill is None else self.distill) if self.teacher else 0.0
 
+    def rate(self, width: int) -> float:
+        """Return the highest learning rate for a model of a hidden width, where `full` is decided."""
+        return self.learning_rate or (FULL_RATE / width if self.full else LORA_RATE)
+
     @property
-    def rate(self) -> float:
-        """The highest learning rate."""
-        return self.learning_rate or (FULL_RATE if self.full else LORA_RATE)
+    def own_share(self) -> float:
+        """Windows that the teacher writes, as a share of the texts' windows."""
+        return (OWN_SHARE if self.own_text is None else self.own_text) if self.teacher else 0.0
+
+    @property
+    def text_windows(self) -> int:
+        """Number of the texts' windows to train on."""
+        if self.tokens is None:
+            return self.data.samples
+        return max(len(self.data.data), math.ceil(self.tokens / (1 + self.own_share) / self.data.seqlen))
 
 
 RECIPES: dict[str, dict[str, Any]] = {
     # SliceGPT, section 4 (r, alpha, length); the rest are arguments of the authors' run_finetuning.py
     "paper": {
         "data": CalibrationOptions(data="alpaca", samples=8000, seqlen=1024),
+        "full": False,
+        "own_text": 0.0,
         "rank": 32,
         "alpha": 10.0,
         "dropout": 0.05,

@@ -109,6 +109,16 @@ class SliceOptions(Options):
         ),
         SHARES,
     ] = None
+    heal: Annotated[
+        int | None,
+        Option(
+            "Tokens to train on after slicing, so that the result predicts what the dense model predicts: calibration "
+            "text, and text that the dense model writes.",
+            RESULT,
+            "no training",
+        ),
+        Range(1, 10**12, "1 to 10^12 tokens", "100000 take about as long as slicing; 1000000 recover most"),
+    ] = None
     multiple: Annotated[
         int,
         Option("--slicing and --keep choose multiples of this: 8, or 32 (Q8_0) or 256 (K-quants).", SIZE),

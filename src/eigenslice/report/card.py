@@ -7,12 +7,12 @@ from huggingface_hub import ModelCardData
 
 from eigenslice.checkpoint.card_metadata import read_card_metadata
 from eigenslice.report.escape import markdown
-from eigenslice.report.stated_loss import kl_text, loss_warning, why_not_measured
+from eigenslice.report.stated_loss import is_older_than_training, kl_text, loss_warning, why_not_measured
 from eigenslice.report.story import (
     base_model,
     calibration_text,
     custom_note,
-    finetune_command,
+    finetune_commands,
     loading_code,
     neurons_text,
     slice_command,
@@ -67,7 +67,7 @@ def _loss(manifest: dict[str, Any]) -> str:
     loss = manifest.get("loss") or {}
     if "kl" not in loss:
         return f"| loss on held-out text | | not measured: {markdown(why_not_measured(manifest))} |"
-    before = ", before fine-tuning" if "finetune" in manifest else ""
+    before = ", before fine-tuning" if is_older_than_training(manifest) else ""
     return (
         f"| perplexity on {loss['tokens']:,} held-out tokens of the calibration text{before} "
         f"| {loss['dense_perplexity']:.4g} "
@@ -77,7 +77,7 @@ def _loss(manifest: dict[str, Any]) -> str:
 
 def _warned(manifest: dict[str, Any]) -> list[str]:
     """Return the paragraph on a large loss; fine-tuning has changed the loss."""
-    text = "" if "finetune" in manifest else loss_warning(manifest)
+    text = "" if is_older_than_training(manifest) else loss_warning(manifest)
     return [f"**Large loss.** {markdown(text)}", ""] if text else []
 
 
@@ -117,7 +117,7 @@ def _text(manifest: dict[str, Any], name: str) -> str:
         "",
         "```",
         slice_command(manifest),
-        *([finetune_command(manifest["finetune"])] if "finetune" in manifest else []),
+        *finetune_commands(manifest),
         "```",
         "",
         "`eigenslice.json` holds the plan, the spectra, all options, and the SHA-256 of the source's files. A sliced "

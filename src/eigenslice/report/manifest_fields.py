@@ -132,6 +132,7 @@ class Loss(_Fields):
     dense_perplexity: Positive
     sliced_perplexity: Positive
     tokens: Size
+    finetuned: bool = False
 
 
 class NotMeasured(_Fields):
@@ -150,8 +151,19 @@ class Perplexities(_Fields):
     tokens: Count
 
 
+class TextLoss(_Fields):
+    """The objective of a training on held-out windows of a text."""
+
+    text: Name
+    before: Number
+    after: Number
+
+
 class Training(_Fields):
     """The section that `finetune` adds."""
+
+    best_step: Count = 0
+    texts: list[TextLoss] = []
 
     trained: Name
     steps: Count

@@ -14,10 +14,27 @@ def loss_text(manifest: dict[str, Any]) -> str:
     loss = manifest.get("loss") or {}
     if "kl" not in loss:
         return f"loss not measured: {why_not_measured(manifest)}"
-    before = ", before fine-tuning" if manifest.get("finetune") else ""
+    before = ", before fine-tuning" if is_older_than_training(manifest) else ""
     return (
         f"estimated loss{before}: perplexity x{loss['perplexity_ratio']:.3f} ({perplexities(loss)}) and "
         f"{kl_text(loss)}, on {loss['tokens']:,} held-out tokens of the calibration text"
+    )
+
+
+def is_older_than_training(manifest: dict[str, Any]) -> bool:
+    """Return whether the loss in a manifest was measured before the model was trained."""
+    return "finetune" in manifest and not (manifest.get("loss") or {}).get("finetuned")
+
+
+def healing_text(section: dict[str, Any]) -> str:
+    """Return the effect of a training beside a teacher in one line, from the manifest's section on it."""
+    texts = section["texts"]
+    before, after = (sum(text[when] for text in texts) / len(texts) for when in ("before", "after"))
+    if not section["best_step"]:
+        return f"healing: no gain in {section['steps']} steps on {section['trained']}; the weights are those of slicing"
+    return (
+        f"healing: KL {before:.3f} -> {after:.3f} nats per token, mean over held-out windows of {len(texts)} kinds of "
+        f"text; {section['trained']}, step {section['best_step']} of {section['steps']}"
     )
 
 
@@ -68,4 +85,4 @@ def _advice(manifest: dict[str, Any]) -> list[str]:
     is_text = "seed" in calibration
     if is_text and manifest.get("refitted") and not calibration.get("own_sequences"):
         steps.append("text that the model writes itself (--own-text 0.5)")
-    return [*steps, "training afterwards (eigenslice finetune)"]
+    return steps if manifest.get("finetune") else [*steps, "training afterwards (--heal, or eigenslice finetune)"]

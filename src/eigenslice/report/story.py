@@ -19,9 +19,12 @@ def slice_command(manifest: dict[str, Any]) -> str:
     return _command("slice", SliceOptions, manifest["options"])
 
 
-def finetune_command(section: dict[str, Any]) -> str:
-    """The same of the recovery fine-tuning, from the manifest's section on it."""
-    return _command("finetune", FinetuneOptions, section["options"])
+def finetune_commands(manifest: dict[str, Any]) -> list[str]:
+    """Return the command of the recovery fine-tuning; none if there was no training or slicing itself did it."""
+    section = manifest.get("finetune")
+    if section is None or manifest["options"].get("heal") is not None:
+        return []
+    return [_command("finetune", FinetuneOptions, section["options"])]
 
 
 def _command(verb: str, kind: type[Options], options: dict[str, Any]) -> str:

@@ -28,6 +28,11 @@ def partial_path(output: Path) -> Path:
     return output.absolute().parent / f"{name}.partial"
 
 
+def unhealed_path(output: Path) -> Path:
+    """Return the folder of the sliced model while it is healed into `output`."""
+    return partial_path(output).with_suffix(".unhealed")
+
+
 def check_output(output: Path, resume: bool = False, inputs: Iterable[Path] = ()) -> None:
     """Refuse an output that can't become a new file or folder, before any work.
 

@@ -121,6 +121,9 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
             )
         yield Ranks(device=device)
         return
+    if dist.is_initialized():  # by a run that this one is a part of
+        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(dist.get_rank(), dist.get_world_size(), device)

@@ -9,7 +9,7 @@ from torch import Tensor
 from eigenslice.checkpoint.loading import load_model
 from eigenslice.data import beginnings, random_sequences
 from eigenslice.data.own_text import SAMPLING_STAGE as SAMPLING_STAGE
-from eigenslice.data.own_text import Drawing, draw
+from eigenslice.data.own_text import write_rows
 from eigenslice.data.tokens import Tokens
 from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.model.dense import DenseModel
@@ -21,11 +21,6 @@ from eigenslice.runtime.ranks import Ranks
 from eigenslice.runtime.run_state import RunState
 from eigenslice.slicing.memory import room_for_model, whole_bytes
 from eigenslice.vocabulary import SourceOfKeptTokens, keep_rows
-
-OWN_LENGTH = 128
-"""Tokens of a text beside calibration texts. Many short texts show more kinds, and cost less, than a few long texts."""
-OWN_BATCH = 64
-"""Number of texts that are written at once."""
 
 
 def add_sequences(
@@ -113,14 +108,11 @@ def _write_own(
     model, tokenizer = load_model(options.model, str(dense.device), dtype).model, dense.source.tokenizer
     if isinstance(dense.source, SourceOfKeptTokens):
         keep_rows(model, dense.source.kept.ids)
-    start, seqlen = len(tokenizer("")["input_ids"]), int(tokens.description["seqlen"])
-    length = max(2, min(OWN_LENGTH, seqlen) - start)
-    together = max(1, seqlen // (start + length))
-    texts = Drawing(count * together, length, OWN_BATCH, seed=options.calibration.seed)
-    ids = draw(model, tokenizer, texts, progress)
+    seed = options.calibration.seed
+    ids = write_rows(model, tokenizer, count, int(tokens.description["seqlen"]), seed, progress)
     del model
     trim_memory()
-    return ids.reshape(count, -1)
+    return ids
 
 
 def _has_room(tokens: Tokens, dense: DenseModel, share: float | None, dtype: torch.dtype) -> bool:
