@@ -24,8 +24,8 @@ from eigenslice.evaluation.perplexity import Perplexity
 from eigenslice.finetune.checkpoints import Checkpoints, load_weights, storage_errors
 from eigenslice.finetune.held_out import Judge
 from eigenslice.finetune.inputs import Input, Sliced, open_input, open_sliced
-from eigenslice.finetune.trained_weights import with_weights_chosen
 from eigenslice.finetune.result import as_perplexity, merged, result_names, section, write_result
+from eigenslice.finetune.trained_weights import with_weights_chosen
 from eigenslice.finetune.training import (
     Progress,
     Reporter,
