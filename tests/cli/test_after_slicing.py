@@ -52,12 +52,16 @@ def test_finetune_bench_and_report(command: Command, model: Path, sliced: Path, 
     (tmp_path / "bench.json").write_text(timed.out)
     measured = command("eval", model, tuned, "--data", train, "--device", "cpu", "--json", "-q")
     (tmp_path / "perplexity.json").write_text(measured.out)
+    written = command("eval", model, tuned, "--generate", "builtin", "--prompts", 2, "--new", 3, "--json", "-q")
+    (tmp_path / "writing.json").write_text(written.out)
     page = tmp_path / "page.html"
     files = ["--bench", tmp_path / "bench.json", "--perplexity", tmp_path / "perplexity.json"]
+    files += ["--writing", tmp_path / "writing.json"]
     outcome = command("report", tuned, "-o", page, *files, "--generate", model, "--prompt", "w5 w6", "--new", 2)
     assert (outcome.code, outcome.out) == (0, f"{page}\n")
     text = page.read_text(encoding="utf-8")
     assert all(f'id="plot-{name}"' in text for name in ("roles", "spectrum", "perplexity", "prefill", "training"))
+    assert f"{written.json['models'][1]['sampled']['dense_perplexity']:.2f} (x" in text
 
 
 def test_what_is_printed_as_json_is_the_manifest(command: Command, sliced: Path, train: Path, tmp_path: Path) -> None:

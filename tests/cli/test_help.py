@@ -14,6 +14,7 @@ from eigenslice.cli.commands import Flag, flags_of
 from eigenslice.cli.reference import reference
 from eigenslice.options.benchmark import BenchOptions
 from eigenslice.options.flags import PANELS, Nested, Option, Options, Range, described
+from eigenslice.options.slicing import SliceOptions
 from tests.cli.conftest import Command
 
 RECORD = json.loads(Path(__file__).with_name("flags.json").read_text())
@@ -22,7 +23,7 @@ FLAGS = [(verb, flag) for verb, function in VERBS.items() for flag in flags_of(f
 MODELS = {kind.__name__: kind for kind in Options.__subclasses__()}
 PAGE = Path(__file__).parents[2] / "docs" / "options.md"
 LIBRARY = {
-    "slice": ("eigenslice.slicing.slice_model", 0, ["M", "-o", "O", "--keep", "0.5"]),
+    "slice": ("eigenslice.healing.slice_model", 0, ["M", "-o", "O", "--keep", "0.5"]),
     "finetune": ("eigenslice.finetune.finetune", 0, ["M", "-o", "O"]),
     "finetune --recipe": (
         "eigenslice.finetune.finetune",
@@ -34,6 +35,11 @@ LIBRARY = {
     "report": ("eigenslice.report.report", 0, ["M"]),
     "bench": ("eigenslice.evaluation.speed.bench", 1, ["M"]),
     "eval --tasks": ("eigenslice.evaluation.tasks.evaluate_tasks", 1, ["M", "--tasks", "a, b,a"]),
+    "eval --generate": (
+        "eigenslice.evaluation.generation.evaluate_generation",
+        1,
+        ["M", "--generate", "builtin"],
+    ),
 }
 """The function that each verb calls, the position of its options, and a command line."""
 
@@ -78,6 +84,20 @@ def test_no_default_has_changed(case: str, command: Command, monkeypatch: pytest
     monkeypatch.setattr(importlib.import_module(module), name, called)
     assert command(case.split()[0], *arguments).code == 7
     assert calls[0].model_dump(mode="json") == RECORD["defaults"][case]
+
+
+def test_an_effort_sets_what_is_left_out(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[SliceOptions] = []
+
+    def called(options: SliceOptions, progress: Any) -> None:
+        calls.append(options)
+        raise SystemExit(7)
+
+    monkeypatch.setattr("eigenslice.healing.slice_model", called)
+    arguments = ["slice", "m", "-o", "o", "--keep", "0.8", "--effort", "fast", "--samples", "128", "--trials"]
+    assert command(*arguments).code == 7
+    assert (calls[0].calibration.samples, calls[0].calibration.seqlen) == (128, 512)
+    assert (calls[0].trials, calls[0].own_text) == (True, 0.0)
 
 
 def test_no_default_of_a_perplexity_has_changed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +168,7 @@ def test_hints_are_no_markup(shown: dict[str, str]) -> None:
 
 
 def test_every_field_is_an_option() -> None:
-    assert len(MODELS) == 10
+    assert len(MODELS) == 11
     missing = [
         (kind, name)
         for kind in MODELS.values()

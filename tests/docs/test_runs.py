@@ -16,7 +16,7 @@ from tests.export import models
 TEXT = [f"the tin in the hat {i} is thin 12 " * 3 for i in range(60)]
 LESS = {
     "slice": ["--samples", "12", "--seqlen", "16"],
-    "eval": ["--samples", "4", "--seqlen", "16"],
+    "eval": ["--samples", "4", "--seqlen", "16", "--prompts", "2", "--new", "2"],
     "sample": ["--samples", "4", "--seqlen", "16"],
     "finetune": ["--samples", "12", "--seqlen", "16", "--held-out", "4"],
     "bench": ["--prompt", "8", "--new", "2", "--runs", "1", "--no-memory"],
@@ -39,7 +39,7 @@ def adapted(words: tuple[str, ...]) -> list[str]:
     """A command of the documents with the tiny model for each dense one, texts that are files, and less of all."""
     verb, *rest = words
     verb_words = [verb, *_arguments(rest), *LESS.get(verb, [])]
-    if verb in DEFAULT and DEFAULT[verb] not in rest:
+    if verb in DEFAULT and DEFAULT[verb] not in rest and "--generate" not in rest:
         verb_words += [DEFAULT[verb], _text("default")]
     return verb_words
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from eigenslice.errors import CheckpointError
 from eigenslice.report.figures import energy, parameters_by_role, refit_errors, spectra, training
 from eigenslice.report.manifest import NAME, finished_manifest, read_manifest
-from eigenslice.report.page import render
+from eigenslice.report.page import Texts, render
 from tests.conftest import Slicer
 from tests.json_changes import changed, places
 from tests.messages import check_message
@@ -48,7 +48,7 @@ def use(content: Any) -> None:
     """All that reads a manifest."""
     plots = [parameters_by_role(content), spectra(content), energy(content), refit_errors(content), training(content)]
     sections: dict[str, Any] = {name: [] for name in ("spectrum", "quality", "speed", "training")}
-    page = render(content, "x", sections | {"cut": [plot for plot in plots if plot]}, None, [])
+    page = render(content, "x", sections | {"cut": [plot for plot in plots if plot]}, None, Texts([], None))
     assert "<script>alert" not in page
 
 

@@ -9,21 +9,38 @@ from eigenslice.cli.console import output, progress_bar
 from eigenslice.cli.options import AsJson, Compared, Quiet
 from eigenslice.errors import OptionsError
 from eigenslice.options.evaluation import PerplexityOptions, TaskOptions
+from eigenslice.options.generating import GenerationOptions
 
 
 def eval_(
     models: Compared,
     given: Given[PerplexityOptions],
     tasks: Given[TaskOptions],
+    generation: Given[GenerationOptions],
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Perplexity over all predicted tokens of a text, or scores of tasks; models are compared with the first."""
-    if "tasks" in tasks.values:
-        if "data" in given.values.get("text", {}):
-            raise OptionsError("--tasks with --data", allowed="one of them", next_step="run eigenslice eval twice")
+    """Perplexity over all predicted tokens of a text, scores of tasks, or figures of written text.
+
+    Models are compared with the first.
+    """
+    asked = {
+        "--tasks": "tasks" in tasks.values,
+        "--generate": "data" in generation.values.get("text", {}),
+        "--data": "data" in given.values.get("text", {}),
+    }
+    if sum(asked.values()) > 1:
+        named = " with ".join(flag for flag, wanted in asked.items() if wanted)
+        raise OptionsError(named, allowed="one of them", next_step="run eigenslice eval for each of them")
+    if asked["--tasks"]:
         _tasks(models, tasks, as_json, quiet)
-        return
+    elif asked["--generate"]:
+        _generation(models, generation, as_json, quiet)
+    else:
+        _perplexities(models, given, as_json, quiet)
+
+
+def _perplexities(models: list[str], given: Given[PerplexityOptions], as_json: bool, quiet: bool) -> None:
     from eigenslice.data.sources import one_by_one
     from eigenslice.evaluation.perplexity import evaluate_each
 
@@ -73,3 +90,22 @@ def _tasks(models: list[str], given: Given[TaskOptions], as_json: bool, quiet: b
             cells.append(f"{score_of_row['value']:.4f}{error}{change}")
         table.add_row(score["task"], score["metric"], *cells)
     output.print(table)
+
+
+def _generation(models: list[str], given: Given[GenerationOptions], as_json: bool, quiet: bool) -> None:
+    from eigenslice.evaluation.generation import evaluate_generation
+    from eigenslice.report.measured import short_names
+    from eigenslice.report.written import NOTE, written_rows
+
+    options = given.options()
+    with progress_bar(quiet) as progress:
+        result = evaluate_generation(models, options, progress)
+    if as_json:
+        output.print_json(json.dumps(result))
+        return
+    short = short_names(models)
+    table = Table("", *(short[model] for model in models))
+    for label, cells in written_rows(result):
+        table.add_row(label, *cells)
+    output.print(table)
+    output.print(f"{result['prompts']} prompts, up to {options.new} tokens after each. {NOTE}", soft_wrap=True)

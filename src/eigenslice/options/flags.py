@@ -11,9 +11,12 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from eigenslice.errors import OptionsError
 
 SIZE, CALIBRATION, RESULT, MACHINE, OUTPUT = "Size", "Calibration", "Result", "Machine", "Output"
-TRAINING, ADAPTERS, TEXT, TASKS = "Training", "Adapters", "Text", "Tasks"
+TRAINING, ADAPTERS, TEXT, TASKS, WRITING = "Training", "Adapters", "Text", "Tasks", "Writing"
 WORK, MEASUREMENTS = "Work", "Measurements"
-PANELS = (None, SIZE, TRAINING, MEASUREMENTS, TEXT, TASKS, WORK, ADAPTERS, CALIBRATION, RESULT, MACHINE, OUTPUT)
+PANELS = (
+    *(None, SIZE, TRAINING, MEASUREMENTS, TEXT, TASKS, WRITING, WORK),
+    *(ADAPTERS, CALIBRATION, RESULT, MACHINE, OUTPUT),
+)
 """Groups of options in --help, in their order. None is the group without a name, for required options."""
 Described = TypeVar("Described")
 

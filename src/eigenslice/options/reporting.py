@@ -37,6 +37,9 @@ class ReportOptions(Options):
     tasks: Annotated[UserPath | None, Option("JSON of eigenslice eval --tasks ... --json.", MEASUREMENTS, "none")] = (
         None
     )
+    writing: Annotated[
+        UserPath | None, Option("JSON of eigenslice eval --generate ... --json.", MEASUREMENTS, "none")
+    ] = None
     bench: Annotated[UserPath | None, Option("JSON of eigenslice bench --json.", MEASUREMENTS, "none")] = None
     generate: Annotated[str | None, Option("The dense model: show text that both models write.", TEXT, "no text")] = (
         None

@@ -83,6 +83,51 @@ class Tasks(_Fields):
     models: Annotated[list[Asked], Field(min_length=1, max_length=MOST_ROWS)]
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Greedy(_Fields):
+    """Greedy text of a model."""
+
+    repeated: Share | None
+
+
+class Sampled(Greedy):
+    """Sampled text of a model."""
+
+    dense_perplexity: Annotated[float, Field(ge=1, le=1e30)]
+
+
+class Agreement(_Fields):
+    """Tokens before two texts differ."""
+
+    mean: Finite
+    median: Finite
+
+
+class Written(_Fields):
+    """A model that wrote."""
+
+    model: Name
+    greedy: Greedy
+    sampled: Sampled
+    agreement: Agreement | None
+
+
+class WritingSettings(_Fields):
+    """Settings of the writing."""
+
+    new: Count
+
+
+class Writing(_Fields):
+    """`eval --generate --json`."""
+
+    settings: WritingSettings
+    prompts: Count
+    models: Annotated[list[Written], Field(min_length=1, max_length=MOST_ROWS)]
+
+
 class Spread(_Fields):
     """Over runs."""
 
@@ -149,6 +194,7 @@ KINDS: dict[str, tuple[TypeAdapter[Any], str]] = {
         "`eigenslice eval --json` or benchmarks/quality.py",
     ),
     "tasks": (TypeAdapter(Tasks), "`eigenslice eval --tasks ... --json`"),
+    "writing": (TypeAdapter(Writing), "`eigenslice eval --generate ... --json`"),
     "bench": (TypeAdapter(Bench), "`eigenslice bench ... --json`"),
 }
 
@@ -157,7 +203,7 @@ def read_input(option: str, path: Path | None) -> Any:
     """The content of a file that an option names; None without one.
 
     Args:
-        option: perplexity, tasks or bench.
+        option: perplexity, tasks, writing or bench.
         path: The file.
 
     Raises:

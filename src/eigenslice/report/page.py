@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from eigenslice._version import __version__
 from eigenslice.errors import CheckpointError, OutputError
 from eigenslice.options.paths import expanded
 from eigenslice.options.reporting import ReportOptions
-from eigenslice.report import figures, measured, stated_loss, story
+from eigenslice.report import figures, measured, stated_loss, story, written
 from eigenslice.report.json_inputs import read_input
 from eigenslice.report.manifest import NAME, read_manifest
 from eigenslice.report.samples import Sample, generate
@@ -38,8 +39,8 @@ def report(options: ReportOptions, progress: Progress = lambda stage, done, tota
             next_step="check the path",
         )
     _check_path(options.path, [folder, *([expanded(options.generate)] if options.generate else [])])
-    perplexity, tasks, bench = (
-        read_input(option, getattr(options, option)) for option in ("perplexity", "tasks", "bench")
+    perplexity, tasks, writing, bench = (
+        read_input(option, getattr(options, option)) for option in ("perplexity", "tasks", "writing", "bench")
     )
     plots = _plots(manifest, folder, perplexity, tasks, bench)
     samples = []
@@ -52,7 +53,7 @@ def report(options: ReportOptions, progress: Progress = lambda stage, done, tota
             options.trust_remote_code,
             progress,
         )
-    page = render(manifest, options.named_folder.absolute().name, plots, bench, samples)
+    page = render(manifest, options.named_folder.absolute().name, plots, bench, Texts(samples, writing))
     write_whole(options.path, page)
     return options.path
 
@@ -88,8 +89,27 @@ def _sizes(perplexity: Any, manifest: dict[str, Any], folder: Path) -> dict[str,
     return sizes
 
 
+@dataclass(frozen=True)
+class Texts:
+    """What models wrote: samples, and the JSON of their figures (None without one)."""
+
+    samples: list[Sample]
+    figures: Any
+
+    @property
+    def names(self) -> list[str]:
+        """Short names of the models with figures."""
+        models = [row["model"] for row in self.figures["models"]]
+        return [measured.short_names(models)[model] for model in models]
+
+    @property
+    def rows(self) -> list[tuple[str, list[str]]]:
+        """Rows of their table."""
+        return list(written.written_rows(self.figures))
+
+
 def render(
-    manifest: dict[str, Any], name: str, plots: dict[str, list[figures.Figure]], bench: Any, samples: list[Sample]
+    manifest: dict[str, Any], name: str, plots: dict[str, list[figures.Figure]], bench: Any, texts: Texts
 ) -> str:
     """The page's HTML."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -112,14 +132,16 @@ def render(
         calibration=story.calibration_text(manifest["calibration"]),
         loss=manifest.get("loss") or {},
         loss_missing=stated_loss.why_not_measured(manifest),
-        loss_warning="" if "finetune" in manifest else stated_loss.loss_warning(manifest),
+        loss_warning="" if stated_loss.is_older_than_training(manifest) else stated_loss.loss_warning(manifest),
+        loss_is_older=stated_loss.is_older_than_training(manifest),
         roles=_roles(manifest["parameters"]),
         neurons=story.neurons_text(manifest["plan"]["neurons"]),
-        training_command=story.finetune_command(manifest["finetune"]) if "finetune" in manifest else "",
+        training_command="\n".join(story.finetune_commands(manifest)),
         trained_on=story.calibration_text(manifest["finetune"]["data"]) if "finetune" in manifest else "",
         plots=plots,
         bench=bench,
-        samples=samples,
+        texts=texts,
+        writing_note=written.NOTE,
         data=_json(flat),
         style=(assets / "style.css").read_text(encoding="utf-8"),
         script=(assets / "plots.js").read_text(encoding="utf-8"),
