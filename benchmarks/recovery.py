@@ -31,9 +31,9 @@ from eigenslice.runtime.output import partial_path
 from quality import text_option
 
 WAYS: dict[str, dict[str, Any]] = {
-    "lora": {},
+    "lora": {"full": False},
     "full": {"full": True},
-    "lora-next-token": {"teacher": None},
+    "lora-next-token": {"teacher": None, "full": False},
     "full-next-token": {"teacher": None, "full": True},
 }
 

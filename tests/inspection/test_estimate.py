@@ -7,7 +7,7 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.inspection import estimate as module
 from eigenslice.inspection.estimate import estimate
 from eigenslice.model.dense import DenseModel
-from eigenslice.slicing.memory import activation_bytes
+from eigenslice.slicing.memory import WRITING, activation_bytes, training_bytes
 from tests.conftest import Folders
 
 
@@ -58,3 +58,18 @@ def test_results_in_the_custom_class_take_a_pass_more(dense_folder: Folders, mon
         for case in ("llama", "bloom")
     )
     assert custom > 1.1 * stock
+
+
+def test_healing_takes_four_passes_and_the_text(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every part takes a second: 64 windows of 16 tokens pass 3 blocks and the head (vocabulary 96, timed whole)."""
+    monkeypatch.setattr(module, "_seconds", lambda work, device: 1.0)
+    dense = DenseModel(open_source(str(dense_folder("llama"))))
+    guess, blocks = estimate(dense, 1_000, 16), dense.anatomy.block_count
+    written = WRITING / 3 * blocks  # a third of the tokens
+    assert guess.healing_seconds == pytest.approx(100_000 / module.PROBE_TOKENS * (4 * (blocks + 1) + written))
+    assert guess.healing_bytes > 16 * dense.anatomy.parameters
+
+
+def test_bytes_of_a_training() -> None:
+    """A Llama of 7 B with a teacher in bfloat16 takes 16 bytes a weight, 2 for the teacher, and its logits."""
+    assert training_bytes(7 * 10**9, 14 * 10**9, 512, 32_000) == 126 * 10**9 + 512 * 32_000 * 12

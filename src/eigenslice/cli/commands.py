@@ -49,7 +49,8 @@ class Given(Generic[Model]):
         """Return the value of a field. A nested model has the field's defaults, not the defaults of its class."""
         if not described(self.kind, name, Nested):
             return value
-        return self.kind.model_fields[name].default.model_dump() | value
+        default = self.kind.model_fields[name].default
+        return value if default == type(default)() else default.model_dump() | value
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from eigenslice.options.inspection import InspectOptions
 
 def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: AsJson = False) -> None:
     """Show whether a model can be sliced, its parameters by role, and the size of each result."""
+    from eigenslice.inspection.estimate import HEALED_TOKENS
     from eigenslice.inspection.inspect import inspect_model
 
     options = given.options(revision)
@@ -57,7 +58,9 @@ def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: As
     output.print(
         f"Slicing with {guess.tokens:,} calibration tokens (--samples {samples} --seqlen {seqlen}) takes about "
         f"{_duration(guess.seconds)} and {guess.bytes / 1e9:.1f} GB of memory here without refit, "
-        f"{_duration(guess.refitted_seconds)} and {guess.refitted_bytes / 1e9:.1f} GB with --keep and refit.",
+        f"{_duration(guess.refitted_seconds)} and {guess.refitted_bytes / 1e9:.1f} GB with --keep and refit. "
+        f"Healing (--heal) takes {_duration(guess.healing_seconds)} more for each {HEALED_TOKENS:,} tokens, and "
+        f"{guess.healing_bytes / 1e9:.1f} GB.",
         highlight=False,
         soft_wrap=True,
     )

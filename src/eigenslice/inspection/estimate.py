@@ -21,12 +21,18 @@ from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Sizes
 from eigenslice.search.choose import CANDIDATES
 from eigenslice.search.parted import TOKENS as ALLOCATION_TOKENS
-from eigenslice.slicing.memory import WRITING, activation_bytes, room_for_model, whole_bytes
+from eigenslice.slicing.memory import WRITING, activation_bytes, room_for_model, training_bytes, whole_bytes
 from eigenslice.stream.walk import Stream
 
 PROBE_TOKENS = 512
 """Tokens that a block is timed on."""
 TRIED_TOKENS = FIT_TOKENS + TRIAL_TOKENS
+HEALED_TOKENS = 100_000
+"""Tokens of the healing that is estimated."""
+HEAD_ROWS = 4096
+"""Tokens of the vocabulary that the head is timed on."""
+HEALED_WINDOW = 512
+"""Tokens of its windows."""
 PLANS = 4
 """Least number of plans that are tried, beside plans with fewer blocks: three widths, and one with fewer heads."""
 
@@ -43,6 +49,8 @@ class Estimate:
             the activations. On a GPU, a part of it is the device's memory.
         refitted_bytes: Peak memory with refit. It adds one Gram matrix in float64 and its factor, or the whole model,
             which writes text.
+        healing_seconds: Time of healing on `HEALED_TOKENS` tokens, with all weights.
+        healing_bytes: Peak memory of healing, without the activations.
     """
 
     tokens: int
@@ -50,6 +58,8 @@ class Estimate:
     refitted_seconds: float
     bytes: int
     refitted_bytes: int
+    healing_seconds: float
+    healing_bytes: int
 
 
 def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = torch.float32) -> Estimate:
@@ -93,7 +103,19 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     if writes:
         refitted = max(refitted, rss + whole)
     plain_seconds = measuring + write
-    return Estimate(tokens, plain_seconds, plain_seconds + text + trial + fit, plain, refitted)
+    healing = _healing_seconds(anatomy, probe)
+    held = rss + training_bytes(anatomy.parameters, whole, HEALED_WINDOW, vocabulary[0])
+    return Estimate(tokens, plain_seconds, plain_seconds + text + trial + fit, plain, refitted, healing, held)
+
+
+def _healing_seconds(anatomy: Anatomy, probe: "_Probe") -> float:
+    """Return the time of healing: the dense model runs forward, the sliced one forward and backward.
+
+    A backward pass takes two forward passes. A part of the tokens is written by the dense model first.
+    """
+    forward = anatomy.block_count * probe.block
+    written = OWN_SHARE / (1 + OWN_SHARE) * WRITING * forward
+    return HEALED_TOKENS / probe.tokens * (4 * (forward + probe.head) + written)
 
 
 @dataclass(frozen=True)
@@ -106,6 +128,7 @@ class _Probe:
         narrow, broad: The Gram matrix of a site's stream, and of the wider of stream and neurons.
         fold: Folding a block's weights.
         read: A product with the readers of an MLP.
+        head: A product with the head.
     """
 
     tokens: int
@@ -114,6 +137,7 @@ class _Probe:
     broad: float
     fold: float
     read: float
+    head: float
 
 
 def _probe(dense: DenseModel, seqlen: int, dtype: torch.dtype) -> _Probe:
@@ -141,7 +165,10 @@ def _probe(dense: DenseModel, seqlen: int, dtype: torch.dtype) -> _Probe:
         narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
         fold = _seconds(fold_block, dense.device)
         read = _seconds(lambda: rows @ readers.T, dense.device)
-    return _Probe(ids.numel(), block, narrow, broad, fold, read)
+        vocabulary = anatomy.shapes[anatomy.table.embeddings[0] + ".weight"][0]
+        some = torch.randn(min(vocabulary, HEAD_ROWS), anatomy.width, device=dense.device)
+        head = _seconds(lambda: rows @ some.T, dense.device) * vocabulary / len(some)
+    return _Probe(ids.numel(), block, narrow, broad, fold, read, head)
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

@@ -1,13 +1,14 @@
 """Options of `eigenslice slice`."""
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import field_validator, model_validator
 
 from eigenslice.errors import OptionsError
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.common import Device, DtypeName, ShardGib, TrustTokenizer
+from eigenslice.options.effort import Effort, effort_text, with_effort
 from eigenslice.options.flags import CALIBRATION, MACHINE, RESULT, SIZE, Nested, Option, Options, Range
 from eigenslice.options.paths import UserPath
 
@@ -40,6 +41,14 @@ class SliceOptions(Options):
         ),
     ] = None
     width: Annotated[int | None, Option("Hidden width to keep.", SIZE)] = None
+    effort: Annotated[
+        Effort,
+        Option(
+            f"Time against quality, for options that are left out. fast, for a first look: {effort_text('fast')}. "
+            f"best, for what you publish: {effort_text('best')}.",
+            SIZE,
+        ),
+    ] = "default"
     recipe: Annotated[
         UserPath | None,
         Option(
@@ -62,6 +71,14 @@ class SliceOptions(Options):
         Option("With --keep: cut heads, too: key/value heads with their query heads, or query heads alone.", SIZE),
     ] = True
     depth: Annotated[bool, Option("With --keep: leave out whole blocks, too.", SIZE)] = True
+    trials: Annotated[
+        bool,
+        Option(
+            "With --keep: try several splits of the cut, and take the best one. --no-trials cuts MLP neurons alone, as "
+            "many in each block, or the width where there are too few neurons.",
+            SIZE,
+        ),
+    ] = True
     vocabulary: Annotated[
         int | None,
         Option(
@@ -89,6 +106,7 @@ class SliceOptions(Options):
         bool | None,
         Option("Fit sliced weights to the dense model's activations.", RESULT, "yes with a global basis"),
     ] = None
+    fit_neurons: Annotated[bool, Option("Fit the inputs of MLP neurons, too, where weights are fitted.", RESULT)] = True
     untie: Annotated[bool, Option("Store embedding and head separately, even if the model ties them.", RESULT)] = False
     own_text: Annotated[
         float | None,
@@ -147,6 +165,11 @@ class SliceOptions(Options):
     shard_gib: ShardGib = 5.0
     resume: Annotated[bool, Option("Go on with an interrupted run of the same command.", MACHINE)] = False
     trust_remote_code: TrustTokenizer = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _set_by_effort(cls, given: Any) -> Any:
+        return with_effort(given) if isinstance(given, dict) else given
 
     @field_validator("vocabulary_from", mode="after")
     @classmethod

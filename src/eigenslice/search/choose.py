@@ -38,7 +38,7 @@ def choose_plan(
             differ in their neurons, if the class allows it, and the blocks to leave out are open.
     """
     batches = trial_batches(run.tokens.batches)
-    if options.keep is not None:
+    if options.keep is not None and options.trials:
         families = _leave_out(run, families, batches, options)
         families = _allocate(run, families, measurement, batches, options.multiple)
     trials: list[tuple[Plan, float]] = []

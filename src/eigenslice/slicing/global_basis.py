@@ -14,7 +14,7 @@ from eigenslice.fit.gain import GainFit, fit_gain
 from eigenslice.fit.neuron_readers import curvature_stride
 from eigenslice.fit.ridges import Fitting
 from eigenslice.fit.twin import SlicedTwin
-from eigenslice.measure.divergence import sliced_head
+from eigenslice.measure.divergence import make_heads
 from eigenslice.measure.importance import Measurement
 from eigenslice.measure.stream_error import stream_error
 from eigenslice.model.dense import NamedTensors
@@ -43,13 +43,16 @@ class _Fit:
     loss: dict[str, Any]
 
 
-def slice_globally(files: ResultFiles, measurement: Measurement, *, fits: bool) -> dict[str, Any]:
+def slice_globally(
+    files: ResultFiles, measurement: Measurement, *, fits: bool, fits_neurons: bool = True
+) -> dict[str, Any]:
     """Rotate and slice the model with one basis, or fit its blocks beside one more pass of the dense model.
 
     Args:
         files: The weight files to write.
         measurement: Statistics of the dense model.
         fits: True if blocks are fitted.
+        fits_neurons: True if the inputs of MLP neurons are fitted, too.
 
     Returns:
         Entries of the manifest.
@@ -64,7 +67,7 @@ def slice_globally(files: ResultFiles, measurement: Measurement, *, fits: bool) 
     }
     reading, tied_gain = None, basis.tied_gain
     if fits:
-        fit = _fit_blocks(files, cut)
+        fit = _fit_blocks(files, cut, fits_neurons)
         reading, entries["refit_errors"], entries["loss"] = fit.reading, fit.errors, fit.loss
         if fit.gain:
             entries["head_gain"] = fit.gain.describe()
@@ -93,17 +96,18 @@ def _cut_blocks(files: ResultFiles, cut: GlobalCut) -> None:
     bases = [cut.basis.site] * (len(sites) + 1)
     for index, block in enumerate(cut.plan.kept_blocks):
         run.progress(SLICING_STAGE, block, dense.anatomy.block_count)
-        _write_block(files, index, slice_block(sites, dense.block(block), bases, shortcuts=False, kept=cut.kept[index]))
+        folded = dense.block(block, dense.read_block(block))
+        _write_block(files, index, slice_block(sites, folded, bases, shortcuts=False, kept=cut.kept[index]))
         trim_memory()
 
 
-def _fit_blocks(files: ResultFiles, cut: GlobalCut) -> _Fit:
+def _fit_blocks(files: ResultFiles, cut: GlobalCut, fits_neurons: bool) -> _Fit:
     """Fit all blocks beside the dense stream, and then the head's gain."""
     run = files.run
     batches = hold_out(run.tokens.batches, cut.plan.site_widths[-1])
     groups = {batch.group for batch in batches} - {HELD_OUT_GROUP}
     stride = curvature_stride(sum(batch.tokens for batch in batches if batch.group in groups))
-    fitting = Fitting(groups, reader_stride=stride)
+    fitting = Fitting(groups, reader_stride=stride if fits_neurons else 0)
     twin = SlicedTwin(run, cut, fitting, lambda index, tensors: _write_block(files, index, tensors.items()))
     position = files.position()
     errors = list(position.content["errors"]) if position else []
@@ -120,7 +124,7 @@ def _fit_blocks(files: ResultFiles, cut: GlobalCut) -> _Fit:
         if site.passed_block and not twin.is_dropped_at(site):
             error = stream_error(site, cut.basis.site, twin.streams, run.ranks)
             errors.append({"block": site.block - 1} | error)
-    head = sliced_head(run.dense, cut, twin.reading)
-    gain = fit_gain(run, site, twin.streams, head)
-    loss = loss_beside(run, batches, site, twin.streams, head, gain.gain if gain else None)
+    whole, (head,) = make_heads(run.dense, [(cut, twin.reading)])
+    gain = fit_gain(run, site, twin.streams, whole, head)
+    loss = loss_beside(run, batches, site, twin.streams, (whole, head), gain.gain if gain else None)
     return _Fit(twin.reading, errors, gain, loss)

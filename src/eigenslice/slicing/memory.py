@@ -38,3 +38,18 @@ def whole_bytes(dense: DenseModel, dtype: torch.dtype) -> int:
 def room_for_model(anatomy: Anatomy, tokens: int, dtype: torch.dtype) -> int:
     """Bytes that the whole model may take to write text, unless it was asked for: no more than slicing takes."""
     return max(LITTLE_MEMORY, activation_bytes(anatomy, tokens, dtype))
+
+
+def training_bytes(parameters: int, teacher: int, tokens: int, vocabulary: int) -> int:
+    """Return the bytes that training all weights takes, without the activations.
+
+    A weight takes 16 bytes: itself, its gradient and two numbers of AdamW, in float32. A logit takes 12: the model's,
+    the teacher's and the gradient.
+
+    Args:
+        parameters: Number of weights that are trained.
+        teacher: Bytes of the dense model.
+        tokens: Number of tokens that pass at once.
+        vocabulary: Number of tokens of the vocabulary.
+    """
+    return 16 * parameters + teacher + 12 * tokens * vocabulary

@@ -177,7 +177,11 @@ def _run(job: _Job) -> SliceResult:
         plan, trials = choose_plan(run, job.families, measurement, options) if measurement else (job.plans[0], [])
         files = ResultFiles.begin(run, plan, work.result, job.dtype, options.shard_gib)
         fits = options.fits and plan.cuts(dense.anatomy)
-        bases = slice_globally(files, measurement, fits=fits) if measurement else slice_per_block(files)
+        bases = (
+            slice_globally(files, measurement, fits=fits, fits_neurons=options.fit_neurons)
+            if measurement
+            else slice_per_block(files)
+        )
         entries = bases | {"refitted": fits, "trials": trials}
         content = ranks.on_first(lambda: _complete(job, work, files, entries))
     return SliceResult(options.output, content)
