@@ -4,7 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: tests never ask the network
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,14 @@ torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 Slicer = Callable[..., SliceResult]
 Recipe = Callable[..., Path]
 Folders = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nobody_waits_for_the_disk() -> Iterator[None]:
+    """Let `os.fsync` return at once: a slice calls it 28 times, and no test cuts the power (see test_durable.py)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,7 @@ CUT: dict[str, dict[str, Any]] = {
     "neurons": {"width": 24, "neurons": 32},
 }
 CASES = [
-    *((case, kind, False) for case in ("llama-tied", "opt", "cohere", "gemma4_text") for kind in CUT),
+    *((case, kind, False) for case in ("llama-tied", "opt", "cohere", "gemma", "gemma4_text") for kind in CUT),
     *((case, kind, True) for case in ("llama", "gpt_neox") for kind in CUT),
     ("granitemoe", "fitted", False),
     ("granitemoe", "unfitted", False),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from eigenslice.plan import candidates
+from eigenslice.plan import request
 from eigenslice.plan.plan import Plan
 from tests import tiny
 from tests.conftest import Slicer
@@ -70,12 +70,12 @@ def test_a_rotation_behind_post_norms_is_exact(
     case: str, run_slice: Slicer, dense_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At full width such results aren't rotated. With a plan that is, a matrix behind each norm rotates its output."""
-    choose_form = candidates.choose_form
+    choose_form = request.choose_form
 
     def rotated(*args: Any, **kwargs: Any) -> Plan:
         return replace(choose_form(*args, **kwargs), rotated=True)
 
-    monkeypatch.setattr(candidates, "choose_form", rotated)
+    monkeypatch.setattr(request, "choose_form", rotated)
     result = run_slice(case, width=tiny.WIDTH, form="custom")
     assert sum(name.endswith(".project.weight") for name in stored_tensors(result.output)) == 6  # two in each block
     ids = tiny.random_ids(2, 20, seed=5)

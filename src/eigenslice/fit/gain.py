@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eigenslice.measure.divergence import Head, dense_head, held_out_rows
+from eigenslice.measure.divergence import Head, held_out_rows
 from eigenslice.runtime.offload import OffloadedTensors
 from eigenslice.stream.run import Run
 from eigenslice.stream.walk import Site
@@ -42,7 +42,7 @@ class GainFit:
         }
 
 
-def fit_gain(run: Run, site: Site, streams: OffloadedTensors, head: Head) -> GainFit | None:
+def fit_gain(run: Run, site: Site, streams: OffloadedTensors, whole: Head, head: Head) -> GainFit | None:
     """Fit the gain that brings a sliced model's logits nearest to the dense one's on held-out tokens.
 
     The loss of slicing acts as noise in the stream. A head that ignores this noise is too sure of itself. The gain g
@@ -54,13 +54,13 @@ def fit_gain(run: Run, site: Site, streams: OffloadedTensors, head: Head) -> Gai
         run: The run.
         site: The site before the head.
         streams: The sliced streams at this site.
+        whole: The dense model's head.
         head: The sliced model's head without the gain.
 
     Returns:
         The gain; None if no sequence was held out.
     """
     dense, ranks = run.dense, run.ranks
-    whole = dense_head(dense)
     kept: list[tuple[Tensor, Tensor]] = []  # x and P W
     fixed = torch.zeros(2, dtype=torch.float64, device=dense.device)  # the KL's part without g; tokens
     for rows, (sliced,) in held_out_rows(site, [streams]):
@@ -68,7 +68,6 @@ def fit_gain(run: Run, site: Site, streams: OffloadedTensors, head: Head) -> Gai
         kept.append((sliced, target))
         fixed[0] += known
         fixed[1] += len(rows)
-    del whole
     constant, tokens = ranks.sum(fixed).tolist()
     if not tokens:
         return None

@@ -6,7 +6,7 @@ architectures are alike: x <- x + sublayer(RMSN(x)).
 """
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from eigenslice.model.anatomy import Anatomy, Shape, parameter_shapes
 from eigenslice.model.dtypes import Counts, count_dtypes, describe, prevailing, short_name
 from eigenslice.model.folding import FoldedBlock, carry, gain_of
 from eigenslice.model.rows import ROWS, Rows
+from eigenslice.runtime.device import moved
 
 Tensors = dict[str, Tensor]
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -84,7 +85,7 @@ class DenseModel:
             return {}
         positions = model.get_submodule(self.table.sinusoids)  # without memory, as all of this model
         weights = positions.get_embedding(*positions.weights.shape, positions.padding_idx)
-        return {self.table.sinusoids + ".weights": weights.to(self.device, torch.float64)}
+        return {self.table.sinusoids + ".weights": moved(weights, self.device, torch.float64)}
 
     def _count_dtypes(self, names: Iterable[str]) -> Counts:
         return count_dtypes(self.source.weights, (stored for name in names for stored in self._origins[name].stored))
@@ -126,7 +127,7 @@ class DenseModel:
         """A tensor as the model has it, in float64 on the device; None if the model has none of this name."""
         if name not in self._origins:
             return None
-        return self._load(name).to(device=self.device, dtype=torch.float64)
+        return moved(self._load(name), self.device, torch.float64)
 
     def _load(self, name: str) -> Tensor:
         return self._origins[name].load(self.source.weights)
@@ -161,13 +162,32 @@ class DenseModel:
 
     def lm_head(self) -> tuple["Rows", Tensor | None]:
         """The head's weight (V, D) and bias (V,) with the final norm folded in."""
-        name = (self.table.embeddings[0] if self.anatomy.tied else self.table.lm_head) + ".weight"
-        bias, shift = self.raw(self.table.lm_head + ".bias"), self.raw(self.table.final_norm + ".bias")
-        if shift is not None:
-            shifted = self._rows(name).map(lambda rows: (rows @ shift)[:, None], torch.float64)[:, 0]
-            bias = shifted if bias is None else bias + shifted
         gain = self.final_gain()
-        return self._rows(name, lambda rows: rows * gain), bias
+        return self._rows(self._head, lambda rows: rows * gain), self.head_matrices([])[1]
+
+    def head_matrices(self, makes: Sequence[Callable[[Tensor], Tensor]]) -> tuple[list[Tensor], Tensor | None]:
+        """Make matrices from the head's rows as they are stored, which are read once for all of them.
+
+        Args:
+            makes: Functions from rows (n, D) to rows (n, m), in float64.
+
+        Returns:
+            The matrices, (V, m) in float32, and the head's bias with the final norm's shift folded in, (V,) or None.
+        """
+        bias, shift = self.raw(self.table.lm_head + ".bias"), self.raw(self.table.final_norm + ".bias")
+        parts = [(make, torch.float32) for make in makes]
+        if shift is not None:
+            parts.append((lambda rows: (rows @ shift)[:, None], torch.float64))
+        matrices = self._rows(self._head).map_each(parts) if parts else []
+        if shift is not None:
+            shifted = matrices.pop()[:, 0]
+            bias = shifted if bias is None else bias + shifted
+        return matrices, bias
+
+    @property
+    def _head(self) -> str:
+        """Name of the matrix that the head multiplies by."""
+        return (self.table.embeddings[0] if self.anatomy.tied else self.table.lm_head) + ".weight"
 
     def _rows(self, name: str, *changes: Callable[[Tensor], Tensor]) -> "Rows":
         origin = self._origins[name]
@@ -182,9 +202,11 @@ class DenseModel:
 
         Args:
             index: Number of the layer.
-            stored: The answer of `read_block`; None reads each tensor when it is needed.
+            stored: The answer of `read_block`, which moves to the device once, as it is stored; None reads and moves
+                each tensor when it is needed.
         """
         scale = float(getattr(self.config, self.table.residual_scale)) if self.table.residual_scale else 1.0
         names = self.anatomy.names_in_block(index)
-        load = (lambda name: self._load(names[name])) if stored is None else stored.__getitem__
+        here = {} if stored is None else {name: tensor.to(self.device) for name, tensor in stored.items()}
+        load = (lambda name: self._load(names[name])) if stored is None else here.__getitem__
         return FoldedBlock(self.table, names.keys(), load, self.device, scale)

@@ -8,6 +8,7 @@ from torch import Tensor
 from eigenslice.algebra.norms import centre_rows, centre_writer, fold_into_reader
 from eigenslice.arch import Sublayer, Table
 from eigenslice.errors import UnsupportedModelError
+from eigenslice.runtime.device import moved
 
 
 def carry(weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -107,8 +108,9 @@ class FoldedBlock(Mapping[str, Tensor]):
         """A parameter, out x in; None if the layer has none of this name."""
         if name not in self._stored:
             return None
-        tensor = self._load(name).to(device=self._device, dtype=torch.float64, copy=True)
-        return self._table.transpose({name: tensor})[name]
+        stored = self._load(name)
+        tensor = moved(stored, self._device, torch.float64)
+        return self._table.transpose({name: tensor.clone() if tensor is stored else tensor})[name]
 
     def _must(self, name: str) -> Tensor:
         tensor = self._raw(name)

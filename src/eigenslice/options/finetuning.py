@@ -13,7 +13,7 @@ from eigenslice.options.flags import ADAPTERS, MACHINE, OUTPUT, TEXT, TRAINING, 
 from eigenslice.options.paths import UserPath
 from eigenslice.options.slicing import OWN_SHARE, SHARES
 
-LORA_RATE, FULL_RATE = 1e-3, 0.1
+LORA_RATE, FULL_RATE = 1e-3, 0.05
 """Default learning rates: of adapters; of all weights, times the hidden width.
 
 AdamW changes each weight by about the rate in a step, whatever the gradient. So an output changes by the rate times the

@@ -4,7 +4,7 @@ import itertools
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from eigenslice.errors import OptionsError
 from eigenslice.model.anatomy import Anatomy
@@ -21,10 +21,10 @@ from eigenslice.plan.checks import (
     rounded,
 )
 from eigenslice.plan.dropped_blocks import blocks_to_drop
-from eigenslice.plan.forms import choose_form
 from eigenslice.plan.layout import stored_parameters
 from eigenslice.plan.plan import FEWEST_NEURONS, Plan, Sizes
 from eigenslice.plan.recipe import read_recipe, wrong_recipe
+from eigenslice.plan.request import Request, request_of
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of the cut that the hidden width may bear, in the order of trials; MLP neurons bear the rest."""
@@ -34,51 +34,8 @@ FEW_HEADS = 2
 """Number of key/value heads up to which plans may keep fewer query heads for each of them."""
 EXPERTS = (0.5, 1.0)
 """Shares of the cut that experts may bear beside 0; their neurons, or the width, bear the rest."""
-DROPS = (1 / 6, 1 / 3)
+DROPS = (1 / 6, 1 / 3, 1 / 2, 2 / 3)
 """Shares of the cut that blocks to leave out may bear."""
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The user's options for a model.
-
-    Attributes:
-        anatomy: The dense model.
-        options: The options of the command.
-        tied: True if embedding and head are to stay one matrix.
-    """
-
-    anatomy: Anatomy
-    options: SliceOptions
-    tied: bool
-
-    @property
-    def budget(self) -> int:
-        """Largest number of parameters that a plan for --keep may store."""
-        assert self.options.keep is not None
-        return int(self.options.keep * self.anatomy.parameters)
-
-    def plan(self, sizes: Sizes) -> Plan:
-        """Return the plan with these sizes, in the form that was asked for.
-
-        Raises:
-            OptionsError: a stock result was asked for and none fits.
-        """
-        options = self.options
-        return choose_form(self.anatomy, sizes, basis=options.basis, tied=self.tied, choice=options.form)
-
-    def fits(self, plan: Plan) -> bool:
-        """Return whether a plan stores no more than the budget."""
-        return stored_parameters(self.anatomy, plan) <= self.budget
-
-    def step(self, sizes: Sizes | None = None) -> int:
-        """Return the number that chosen widths are multiples of: with --portable, of the query heads' number, too."""
-        if not self.options.portable:
-            return self.options.multiple
-        kept, dense = self.anatomy.config.num_attention_heads, self.anatomy.head_counts
-        if sizes is not None and dense is not None:
-            kept = sizes.query_heads or dense.group * (sizes.kv_heads or dense.kv)
-        return math.lcm(self.options.multiple, kept)
 
 
 def make_plans(anatomy: Anatomy, options: SliceOptions) -> list[list[Plan]]:
@@ -91,7 +48,7 @@ def make_plans(anatomy: Anatomy, options: SliceOptions) -> list[list[Plan]]:
     Raises:
         OptionsError: the model doesn't have the width, no width reaches the size, or the recipe is wrong.
     """
-    families = _make_plans(_request(anatomy, options))
+    families = _make_plans(request_of(anatomy, options))
     for plan in itertools.chain(*families) if options.portable else ():
         check_portable(anatomy, plan)
     return families
@@ -117,15 +74,10 @@ def without_blocks(anatomy: Anatomy, options: SliceOptions, family: list[Plan], 
     if anatomy.blocks_alike:
         return [replace(plan, dropped_blocks=dropped) for plan in family]
     first = family[0]
-    return _family(_request(anatomy, options), Sizes(anatomy.width, None, first.kv_heads, dropped, first.query_heads))
+    return _family(request_of(anatomy, options), Sizes(anatomy.width, None, first.kv_heads, dropped, first.query_heads))
 
 
-def _request(anatomy: Anatomy, options: SliceOptions) -> _Request:
-    tied = anatomy.can_stay_tied and options.basis == "global" and not options.untie
-    return _Request(anatomy, options, tied)
-
-
-def _make_plans(request: _Request) -> list[list[Plan]]:
+def _make_plans(request: Request) -> list[list[Plan]]:
     anatomy, options = request.anatomy, request.options
     if options.keep is not None:
         return _plans_for_size(request)
@@ -144,7 +96,7 @@ def _make_plans(request: _Request) -> list[list[Plan]]:
     return [[request.plan(Sizes(width, neurons, experts=options.experts))]]
 
 
-def _plan_of_recipe(request: _Request) -> Plan:
+def _plan_of_recipe(request: Request) -> Plan:
     """A plan from a file: an eigenslice.json, or YAML with the same fields as its `plan`, which may untie."""
     anatomy, options = request.anatomy, request.options
     assert options.recipe is not None
@@ -177,10 +129,11 @@ def _plan_of_recipe(request: _Request) -> Plan:
     return request.plan(Sizes(recipe["width"], counts, heads, tuple(sorted(dropped)), queries, experts))
 
 
-def _plans_for_size(request: _Request) -> list[list[Plan]]:
+def _plans_for_size(request: Request) -> list[list[Plan]]:
     """Plans that store at most `keep` of the dense model's parameters."""
     anatomy, options = request.anatomy, request.options
     more = options.mlp and options.fits and options.basis == "global"
+    more = more and options.trials
     heads = _numbers_of_heads(anatomy) if more and options.heads else [(None, None)]
     kinds = [(numbers, 0, None) for numbers in heads]
     if more and anatomy.expert_count and anatomy.table.experts_field:
@@ -205,6 +158,8 @@ def _plans_for_size(request: _Request) -> list[list[Plan]]:
             next_step="raise --keep" + ("" if request.tied or not anatomy.tied else " or drop --untie"),
         )
     full = next((plan for family in families for plan in family if not plan.cuts(anatomy)), None)
+    if full is None and not options.trials:
+        full = families[0][0]
     return [[full]] if full else families
 
 
@@ -225,7 +180,7 @@ def _numbers_of_heads(anatomy: Anatomy) -> list[tuple[int | None, int | None]]:
     return numbers
 
 
-def _numbers_of_experts(request: _Request) -> list[int]:
+def _numbers_of_experts(request: Request) -> list[int]:
     """Return the numbers of experts that plans may keep, without the dense model's."""
     anatomy = request.anatomy
     every, step = anatomy.expert_count, anatomy.expert_groups
@@ -238,7 +193,7 @@ def _numbers_of_experts(request: _Request) -> list[int]:
     return [count for count in dict.fromkeys(numbers) if anatomy.fewest_experts <= count < every]
 
 
-def _family(request: _Request, whole: Sizes) -> list[Plan]:
+def _family(request: Request, whole: Sizes) -> list[Plan]:
     """Return plans with the same heads and blocks: the first plan cuts no width, the last one no neurons.
 
     Args:
@@ -264,7 +219,7 @@ def _family(request: _Request, whole: Sizes) -> list[Plan]:
     return plans
 
 
-def _widest(request: _Request, whole: Sizes) -> Plan | None:
+def _widest(request: Request, whole: Sizes) -> Plan | None:
     """Return the widest plan with all neurons that fits the budget, with heads and blocks of `whole`."""
     width, step = request.anatomy.width, request.step(whole)
     if step == ROUND and width < 2 * ROUND:
@@ -282,7 +237,7 @@ def _widest(request: _Request, whole: Sizes) -> Plan | None:
     return best
 
 
-def _most_neurons(request: _Request, sizes: Sizes) -> Plan | None:
+def _most_neurons(request: Request, sizes: Sizes) -> Plan | None:
     """Return the plan with the most neurons, in multiples, that fits the budget; other sizes are as in `sizes`."""
     every, step = request.anatomy.neuron_count, request.options.multiple
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from eigenslice.algebra.covariance import gram_matrix, inverse_size
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
-from eigenslice.measure.divergence import dense_head, divergences
+from eigenslice.measure.divergence import divergences, make_heads
 from eigenslice.measure.importance import Measurement, added_weight, writer_weight
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import FEWEST_NEURONS
@@ -116,7 +116,7 @@ def block_losses(run: Run, measurement: Measurement, neurons: int, batches: list
                     streams[-1].append(batch.hidden)
             with _replaced(dense, site, weight):
                 run_parted(site, streams[-1])
-    head = dense_head(dense)
+    head, _ = make_heads(dense)
     each = divergences(head, site, streams, [head] * len(streams), run.ranks)
     kl = torch.tensor(each, dtype=torch.float64, device=dense.device)
     losses = BlockLosses(kl, neurons, torch.stack(errors))

@@ -19,7 +19,7 @@ from eigenslice.arch import Sublayer
 from eigenslice.cut.blocks import identity_basis
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.fit.normed_writers import NormedWriter
-from eigenslice.measure.divergence import dense_head, divergences
+from eigenslice.measure.divergence import divergences, make_heads
 from eigenslice.measure.importance import post_gain
 from eigenslice.runtime.offload import OffloadedTensors
 from eigenslice.search.parted import held_out_first, run_parted
@@ -105,7 +105,7 @@ def missed_least(run: Run, count: int, batches: list[Batch]) -> dict[int, float]
             normed = _normed_writer(run, site, last[0])
         for _, streams in parted.values():
             run_parted(site, streams)
-    head = dense_head(dense)
+    head, _ = make_heads(dense)
     losses = divergences(head, site, [streams for _, streams in parted.values()], [head] * len(parted), run.ranks)
     ranked = sorted(zip(parted, losses, strict=True), key=lambda pair: pair[1])
     run.state.finish(DEPTH_STAGE, {}, {"kl": ranked})

@@ -7,7 +7,7 @@ from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.fit.beside import run_beside
 from eigenslice.fit.ridges import Fitting
 from eigenslice.fit.twin import SlicedTwin
-from eigenslice.measure.divergence import dense_head, divergences, sliced_head
+from eigenslice.measure.divergence import divergences, make_heads
 from eigenslice.measure.importance import Measurement
 from eigenslice.plan.plan import Plan
 from eigenslice.stream.run import Run
@@ -47,7 +47,7 @@ def try_plans(
         report=run.report(PLANNING_STAGE, sum(batch.tokens for batch in batches)),
     )
     (before_head,) = deque(beside, maxlen=1)  # the twins are fitted meanwhile
-    heads = [sliced_head(dense, cut, twin.reading) for cut, twin in zip(cuts, twins, strict=True)]
-    losses = divergences(dense_head(dense), before_head, [twin.streams for twin in twins], heads, run.ranks)
+    whole, heads = make_heads(dense, [(cut, twin.reading) for cut, twin in zip(cuts, twins, strict=True)])
+    losses = divergences(whole, before_head, [twin.streams for twin in twins], heads, run.ranks)
     state.finish(stage, {}, {"kl": losses})
     return losses

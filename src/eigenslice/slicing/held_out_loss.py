@@ -16,7 +16,7 @@ from eigenslice.data.holdout import HELD_OUT_SHARE, hold_out
 from eigenslice.fit.beside import run_beside
 from eigenslice.fit.ridges import Fitting
 from eigenslice.fit.twin import SlicedTwin
-from eigenslice.measure.divergence import Head, dense_head, sliced_head
+from eigenslice.measure.divergence import Head, make_heads
 from eigenslice.measure.loss import held_out_texts, measure_loss, next_tokens, not_measured, predicting_rows
 from eigenslice.runtime.offload import OffloadedTensors
 from eigenslice.runtime.run_state import Position
@@ -29,7 +29,12 @@ WHOLE_STREAMS = "whole"
 
 
 def loss_beside(
-    run: Run, batches: list[Batch], site: Site, streams: OffloadedTensors, head: Head, gain: Tensor | None = None
+    run: Run,
+    batches: list[Batch],
+    site: Site,
+    streams: OffloadedTensors,
+    heads: tuple[Head, Head],
+    gain: Tensor | None = None,
 ) -> dict[str, Any]:
     """Measure the loss of a sliced model that has run beside the dense one.
 
@@ -38,17 +43,18 @@ def loss_beside(
         batches: The sequences that have run, of all ranks; texts in the held-out group count.
         site: The site before the head, with the dense streams.
         streams: The sliced streams there.
-        head: The sliced model's head.
+        heads: The dense and the sliced model's head.
         gain: The gain before the head, (width,), or None.
 
     Returns:
         The manifest's entry.
     """
+    whole, head = heads
     if gain is not None:
         head = replace(head, weight=head.weight * gain.to(head.weight))
     texts = held_out_texts(share_batches(batches, run.ranks))
     rows = ((batch, site.activations[number].hidden, streams[number]) for number, batch in texts)
-    return _loss(run, dense_head(run.dense), head, rows)
+    return _loss(run, whole, head, rows)
 
 
 def unfitted_loss(run: Run, cut: GlobalCut) -> dict[str, Any]:
@@ -76,8 +82,8 @@ def unfitted_loss(run: Run, cut: GlobalCut) -> dict[str, Any]:
             report=run.report(LOSS_STAGE, sum(batch.tokens for batch in batches)),
         )
         (before_head,) = deque(beside, maxlen=1)  # the twin's head is made meanwhile
-        head = sliced_head(run.dense, cut, twin.reading)
-        loss = loss_beside(run, batches, before_head, twin.streams, head)
+        whole, (head,) = make_heads(run.dense, [(cut, twin.reading)])
+        loss = loss_beside(run, batches, before_head, twin.streams, (whole, head))
     else:
         loss = _none()
     run.state.finish(LOSS_STAGE, {}, loss)
@@ -119,7 +125,7 @@ class WholeStreams:
         Returns:
             The manifest's entry.
         """
-        head = dense_head(self._run.dense)
+        head, _ = make_heads(self._run.dense)
         rows = (
             (batch, self.streams[place], site.activations[number].hidden)
             for place, (number, batch) in enumerate(self._texts)

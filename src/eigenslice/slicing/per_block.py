@@ -7,6 +7,7 @@ from eigenslice.algebra.basis import principal_components
 from eigenslice.cut.blocks import SiteBasis, identity_basis, slice_block
 from eigenslice.cut.ends import block_names, site_basis, slice_embeddings, slice_head
 from eigenslice.data.holdout import hold_out
+from eigenslice.model.folding import FoldedBlock
 from eigenslice.report.manifest import site_summary
 from eigenslice.slicing.held_out_loss import WHOLE_STREAMS, WholeStreams
 from eigenslice.slicing.result_files import SLICING_STAGE, ResultFiles
@@ -37,7 +38,8 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
 
     report = run.report(SLICING_STAGE)
     batches = hold_out(run.tokens.batches)
-    walk = run.walk(batches, position=position)
+    walk = run.walk(batches, position=position, hold=True)
+    passed: FoldedBlock | None = None  # the block before a site
     whole = WholeStreams(run, batches)
     if position:
         whole.restore(position)
@@ -62,14 +64,21 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
         if number == 0:
             files.write(slice_embeddings(dense, plan, basis, files.dtype))
         if site.index == 0 and site.block:
-            before = site.block - 1
-            block = slice_block(sites, dense.block(before), [*bases, basis], shortcuts=True)
-            files.write(block_names(dense, before, block, width))
+            _write_block(files, site.block - 1, passed, [*bases, basis])
             bases = []
         bases.append(basis)
+        passed = site.folded
         if site.layer is not None:
             whole.pass_on(site)
     loss = whole.loss(site)
     files.write(slice_head(dense, plan, bases[-1], None, files.dtype))
     run.progress(SLICING_STAGE, anatomy.block_count, anatomy.block_count)
     return {"spectra": summaries, "loss": loss}
+
+
+def _write_block(files: ResultFiles, number: int, held: FoldedBlock | None, bases: list[SiteBasis]) -> None:
+    """Slice and write a block, which is read again where the walk doesn't hold it: it goes on behind the block."""
+    dense = files.run.dense
+    folded = dense.block(number, dense.read_block(number)) if held is None else held
+    block = slice_block(dense.anatomy.sites, folded, bases, shortcuts=True)
+    files.write(block_names(dense, number, block, bases[-1].width))

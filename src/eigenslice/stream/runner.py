@@ -11,6 +11,7 @@ from transformers.initialization import no_init_weights
 
 from eigenslice.arch import Sublayer
 from eigenslice.modeling import SlicedConfig, SlicedForCausalLM
+from eigenslice.runtime.device import moved
 
 
 class _AllCapturedError(Exception):
@@ -99,7 +100,7 @@ class BlockRunner:
         """Give a module weights, by name."""
         for name, tensor in tensors:
             parent, _, leaf = name.rpartition(".")
-            parameter = nn.Parameter(tensor.to(device=self.device, dtype=self.dtype), requires_grad=False)
+            parameter = nn.Parameter(moved(tensor, self.device, self.dtype), requires_grad=False)
             setattr(module.get_submodule(parent), leaf, parameter)
 
     def release(self, module: nn.Module) -> None:
