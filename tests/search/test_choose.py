@@ -73,27 +73,3 @@ def test_another_way_to_share_out_neurons_does_not_end_the_search(tried: list) -
     best, _ = choose_plan(RUN, families, MEASUREMENT, WIDE)
     assert tried == [[(2, 6), (2, 6), (2, 5)], [(2, 4)]]
     assert best == plan(2, 5)
-
-
-@pytest.mark.parametrize(
-    ("best", "expected"),
-    [(0, [0, 1, 2]), (1, [0, 1, 2]), (2, [0, 1, 2, 3]), (3, [0, 1, 2, 3, 5]), (5, [0, 1, 2, 3, 5])],
-    ids=str,
-)
-def test_more_blocks_are_left_out_for_as_long_as_it_gains(
-    best: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The loss is the distance from the best number of left out blocks."""
-    numbers: list[int] = []
-
-    def try_plans(run: Any, plans: list[Plan], *others: Any, **options: Any) -> list[float]:
-        dropped = [len(plan.dropped_blocks) for plan in plans]
-        numbers.extend(dropped)
-        return [float(abs(number - best)) for number in dropped]
-
-    monkeypatch.setattr(choosing, "try_plans", try_plans)
-    families = [[replace(plan(2, 5), dropped_blocks=tuple(range(1, 1 + count)))] for count in (5, 0, 3, 1, 2)]
-    chosen, trials = choose_plan(RUN, families, MEASUREMENT, WIDE)
-    assert sorted(numbers) == expected
-    assert len(chosen.dropped_blocks) == best
-    assert len(trials) == len(expected)

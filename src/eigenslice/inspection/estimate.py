@@ -16,9 +16,10 @@ from eigenslice.fit.neuron_readers import CONJUGATE_GRADIENTS, curvature_stride
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.slicing import OWN_SHARE, RANDOM_SHARE
+from eigenslice.plan.candidates import DROPS
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Sizes
-from eigenslice.search.choose import CANDIDATES, FIRST_DROPS
+from eigenslice.search.choose import CANDIDATES
 from eigenslice.search.parted import TOKENS as ALLOCATION_TOKENS
 from eigenslice.slicing.memory import WRITING, activation_bytes, room_for_model, training_bytes, whole_bytes
 from eigenslice.stream.walk import Stream
@@ -86,7 +87,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     # Readers of neurons are fitted by products as large as their own, three for each gradient, and run again
     twin_with_readers = twin + (3 + CONJUGATE_GRADIENTS / curvature_stride(tokens) * 3 + 4) * probe.read
     fit = more * share * (block + twin_with_readers) + anatomy.block_count * 2 * broad
-    plans = PLANS + (FIRST_DROPS if anatomy.can_drop_blocks else 0)
+    plans = PLANS + (len(DROPS) if anatomy.can_drop_blocks else 0)
     tried = anatomy.block_count * min(more * tokens, TRIED_TOKENS) / probe.tokens
     trial = tried * (2 * block + plans * twin)
     trial += (_allocation(anatomy) + _depth(anatomy)) * anatomy.block_count * block / probe.tokens

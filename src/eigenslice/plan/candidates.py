@@ -34,7 +34,7 @@ FEW_HEADS = 2
 """Number of key/value heads up to which plans may keep fewer query heads for each of them."""
 EXPERTS = (0.5, 1.0)
 """Shares of the cut that experts may bear beside 0; their neurons, or the width, bear the rest."""
-DROPS = (1 / 6, 1 / 3, 1 / 2, 2 / 3)
+DROPS = (1 / 6, 1 / 3)
 """Shares of the cut that blocks to leave out may bear."""
 
 

@@ -18,8 +18,6 @@ TOGETHER = 4
 """Plans that are tried beside one pass of the dense model, at most."""
 WIDTHS = 2
 """Plans of the best kind that are tried next, and again while the last one is the best; they cut more of the width."""
-FIRST_DROPS = 2
-"""Numbers of left out blocks that are tried in any case; larger ones only if the largest one so far is the best."""
 CANDIDATES = 4
 """Blocks that are measured beside twice as many as may be left out."""
 
@@ -30,8 +28,7 @@ def choose_plan(
     """Find the plan that loses least on held-out tokens, and the loss of each plan that was tried.
 
     The first plan of each family is tried, and the best family is taken. This decides the numbers of heads and blocks.
-    Families without more than a few blocks come last, for as long as leaving out more gains. Then the other plans of
-    the best family are tried, for as long as they gain.
+    Then the other plans of this family are tried, for as long as they gain.
 
     Args:
         run: The run.
@@ -44,8 +41,6 @@ def choose_plan(
     if options.keep is not None and options.trials:
         families = _leave_out(run, families, batches, options)
         families = _allocate(run, families, measurement, batches, options.multiple)
-    few, many = _by_blocks(families)
-    families = few + many
     trials: list[tuple[Plan, float]] = []
 
     def attempt(plans: list[Plan]) -> float:
@@ -54,15 +49,10 @@ def choose_plan(
         trials.extend(zip(plans, losses, strict=True))
         return losses[-1]
 
-    first = [family[0] for family in few]
-    for start in range(0, len(first), TOGETHER) if len(families) > 1 else ():
+    first = [family[0] for family in families]
+    for start in range(0, len(first), TOGETHER) if len(first) > 1 else ():
         attempt(first[start : start + TOGETHER])
-    best = _least(trials)
-    for family in many:
-        if len(trials[best][0].dropped_blocks) < max(len(plan.dropped_blocks) for plan, _ in trials):
-            break  # one block less was better
-        attempt(family[:1])
-        best = _least(trials)
+    best = min(range(len(trials)), key=lambda n: trials[n][1]) if trials else 0
     others = families[best][1:] if trials else families[best]
     if not trials and len(others) == 1:
         return others[0], []
@@ -74,19 +64,6 @@ def choose_plan(
             break  # plans that cut more of the width lose more
     chosen, _ = min(trials, key=lambda trial: trial[1])
     return chosen, [plan.describe() | {"kl": loss} for plan, loss in trials]
-
-
-def _least(trials: list[tuple[Plan, float]]) -> int:
-    """Return the place of the trial that loses least, 0 if there are none."""
-    return min(range(len(trials)), key=lambda number: trials[number][1], default=0)
-
-
-def _by_blocks(families: list[list[Plan]]) -> tuple[list[list[Plan]], list[list[Plan]]]:
-    """Return the families that are tried first, and families without more blocks than these, fewest blocks first."""
-    dropped = sorted({len(family[0].dropped_blocks) for family in families} - {0})
-    few = [family for family in families if len(family[0].dropped_blocks) not in dropped[FIRST_DROPS:]]
-    many = [family for family in families if len(family[0].dropped_blocks) in dropped[FIRST_DROPS:]]
-    return few, sorted(many, key=lambda family: len(family[0].dropped_blocks))
 
 
 def _leave_out(run: Run, families: list[list[Plan]], batches: list[Batch], options: SliceOptions) -> list[list[Plan]]:
