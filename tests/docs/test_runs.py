@@ -39,6 +39,8 @@ def adapted(words: tuple[str, ...]) -> list[str]:
     """A command of the documents with the tiny model for each dense one, texts that are files, and less of all."""
     verb, *rest = words
     verb_words = [verb, *_arguments(rest), *LESS.get(verb, [])]
+    if "--heal" in rest:
+        verb_words += ["--heal", "400"]
     if verb in DEFAULT and DEFAULT[verb] not in rest and "--generate" not in rest:
         verb_words += [DEFAULT[verb], _text("default")]
     return verb_words

@@ -21,6 +21,7 @@ def finetune(
     """Train a sliced model for a while, so that it recovers; the result is stored as before."""
     from eigenslice.checkpoint.hub import check_hub, push
     from eigenslice.finetune import finetune as run
+    from eigenslice.report.stated_loss import loss_text
     from eigenslice.runtime.output import partial_path
 
     values = given.at(revision)
@@ -52,3 +53,5 @@ def finetune(
             highlight=False,
             soft_wrap=True,
         )
+        if section["teacher"]:
+            output.print(loss_text(result.manifest), highlight=False, soft_wrap=True)
