@@ -20,7 +20,9 @@ ManifestAsJson = Annotated[bool, Option("Print the manifest as JSON.", OUTPUT, f
 ProgressAsJson = Annotated[
     bool, Option("Print the manifest, and lines of progress, as JSON.", OUTPUT, flags=("--json",))
 ]
-Quiet = Annotated[bool, Option("No progress.", OUTPUT, flags=("--quiet", "-q"))]
+Quiet = Annotated[
+    bool, Option("No progress; slice, finetune and report then print nothing.", OUTPUT, flags=("--quiet", "-q"))
+]
 LogDir = Annotated[Path | None, Option("Log speed and memory there for TensorBoard, too.", OUTPUT, "no logs")]
 PushToHub = Annotated[
     str | None, Option("Upload the result to this repository of the hub, OWNER/NAME.", OUTPUT, "no upload")

@@ -23,8 +23,8 @@ class CalibrationOptions(Options):
         str | tuple[str, ...],
         Option(
             "Text to find the basis on: mixed (wikitext2, fineweb-edu, tinystories, alpaca and code), one of "
-            "these, c4, ptb, builtin, a file (text, .json, .jsonl, .csv, .parquet, also packed; .safetensors with "
-            "token ids), or a hub data set NAME[:CONFIG[:SPLIT]]. Conversations are in the model's chat "
+            "these, c4, ptb, builtin, a file (text, .json, .jsonl, .csv, .parquet, also compressed; .safetensors "
+            "with token ids), or a hub data set NAME[:CONFIG[:SPLIT]]. Conversations are in the model's chat "
             "template. Several: equal shares of each.",
             CALIBRATION,
             flags=("--calibration",),
