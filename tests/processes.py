@@ -37,14 +37,30 @@ def call(
 
 def command(*arguments: object, log: Path, environment: Mapping[str, object] | None = None) -> ForkServerProcess:
     """A process that runs the command line, as `python -m eigenslice ...` does."""
-    return call(_command, *map(str, arguments), log=log, environment=environment)
+    return call(run_command, *map(str, arguments), log=log, environment=environment)
 
 
-def ranks(size: int, *arguments: object, log: Path) -> list[ForkServerProcess]:
-    """Processes that run the command line together, with the variables that torchrun would set."""
+def run_command(*arguments: str) -> None:
+    """Run the command line in this process."""
+    from eigenslice.cli import main
+
+    sys.argv = ["eigenslice", *arguments]
+    main()
+
+
+def ranks(size: int, *arguments: object, log: Path, run: Callable[..., None] = run_command) -> list[ForkServerProcess]:
+    """Processes that run the command line together, with the variables that torchrun would set.
+
+    Args:
+        size: Number of processes.
+        arguments: Arguments of the command line.
+        log: File that standard output and error are appended to.
+        run: Function of a module that runs the command line in its process.
+    """
     common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     return [
-        command(*arguments, log=log, environment=common | {"RANK": rank, "LOCAL_RANK": rank}) for rank in range(size)
+        call(run, *map(str, arguments), log=log, environment=common | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in range(size)
     ]
 
 
@@ -64,10 +80,3 @@ def _run(function: Callable[..., None], arguments: tuple[Any, ...], log: str, va
     os.environ.update(variables)
     torch.set_num_threads(1)
     function(*arguments)
-
-
-def _command(*arguments: str) -> None:
-    from eigenslice.cli import main
-
-    sys.argv = ["eigenslice", *arguments]
-    main()

@@ -18,6 +18,7 @@ from eigenslice.errors import OptionsError
 from eigenslice.measure.importance import measure
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.stream.runner import captured_inputs
 from tests import tiny
 from tests.conftest import Folders, Recipe, Slicer
@@ -39,6 +40,13 @@ WITH_ALIBI = {"bloom", "mpt", "falcon-sequential"}
 OTHER_HEADS = {"gemma4_text"}
 UNEVEN = {"deepseek_v2", "deepseek_v2-plain-queries"}
 """Cases whose class refuses a hidden size of 32 with three heads."""
+SPANNING = {name for name in CUTTABLE if lookup(CONFIGS[name]).heads_span_width}
+"""Cases whose hidden size is heads x head_dim, so that no stock config holds fewer heads beside it."""
+
+
+def forms_of(cases: list[str], always_custom: set[str]) -> list[tuple[str, str]]:
+    """Cases with the forms to ask for: not the custom class again where it is the only one."""
+    return [(case, form) for case in cases for form in (("auto",) if case in always_custom else ("auto", "custom"))]
 
 
 def check_sizes(result: Any, dense: Any, sliced: Any, table: Table, heads: int, kept: int) -> None:
@@ -49,15 +57,14 @@ def check_sizes(result: Any, dense: Any, sliced: Any, table: Table, heads: int, 
         assert columns(after, attention).shape[1] == columns(before, attention).shape[1] // heads * kept
 
 
-@pytest.mark.parametrize("form", ["auto", "custom"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "form"), forms_of(CASES, SPANNING | UNEVEN))
 def test_without_refit_it_is_the_dense_model_without_some_heads(
-    case: str, form: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
+    case: str, form: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe, none_held_out: CalibrationOptions
 ) -> None:
     count, table = COUNTS[case], lookup(CONFIGS[case])
     kept = count - table.heads_step
     assert kept > 0
-    result = run_slice(case, recipe=recipe(key_value_heads=kept), refit=False, form=form)
+    result = run_slice(case, recipe=recipe(key_value_heads=kept), refit=False, form=form, calibration=none_held_out)
     model, sliced = load(dense_folder(case)), load(result.output)
     group = CONFIGS[case].num_attention_heads // count
     check_sizes(result, model, sliced, table, count, kept)
@@ -69,20 +76,19 @@ def test_without_refit_it_is_the_dense_model_without_some_heads(
     check_cache(sliced)
     assert result.manifest["plan"]["key_value_heads"] == kept
     assert sliced.config.num_attention_heads == CONFIGS[case].num_attention_heads // count * kept
-    custom = form == "custom" or table.heads_span_width or case in UNEVEN
+    custom = form == "custom" or case in SPANNING | UNEVEN
     assert result.manifest["form"] == ("custom" if custom else "stock")
 
 
-@pytest.mark.parametrize("form", ["auto", "custom"])
-@pytest.mark.parametrize("case", GROUPED)
+@pytest.mark.parametrize(("case", "form"), forms_of(GROUPED, SPANNING))
 def test_query_heads_can_be_cut_alone(
-    case: str, form: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
+    case: str, form: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe, none_held_out: CalibrationOptions
 ) -> None:
     count, table = COUNTS[case], lookup(CONFIGS[case])
     queries = CONFIGS[case].num_attention_heads
     group = queries // count
     kept = queries - count
-    result = run_slice(case, recipe=recipe(query_heads=kept), refit=False, form=form)
+    result = run_slice(case, recipe=recipe(query_heads=kept), refit=False, form=form, calibration=none_held_out)
     model, sliced = load(dense_folder(case)), load(result.output)
     check_sizes(result, model, sliced, table, queries, kept)
     for heads in kept_units(model, sliced, table, table.attention, queries):
@@ -93,7 +99,7 @@ def test_query_heads_can_be_cut_alone(
     assert "key_value_heads" not in result.manifest["plan"]
     assert f"| query heads per block | {queries} | {kept} |" in (result.output / "README.md").read_text()
     assert result.manifest["plan"]["query_heads"] == sliced.config.num_attention_heads == kept
-    assert result.manifest["form"] == ("custom" if form == "custom" or table.heads_span_width else "stock")
+    assert result.manifest["form"] == ("custom" if form == "custom" or case in SPANNING else "stock")
 
 
 def test_all_types_can_lose_heads_but_for_a_reason() -> None:

@@ -1,21 +1,26 @@
 """Several processes give the model that one gives."""
 
 import json
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from eigenslice.cli import main
 from eigenslice.data.batches import Batch, share_batches
 from eigenslice.errors import EigensliceWarning
 from eigenslice.runtime.ranks import Ranks, join_ranks
 from tests import processes, tiny, words
 from tests.checkpoint.files import copy_of
 from tests.conftest import Folders
+from tests.fake_device import fake_device
 from tests.results import load, relative
 
 KINDS = {
@@ -55,6 +60,37 @@ def test_own_text_is_the_first_rank_s(dense_folder: Folders, tmp_path: Path) -> 
     text.write_text(words.text(tiny.random_ids(1, 400)[0].tolist()))
     data = ["--calibration", text, "--samples", "9", "--seqlen", "30"]
     check_ranks(["slice", model, *data, "--width", "24", "--neurons", "48"], tmp_path, (2,))
+
+
+def on_emulated_gpu(*arguments: str) -> None:
+    """Run the command line on a GPU of this process's own; NCCL isn't emulated."""
+    begin = dist.init_process_group
+    with (
+        fake_device(int(os.environ["LOCAL_RANK"])) as gpu,
+        patch.object(dist, "init_process_group", lambda backend, **options: begin("gloo", **options)),
+    ):
+        sys.argv = ["eigenslice", *arguments]
+        try:
+            main()
+        finally:
+            assert gpu.to_device > 0
+
+
+def test_the_first_of_several_gpus_writes_own_text(dense_folder: Folders, tmp_path: Path) -> None:
+    model = copy_of(dense_folder("llama"), tmp_path / "dense")
+    words.tokenizer().save_pretrained(model)
+    text = tmp_path / "words.txt"
+    text.write_text(words.text(tiny.random_ids(1, 400)[0].tolist()))
+    arguments = ["slice", model, "--calibration", text, "--samples", "9", "--seqlen", "30", "--width", "24"]
+    found = []
+    for size in (1, 2):
+        output, log = tmp_path / str(size), tmp_path / f"{size}.log"
+        for rank in processes.ranks(size, *arguments, "--device", "cuda", "-o", output, log=log, run=on_emulated_gpu):
+            rank.join(300)
+            assert rank.exitcode == 0, log.read_text()
+        found.append(json.loads((output / "eigenslice.json").read_text())["calibration"])
+    assert found[0]["own_sequences"] == 5
+    assert found[1] == found[0]
 
 
 @pytest.mark.parametrize("size", [["--neurons", "40"], ["--no-refit"], ["--basis", "per-block"]], ids=lambda s: s[0])

@@ -1,17 +1,16 @@
 """At full width the transformed model is the dense model: every architecture, basis, form and tie."""
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.plan import request
 from eigenslice.plan.plan import Plan
 from tests import tiny
-from tests.conftest import Slicer
+from tests.conftest import Folders, Slicer
 from tests.results import load, stored_tensors
 
 COMBINATIONS = [
@@ -32,9 +31,15 @@ def close(actual: torch.Tensor, dense: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("case", "basis", "form", "untie"), COMBINATIONS)
 def test_full_width_is_exact(
-    case: str, basis: str, form: str, untie: bool, run_slice: Slicer, dense_folder: Callable[[str], Path]
+    case: str,
+    basis: str,
+    form: str,
+    untie: bool,
+    run_slice: Slicer,
+    dense_folder: Folders,
+    none_held_out: CalibrationOptions,
 ) -> None:
-    result = run_slice(case, width=tiny.WIDTH, basis=basis, form=form, untie=untie)
+    result = run_slice(case, width=tiny.WIDTH, basis=basis, form=form, untie=untie, calibration=none_held_out)
     stock = tiny.CASES[case].stock_at_full_width if (basis, form) == ("global", "auto") else None
     assert (result.manifest["form"], result.manifest["model_type"]) == (("stock", stock) if stock else CUSTOM)
     assert result.manifest["tied"] == (tiny.CASES[case].tied and basis == "global" and not untie)
@@ -67,7 +72,7 @@ def test_full_width_is_exact(
 
 @pytest.mark.parametrize("case", tiny.POST_NORMS)
 def test_a_rotation_behind_post_norms_is_exact(
-    case: str, run_slice: Slicer, dense_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    case: str, run_slice: Slicer, dense_folder: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At full width such results aren't rotated. With a plan that is, a matrix behind each norm rotates its output."""
     choose_form = request.choose_form

@@ -35,7 +35,7 @@ class LoadedModel:
 
 def load_model(
     name: str,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     dtype: DtypeName | torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
@@ -43,14 +43,14 @@ def load_model(
 
     Args:
         name: A folder, a hub id or a .gguf file.
-        device: torch device; None is a GPU if there is one.
+        device: The user's name of a device, see `resolve_device`, or the device that it was resolved to.
         dtype: The dtype; None is the stored dtype on a GPU and float32 on CPU.
         trust_remote_code: Let the checkpoint run code.
 
     Raises:
         CheckpointError: transformers can't load it.
     """
-    target = resolve_device(device)
+    target = device if isinstance(device, torch.device) else resolve_device(device)
     folder, gguf = locate(name, adapters=True)
     wanted = dtype or ("float32" if target.type == "cpu" else "auto")
     try:

@@ -90,6 +90,8 @@ class SlicedBlock:
     def run(self, activations: list[Activations], index: int) -> None:
         """Run the sublayers at a site up to the writers that are to be fitted, and keep `inputs`."""
         writers, sublayer, self.mixture = self.writers(index), self.mixture_at(index), None
+        for inputs in self.inputs:  # of a run with other readers
+            inputs.clear()
         self.inputs = [self._run.offload.tensors() for _ in writers or [""]]
         if sublayer:
             experts = Experts.of(self._dense.table, sublayer, self.layer)

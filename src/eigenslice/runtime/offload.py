@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import weakref
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -50,13 +51,18 @@ def choose_place(choice: OffloadChoice, needed: int, device: torch.device) -> Pl
 
 
 class OffloadedTensors:
-    """Tensors of one kind, one a batch; `x[i]` is on the device, `x[i] = tensor` puts it back to its place."""
+    """Tensors of one kind, one a batch; `x[i]` is on the device, `x[i] = tensor` puts it back to its place.
+
+    Files go with the object: when nobody refers to it any more, its folder is removed.
+    """
 
     def __init__(self, place: Place, device: torch.device, folder: Path | None = None) -> None:
         """folder: where the files are if the place is the disk; it must exist and be empty."""
         self.device = device
         self._place, self._folder = place, folder
         self._tensors: list[Tensor | Path] = []
+        if folder is not None:
+            weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True).atexit = False
 
     def __len__(self) -> int:
         return len(self._tensors)

@@ -105,7 +105,7 @@ def _write_own(
     if not _has_room(tokens, dense, options.own_text, dtype):
         return torch.empty(0, 0, dtype=torch.long)
     # Slicing runs transformers' own classes, so that this does, too: no code of the checkpoint
-    model, tokenizer = load_model(options.model, str(dense.device), dtype).model, dense.source.tokenizer
+    model, tokenizer = load_model(options.model, dense.device, dtype).model, dense.source.tokenizer
     if isinstance(dense.source, SourceOfKeptTokens):
         keep_rows(model, dense.source.kept.ids)
     seed = options.calibration.seed
