@@ -75,7 +75,7 @@ def stored(model: Any) -> int:
 
 def measure(model: Any, batches: list[Batch]) -> Importance:
     """Run the dense model over calibration tokens; padding doesn't count."""
-    _check(model)
+    check_llama_like(model)
     inner, layers = model.model, list(model.model.layers)
     width, count, mask = inner.norm.weight.shape[0], 0, torch.empty(0, dtype=torch.bool)
     similarity = [0.0] * len(layers)
@@ -136,10 +136,10 @@ def drop_blocks(model: Any, importance: Importance, most: int) -> tuple[Any, str
     left = stored(model)
     while left > most:
         if len(dropped) == len(order) - 1:
-            raise _unreachable(most, left, "one block is left")
+            raise unreachable(most, left, "one block is left")
         dropped.append(order[len(dropped)])
         left -= sizes[dropped[-1]]
-    smaller = _shared_copy(model)
+    smaller = shared_copy(model)
     kept = [index for index in range(len(sizes)) if index not in dropped]
     layers = [smaller.model.layers[index] for index in kept]
     for number, layer in enumerate(layers):
@@ -164,10 +164,10 @@ def prune_width(model: Any, importance: Importance, most: int) -> tuple[Any, str
 
     hidden = next((hidden for hidden in range(width, 0, -1) if size(hidden) <= most), None)
     if hidden is None:
-        raise _unreachable(most, size(1), "one channel is left")
+        raise unreachable(most, size(1), "one channel is left")
     channels = importance.channels.topk(hidden).indices.sort().values
     kept = [scores.topk(_share(neurons, hidden, width)).indices.sort().values for scores in importance.neurons]
-    smaller = _shared_copy(model)
+    smaller = shared_copy(model)
     for name, parameter in parameters.items():
         cut = parameter.detach()
         for axis, kind in enumerate(_axes(name)):
@@ -191,7 +191,8 @@ def _axes(name: str) -> tuple[str | None, ...]:
     return AXES[".".join(name.split(".")[-2:])]
 
 
-def _check(model: Any) -> None:
+def check_llama_like(model: Any) -> None:
+    """Raises UnsupportedModelError where a parameter isn't one of a Llama-like model."""
     unknown = [name for name, _ in model.named_parameters() if ".".join(name.split(".")[-2:]) not in AXES]
     if unknown or not hasattr(model.model, "layers"):
         raise UnsupportedModelError(
@@ -201,12 +202,13 @@ def _check(model: Any) -> None:
         )
 
 
-def _shared_copy(model: Any) -> Any:
+def shared_copy(model: Any) -> Any:
     """A copy whose parameters are the model's own, so that it takes no memory."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _unreachable(most: int, left: int, where: str) -> OptionsError:
+def unreachable(most: int, left: int, where: str) -> OptionsError:
+    """The error of a size that a method can't reach."""
     return OptionsError(
         f"{left} parameters when {where}, and {most} are allowed",
         allowed="a size that the embeddings leave room for",

@@ -1,4 +1,4 @@
-"""The models that quality.py measures: sliced ones in folders, baselines built from the dense model in memory.
+"""The models that quality.py measures: sliced ones in folders, baselines and rivals built from the dense model.
 
 What is known of each is kept in its folder, so that an interrupted benchmark goes on.
 """
@@ -17,6 +17,10 @@ from eigenslice.checkpoint.loading import load_model
 from eigenslice.data.batches import Batch
 from eigenslice.options.common import DtypeName
 from eigenslice.runtime.output import partial_path
+from rivals import RIVALS
+from rivals.parts import describe
+from rivals.parts import load as load_rival
+from rivals.parts import save as save_rival
 
 SLICED: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -28,6 +32,8 @@ SLICED: dict[str, dict[str, Any]] = {
     "paper-per-block": {"basis": "per-block", "refit": False},
 }
 BASELINES: dict[str, Baseline] = {"drop-blocks": drop_blocks, "width-pruning": prune_width}
+PRUNED = [*BASELINES, *RIVALS]
+"""Methods that build a model from the dense one in memory."""
 RECORD = "quality.json"
 
 
@@ -81,7 +87,11 @@ class Slicer:
 
 @dataclass(frozen=True)
 class Pruner:
-    """Builds baselines; one run over the calibration tokens, when it is needed, serves them all."""
+    """Builds baselines and rivals.
+
+    One run over the calibration tokens, when it is needed, serves all baselines. A rival runs over the tokens itself;
+    what it changed stays in its folder.
+    """
 
     dense: Any
     batches: list[Batch]
@@ -97,7 +107,16 @@ class Pruner:
         folder = self.work / f"{method}-{size:g}"
 
         def build() -> tuple[Any, str]:
-            return BASELINES[method](self.dense, self.importance, int(size * stored(self.dense)))
+            most = int(size * stored(self.dense))
+            if method in BASELINES:
+                return BASELINES[method](self.dense, self.importance, most)
+            if "row" in recorded(folder):  # built and stored before: it takes minutes
+                return load_rival(self.dense, folder), ""
+            print(f"{folder.name}: pruning", flush=True)
+            pruned = RIVALS[method](self.dense, self.batches, most)
+            folder.mkdir(exist_ok=True)
+            save_rival(self.dense, pruned, folder)
+            return pruned, describe(pruned)
 
         if "row" not in recorded(folder):
             start = time.perf_counter()

@@ -1,12 +1,15 @@
-"""Quality over size: eigenslice, the paper's method and two baselines on the same calibration and test tokens.
+"""Quality over size: eigenslice, the paper's method and others on the same calibration and test tokens.
 
     python benchmarks/quality.py MODEL --calibration mixed --test wiki=wikitext2 --test stories=tinystories \\
-        --sizes 0.9,0.85,0.75,0.6 --methods ours,paper-per-block,drop-blocks,width-pruning \\
+        --sizes 0.9,0.85,0.75,0.6 --methods ours,paper-per-block,drop-blocks,width-pruning,slimgpt,flap \\
         --work WORK -o benchmarks/results/NAME
 
 writes NAME.json, NAME.md and NAME.png. For each method and size: perplexity over the dense model's, KL(dense || model)
 in nats per token and the share of tokens with the same most likely prediction, on each test text. Size is stored
 parameters over the dense model's, tied weights once, shortcuts included; "kept" is what a method really keeps.
+
+The methods: eigenslice with various options, and the paper's (candidates.py); dropped blocks and width pruning
+(baselines.py); published ones without training (rivals/).
 
 A test text is NAME=SOURCE or NAME=SOURCE#FIELD, with SOURCE as `eigenslice eval --data` takes it.
 
@@ -26,13 +29,14 @@ import torch
 import transformers
 
 from baselines import stored
-from candidates import BASELINES, SLICED, Candidate, Pruner, Slicer, record, recorded
+from candidates import PRUNED, SLICED, Candidate, Pruner, Slicer, record, recorded
 from eigenslice import CalibrationOptions, EigensliceError, __version__
 from eigenslice.checkpoint.loading import load_model
 from eigenslice.data import Tokens, calibration_tokens, evaluation_tokens
 from eigenslice.data.texts import BUILTIN, PRESETS
 from eigenslice.errors import OptionsError
 from report import chart, table
+from rivals import RIVALS
 from scores import Score, compare
 
 Job = tuple[str, float]
@@ -59,7 +63,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
     dense, config = loaded.model, loaded.model.config.get_text_config()
     tokens = calibration_tokens(calibration, loaded.tokenizer, config)
     pruner = Pruner(dense, tokens.batches, work)
-    candidates |= attempt([job for job in jobs if job[0] in BASELINES], pruner, failed)
+    candidates |= attempt([job for job in jobs if job[0] in PRUNED], pruner, failed)
 
     # A preset has a part for each purpose; the same file or split is the same text
     own = {source for source in calibration.data if source not in {BUILTIN, *PRESETS}}
@@ -198,7 +202,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     def sizes(text: str) -> list[float]:
         return [float(part) for part in listed(text)]
 
-    methods = [*SLICED, *BASELINES]
+    methods = [*SLICED, *PRUNED]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("model", help="a folder, a hub id or a .gguf file")
@@ -206,8 +210,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--field", action="append", help="as eigenslice slice --field")
     add("--test", action="append", required=True, help="NAME=SOURCE or NAME=SOURCE#FIELD; may be repeated")
     add("--sizes", type=sizes, default=[0.9, 0.85, 0.75, 0.6], help="shares of the stored parameters")
-    usual = [method for method in methods if not method.endswith(("-given", "-quarter"))]
-    add("--methods", type=listed, default=usual, help=", ".join(methods) + " [those without -given and -quarter]")
+    usual = [name for name in methods if name not in RIVALS and not name.endswith(("-given", "-quarter"))]
+    add("--methods", type=listed, default=usual, help=f"{', '.join(methods)} [{', '.join(usual)}]")
     add("--samples", type=int, default=64, help="calibration sequences")
     add("--seqlen", type=int, default=1024, help="tokens a sequence, for calibration and tests")
     add("--test-samples", type=int, default=64, help="windows of each test text, from its start")

@@ -17,6 +17,7 @@ from eigenslice import slice_model
 from eigenslice.data.batches import Batch
 from eigenslice.errors import EigensliceError, OptionsError
 from eigenslice.evaluation.perplexity import perplexity
+from rivals import parts
 from scores import Score, compare
 from tests import tiny, words
 from tests.checkpoint.files import copy_of
@@ -225,6 +226,34 @@ def test_the_whole_benchmark(command: list[str], tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(quality, "compare", never)
     monkeypatch.setattr("candidates.slice_model", never)
     quality.main([*command, "--sizes=0.9", "--methods=" + ",".join(dict.fromkeys(row["method"] for row in good))])
+    assert json.loads((tmp_path / "out" / "x.json").read_text())["rows"] == good
+
+
+def test_rivals_are_measured_and_stored(command: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ["modegpt-mlp", "slimgpt", "flap-mlp"]
+    command = [*command, f"--methods={','.join(names)}", "--sizes=0.85,0.01"]
+    quality.main(command)
+    rows = json.loads((tmp_path / "out" / "x.json").read_text())["rows"]
+    assert [(row["method"], row["size"]) for row in rows] == [(name, size) for name in names for size in (0.85, 0.01)]
+    assert all("keeps one" in row["error"] for row in rows if row["size"] == 0.01)
+    good = [row for row in rows if row["size"] == 0.85]
+    assert all(0.8 < row["kept"] <= 0.85 and row["plan"].startswith("MLP ") for row in good)
+    dense = load(tmp_path / "model")
+    ids = tiny.random_ids(1, 400, seed=2)[0]
+    batches = [Batch(ids[i : i + 16][None]) for i in range(0, 48, 16)]
+    stored = parts.load(dense, tmp_path / "work" / "slimgpt-0.85")
+    assert baselines.stored(stored) == good[1]["parameters"]
+    assert good[1]["tests"]["plain"]["perplexity"] == pytest.approx(perplexity(stored, batches).perplexity, rel=1e-5)
+
+    def never(*arguments: object) -> None:
+        pytest.fail("pruned again")
+
+    monkeypatch.setattr("candidates.RIVALS", dict.fromkeys(names, never))
+    (tmp_path / "work" / "dense" / "quality.json").unlink()
+    for name in names:
+        path = tmp_path / "work" / f"{name}-0.85" / "quality.json"
+        path.write_text(json.dumps({"row": json.loads(path.read_text())["row"]}))
+    quality.main([*command, "--sizes=0.85"])
     assert json.loads((tmp_path / "out" / "x.json").read_text())["rows"] == good
 
 
