@@ -1,24 +1,30 @@
 """Sequences beside the calibration texts, against text that the dense model writes itself."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from eigenslice.checkpoint.source import open_source
 from eigenslice.data import own_text
 from eigenslice.data.batches import BESIDE_GROUP, Batch
 from eigenslice.data.own_text import Drawing, draw
 from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.measure.importance import measure
+from eigenslice.model.dense import DenseModel
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
-from eigenslice.slicing import calibration, slice_model
+from eigenslice.runtime.offload import free_bytes
+from eigenslice.slicing import calibration, memory, slice_model
 from eigenslice.stream.run import Run
 from tests import tiny, words
 from tests.checkpoint.files import copy_of
 from tests.conftest import Folders, Slicer
+from tests.fake_device import fake_device
 from tests.messages import check_message
 from tests.results import load
 
@@ -78,20 +84,53 @@ def test_a_long_sequence_holds_several_own_texts(
     assert torch.equal(torch.cat([batch.input_ids for batch in seen if batch.group == 4]), drawn.view(2, 40))
 
 
-@pytest.mark.parametrize("short", ["slicing takes less", "little is free"])
+@pytest.mark.parametrize(
+    ("gigabytes", "free", "writes"),
+    [(16, 80, True), (2, 20, True), (16, 24, False), (140, 80, False)],
+    ids=["8 B on a large card", "0.5 B on a small machine", "8 B on a small card", "70 B"],
+)
+def test_a_model_writes_where_half_of_the_free_memory_is_enough(
+    gigabytes: int, free: int, writes: bool, dense_folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "whole_bytes", lambda dense, dtype: gigabytes * 10**9)
+    monkeypatch.setattr(memory, "free_bytes", lambda device: free * 10**9)
+    monkeypatch.setattr(calibration, "free_bytes", lambda device: free * 10**9)
+    dense = DenseModel(open_source(str(dense_folder("llama"))))
+    with nullcontext() if writes else pytest.warns(EigensliceWarning, match=f"50 % of the {free}.0 GB that are free"):
+        assert calibration._has_room(dense, None, torch.bfloat16) == writes
+    if gigabytes <= free:
+        assert calibration._has_room(dense, 0.25, torch.bfloat16)  # it was asked for
+    else:
+        with pytest.raises(OptionsError, match=r"--own-text 0\.25"):
+            calibration._has_room(dense, 0.25, torch.bfloat16)
+
+
+def test_memory_of_the_model_that_wrote_is_free_again(model: Path, text: Path, run_slice: Slicer) -> None:
+    data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
+    with fake_device() as gpu:
+        run_slice("llama", model=str(model), width=24, calibration=data, device="cuda")
+        assert gpu.emptied == 1
+        assert free_bytes(gpu.device) == gpu.total
+        reserved = torch.zeros(100, device="cuda").nbytes
+        with patch.object(torch.cuda, "memory_reserved", lambda device: reserved):  # by torch, for its next tensors
+            assert free_bytes(gpu.device) == gpu.total + reserved
+
+
+@pytest.mark.parametrize("short", ["half isn't enough", "little is free"])
 def test_without_room_for_the_model_random_tokens_take_its_place(
     short: str, model: Path, text: Path, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if short == "slicing takes less":
-        monkeypatch.setattr(calibration, "room_for_model", lambda dense, tokens, dtype: 1000)
+    if short == "half isn't enough":
+        monkeypatch.setattr(calibration, "room_for_model", lambda device: 1000)
     else:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: 100_000)
         monkeypatch.setattr(calibration, "free_bytes", lambda device: 100_000)
     data = CalibrationOptions(data=str(text), samples=12, seqlen=30)
     with pytest.warns(EigensliceWarning, match="no text of the model's own"):
         result = run_slice("llama", model=str(model), width=24, calibration=data)
     assert "own_sequences" not in result.manifest["calibration"]
     assert result.manifest["calibration"]["random_sequences"] == 3
-    if short == "slicing takes less":
+    if short == "half isn't enough":
         asked = run_slice("llama", model=str(model), width=24, calibration=data, own_text=0.25)
         assert asked.manifest["calibration"]["own_sequences"] == 3
     else:

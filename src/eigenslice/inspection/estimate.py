@@ -80,7 +80,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     # The model's own text; plans tried on some of the tokens, in two passes; and a pass of two streams with their
     # products and solutions
     whole = whole_bytes(dense, dtype)
-    writes = whole <= room_for_model(anatomy, tokens, dtype)
+    writes = whole <= room_for_model(dense.device)
     text = OWN_SHARE * (measuring + share * WRITING * block) if writes else 0.0
     more = (1 + (OWN_SHARE if writes else RANDOM_SHARE)) * (1 + BEGINNINGS_SHARE)
     twin = block + 2 * sites * narrow + 2 * broad

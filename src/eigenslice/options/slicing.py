@@ -114,7 +114,7 @@ class SliceOptions(Options):
             "Sequences of text that the model writes itself, as a share of the texts' sequences. The model is loaded "
             "as a whole for it.",
             CALIBRATION,
-            f"{OWN_SHARE}, if the whole model takes less memory than slicing",
+            f"{OWN_SHARE}, if the whole model takes at most half of the free memory",
         ),
         SHARES,
     ] = None

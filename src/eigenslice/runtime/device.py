@@ -1,6 +1,7 @@
 """Choosing the torch device."""
 
 import ctypes
+import gc
 import os
 import sys
 from contextlib import suppress
@@ -72,6 +73,18 @@ def trim_memory() -> None:
     would grow with every block. A call takes less than a millisecond.
     """
     _call_glibc("malloc_trim", 0)
+
+
+def give_memory_back(device: torch.device) -> None:
+    """Give memory that a whole model took back to the device and to the system.
+
+    torch keeps freed memory of a GPU, and others then see it as taken: other processes, and who asks how much is free.
+    Models refer to themselves, so that Python has to look for them.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    trim_memory()
 
 
 def unmap_freed_tensors() -> None:

@@ -29,8 +29,11 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that is free on a device, or on the host for the CPU."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Memory that is free on a device, or on the host for the CPU; what torch keeps for its next tensors is free."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def choose_place(choice: OffloadChoice, needed: int, device: torch.device) -> Place:

@@ -14,7 +14,7 @@ from eigenslice.data.tokens import Tokens
 from eigenslice.errors import EigensliceWarning, OptionsError
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.slicing import OWN_SHARE, RANDOM_SHARE, SliceOptions
-from eigenslice.runtime.device import trim_memory
+from eigenslice.runtime.device import give_memory_back
 from eigenslice.runtime.offload import FREE_SHARE, free_bytes
 from eigenslice.runtime.progress import Progress
 from eigenslice.runtime.ranks import Ranks
@@ -102,7 +102,7 @@ def _write_own(
     tokens: Tokens, dense: DenseModel, options: SliceOptions, dtype: torch.dtype, count: int, progress: Progress
 ) -> Tensor:
     """Return sequences of about the texts' length, each of several short texts, (count, T); none without room."""
-    if not _has_room(tokens, dense, options.own_text, dtype):
+    if not _has_room(dense, options.own_text, dtype):
         return torch.empty(0, 0, dtype=torch.long)
     # Slicing runs transformers' own classes, so that this does, too: no code of the checkpoint
     model, tokenizer = load_model(options.model, dense.device, dtype).model, dense.source.tokenizer
@@ -111,23 +111,21 @@ def _write_own(
     seed = options.calibration.seed
     ids = write_rows(model, tokenizer, count, int(tokens.description["seqlen"]), seed, progress)
     del model
-    trim_memory()
+    give_memory_back(dense.device)
     return ids
 
 
-def _has_room(tokens: Tokens, dense: DenseModel, share: float | None, dtype: torch.dtype) -> bool:
-    """Return whether to load the model as a whole: if asked to, or if that takes no more than the activations.
-
-    Larger models are sliced because they don't fit.
-    """
+def _has_room(dense: DenseModel, share: float | None, dtype: torch.dtype) -> bool:
+    """Return whether to load the model as a whole: if asked to, or if that leaves a good part of the memory free."""
     needed, free = whole_bytes(dense, dtype), free_bytes(dense.device)
     size = f"as a whole, the model takes {needed / 1e9:.1f} GB"
     if share is None:
-        room = min(room_for_model(dense.anatomy, tokens.count, dtype), FREE_SHARE * free)
+        room = room_for_model(dense.device)
         if needed > room:
             warnings.warn(
-                f"no text of the model's own to calibrate on: {size}, more than slicing it. "
-                f"--own-text {OWN_SHARE} lets it write, --own-text 0 does without and says nothing.",
+                f"no text of the model's own to calibrate on: {size}, more than {100 * FREE_SHARE:.0f} % of the "
+                f"{free / 1e9:.1f} GB that are free. --own-text {OWN_SHARE} lets it write, --own-text 0 does without "
+                "and says nothing.",
                 EigensliceWarning,
                 stacklevel=2,
             )

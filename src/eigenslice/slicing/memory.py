@@ -5,9 +5,8 @@ import torch
 from eigenslice.fit.neuron_readers import curvature_stride
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
+from eigenslice.runtime.offload import FREE_SHARE, free_bytes
 
-LITTLE_MEMORY = 1024**3
-"""Bytes that a model may take as a whole in any case."""
 WRITING = 3.5
 """Time of a token that the model writes, over that of one it reads: measured on SmolLM2-135M, on 2 CPU cores."""
 
@@ -35,9 +34,12 @@ def whole_bytes(dense: DenseModel, dtype: torch.dtype) -> int:
     return parameters * dtype.itemsize
 
 
-def room_for_model(anatomy: Anatomy, tokens: int, dtype: torch.dtype) -> int:
-    """Bytes that the whole model may take to write text, unless it was asked for: no more than slicing takes."""
-    return max(LITTLE_MEMORY, activation_bytes(anatomy, tokens, dtype))
+def room_for_model(device: torch.device) -> int:
+    """Return the bytes that the whole model may take to write text, unless it was asked for.
+
+    The rest of the free memory holds its cache and logits.
+    """
+    return int(FREE_SHARE * free_bytes(device))
 
 
 def training_bytes(parameters: int, teacher: int, tokens: int, vocabulary: int) -> int:
