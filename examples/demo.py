@@ -1,4 +1,4 @@
-"""The run of `make demo`: slice a real model, heal it a little, and compare size, perplexity and text.
+"""The run of `make demo`: slice a real model, and compare size and perplexity.
 
 Each step is a command of eigenslice, printed before it runs. Calibration text is the reference of the Python language.
 The perplexity is measured on other text, the docstrings of Python's standard library.
@@ -14,7 +14,6 @@ from pathlib import Path
 
 TEXT = ["--calibration", "builtin", "--samples", "16", "--seqlen", "512"]
 """Little text, so that the demo takes minutes. Real runs take ten times as much or more."""
-HEALED_TOKENS = 12_000
 
 
 def run(*arguments: object) -> None:
@@ -34,18 +33,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a folder, a hub id or a .gguf file")
     parser.add_argument("--keep", type=float, default=0.85, help="share of the parameters to keep")
-    parser.add_argument("--heal", type=int, default=HEALED_TOKENS, help="tokens of healing")
     arguments = parser.parse_args()
-    model, folder = arguments.model, Path(tempfile.mkdtemp(prefix="eigenslice-demo-"))
-    sliced, healed = folder / "sliced", folder / "healed"
+    model, sliced = arguments.model, Path(tempfile.mkdtemp(prefix="eigenslice-demo-")) / "sliced"
     run("slice", model, "-o", sliced, "--keep", arguments.keep, "--effort", "fast", *TEXT)
-    run("finetune", sliced, "-o", healed, "--teacher", model, "--distill", 1, "--tokens", arguments.heal, *TEXT)
-    run("eval", model, sliced, healed, "--data", "builtin", "--samples", 8, "--seqlen", 512)
-    manifest = json.loads((healed / "eigenslice.json").read_text(encoding="utf-8"))
+    run("eval", model, sliced, "--data", "builtin", "--samples", 8, "--seqlen", 512)
+    manifest = json.loads((sliced / "eigenslice.json").read_text(encoding="utf-8"))
     print(
-        f"\nBoth results are ordinary {manifest['model_type']} checkpoints with {manifest['plan']['neurons']} of "
-        f"{manifest['dense_neurons']} neurons in each MLP:\n  {sliced}\n  {healed}\n"
-        "More calibration text, the default effort and more healing lose much less (README.md, Results)."
+        f"\nThe result is an ordinary {manifest['model_type']} checkpoint with {manifest['plan']['neurons']} of "
+        f"{manifest['dense_neurons']} neurons in each MLP:\n  {sliced}\n"
+        "More calibration text and the default effort lose less; --heal trains afterwards (README.md)."
     )
 
 
