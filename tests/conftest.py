@@ -51,6 +51,12 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.calibration_file(tmp_path_factory.mktemp("calibration"))
 
 
+@pytest.fixture(scope="session")
+def none_held_out(tmp_path_factory: pytest.TempPathFactory) -> CalibrationOptions:
+    """Random token ids in too few sequences to hold one out: the pass that measures a loss is left out."""
+    return CalibrationOptions(data=str(tiny.calibration_file(tmp_path_factory.mktemp("few"), rows=7)))
+
+
 @pytest.fixture
 def run_slice(dense_folder: Folders, calibration: Path, tmp_path: Path) -> Slicer:
     """Slices a case's model into a fresh folder; keywords are options."""

@@ -16,7 +16,6 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.data.batches import Batch
 from eigenslice.errors import OptionsError
 from eigenslice.measure.importance import measure
-from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.stream.runner import captured_inputs
@@ -32,7 +31,7 @@ CONFIGS = {
     for name, case in tiny.CASES.items()
 }
 CUTTABLE = [name for name, config in CONFIGS.items() if lookup(config).attention.can_cut_heads]
-COUNTS = {name: Anatomy.of_config(CONFIGS[name]).kv_head_count for name in CUTTABLE}
+COUNTS = {name: counts.kv for name in CUTTABLE if (counts := lookup(CONFIGS[name]).head_counts(CONFIGS[name]))}
 CASES = [name for name in CUTTABLE if COUNTS[name] > 1]
 GROUPED = [name for name in CUTTABLE if CONFIGS[name].num_attention_heads > COUNTS[name]]
 NORMS_JOIN_HEADS = {"olmoe", "minimax_m2", "olmo2", "olmo3"}

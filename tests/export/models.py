@@ -81,8 +81,6 @@ PHI3: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """Cases of Phi-3. transformers' Phi3Config has longrope at hidden width = heads x head_dim only, so that sliced models
 with it are saved as eigenslice's class."""
-EXPERTS = tiny.EXPERTS | HEADS
-SQUARE = {"head_dim": 8}  # heads x head_dim is the width of the sliced model
 BIASES = {"attention_bias": True, "mlp_bias": True}
 EXPERTS = tiny.EXPERTS | HEADS | {"norm_topk_prob": True}
 SQUARE = {"head_dim": 8}
