@@ -16,6 +16,8 @@ from torch.overrides import TorchFunctionMode
 
 TOTAL = 2**34
 """Bytes of the device's memory."""
+SEEN = 20
+"""Number of calls after which memory is counted."""
 DEVICE, IS_CUDA, IS_CPU = (getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu"))
 PARSE: Any = torch._C._nn._parse_to  # pyright: ignore[reportAttributeAccessIssue]
 SET_DATA = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
@@ -55,6 +57,7 @@ class Gpu(TorchFunctionMode):
         self.device, self.total = torch.device("cuda", index), TOTAL
         self.to_device = self.to_host = self.emptied = 0
         self.at_resets: list[int] = []
+        self._peak = self._calls = 0
         self._storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self._lock = threading.Lock()
 
@@ -66,7 +69,19 @@ class Gpu(TorchFunctionMode):
         """Bytes of all tensors on the device."""
         with self._lock:
             self._storages = {key: entry for key, entry in self._storages.items() if not entry[0].expired()}
-            return sum(size for _, size in self._storages.values())
+            now = sum(size for _, size in self._storages.values())
+            self._peak = max(self._peak, now)
+            return now
+
+    @property
+    def peak(self) -> int:
+        """Most bytes since the peak was reset, as far as `SEEN` calls see them."""
+        return max(self.allocated, self._peak)
+
+    def reset_peak(self, device: Any = None) -> None:
+        """Begin with the bytes that are in use now."""
+        self._peak = 0
+        self.at_resets.append(self.allocated)
 
     def call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Do what torch would do with these arguments."""
@@ -148,6 +163,9 @@ class Gpu(TorchFunctionMode):
             storage = value.untyped_storage()
             with self._lock:
                 self._storages[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+                self._calls += 1
+            if self._calls % SEEN == 0:
+                _ = self.allocated
             return _placed(value, here=True)
         return _mapped(self._marked, value)
 
@@ -218,18 +236,15 @@ def fake_device(index: int = 0) -> Iterator[Gpu]:
     """Give this process a device `cuda`, in this thread, for as long as the context lasts."""
     gpu = Gpu(index)
 
-    def reset(device: Any = None) -> None:
-        gpu.at_resets.append(gpu.allocated)
-
     def emptied() -> None:
         gpu.emptied += 1
 
     functions = {
         "mem_get_info": lambda device=None: (gpu.total - gpu.allocated, gpu.total),
         "memory_allocated": lambda device=None: gpu.allocated,
-        "max_memory_allocated": lambda device=None: gpu.allocated,
+        "max_memory_allocated": lambda device=None: gpu.peak,
         "memory_reserved": lambda device=None: gpu.allocated,
-        "reset_peak_memory_stats": reset,
+        "reset_peak_memory_stats": gpu.reset_peak,
         "empty_cache": emptied,
         "synchronize": lambda device=None: None,
         "get_device_name": lambda device=None: "emulated",

@@ -129,11 +129,19 @@ def test_a_model_writes_and_predicts_as_on_the_cpu(speaking: Path, text: Path, t
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_models_are_timed(static: bool, speaking: Path) -> None:
-    with fake_device():
-        options = BenchOptions(prompt=8, new=3, runs=1, static_cache=static, device="cuda")
-        rows = bench([str(speaking), str(speaking)], options)["models"]
-    assert all(row["peak_bytes"] > 0 for row in rows)
+def test_models_are_timed_and_gone_before_memory_is_measured(static: bool, speaking: Path) -> None:
+    options = BenchOptions(prompt=8, new=3, runs=3, static_cache=static, device="cuda")
+    held: list[int] = []  # while the models are timed
+
+    def watch(stage: str, done: int, total: int) -> None:
+        if stage == "timing":
+            held.append(gpu.allocated)
+
+    with fake_device() as gpu:
+        rows = bench([str(speaking), str(speaking)], options, watch)["models"]
+        assert gpu.at_resets == [0, 0]
+    assert all(row["peak_bytes"] > 4 * row["parameters"] for row in rows)
+    assert held[-1] < 1.1 * held[0]  # the times of four rounds are kept, not their caches
 
 
 def check_same(found: Path, expected: Path) -> None:

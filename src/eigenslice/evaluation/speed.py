@@ -15,7 +15,7 @@ from eigenslice.checkpoint.loading import load_model
 from eigenslice.errors import OptionsError
 from eigenslice.evaluation.costs import bytes_per_step, operations, peak_memory, weight_bytes_on_disk
 from eigenslice.options.benchmark import BenchOptions
-from eigenslice.runtime.device import resolve_device
+from eigenslice.runtime.device import give_memory_back, resolve_device
 
 Progress = Callable[[str, int, int], None]
 
@@ -28,13 +28,14 @@ class Generation:
         first: Seconds to the first token: the prompt is read, and the next token is chosen.
         rest: Seconds for the other tokens.
         tokens: The generated tokens, (B, new).
-        cache: The cache at the end.
+        step_bytes: Bytes that a decoding step has to read, in the middle of the generation. The cache itself would
+            take its memory for as long as the times are kept.
     """
 
     first: float
     rest: float
     tokens: Tensor
-    cache: Any
+    step_bytes: int
 
 
 class Runner:
@@ -68,7 +69,14 @@ class Runner:
         for _ in range(self._options.new - 1):
             tokens.append(self.step(tokens[-1], cache))
         times.append(self._now())
-        return Generation(times[1] - times[0], times[2] - times[1], torch.cat(tokens, dim=1), cache)
+        first, rest = times[1] - times[0], times[2] - times[1]
+        return Generation(first, rest, torch.cat(tokens, dim=1), self._step_bytes(cache))
+
+    def _step_bytes(self, cache: Any) -> int:
+        options = self._options
+        length = options.prompt + options.new if options.static else options.prompt + options.new - 1
+        middle = length if options.static else options.prompt + options.new / 2
+        return bytes_per_step(self.model, cache, middle, length)
 
     def _now(self) -> float:
         if self.device.type == "cuda":
@@ -99,7 +107,29 @@ def bench(
         CheckpointError: a model can't be loaded.
     """
     device = resolve_device(options.device)
-    runners = []
+    rows, dtypes = _timed(models, options, device, progress)
+    if options.memory:
+        if options.compile:
+            torch.compiler.reset()  # what was compiled refers to the models
+        give_memory_back(device)
+        for number, row in enumerate(rows):
+            progress("memory", number, len(rows))
+            row["peak_bytes"] = _peak(row["model"], options, device)
+    environment = {
+        "eigenslice": __version__,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "threads": torch.get_num_threads(),
+        "dtypes": dtypes,
+    }
+    return {"settings": options.model_dump(mode="json"), "environment": environment, "models": rows}
+
+
+def _timed(
+    models: list[str], options: BenchOptions, device: torch.device, progress: Progress
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Load and time models, and return their rows and dtypes; nothing else stays in memory."""
+    runners: list[Runner] = []
     for number, name in enumerate(models):
         progress("loading", number, len(models))
         runners.append(Runner(name, options))
@@ -110,26 +140,13 @@ def bench(
     rounds = _time_rounds(runners, prompt, options.runs + 1, progress)
     rows = [
         {"model": name, "parameters": runner.model.num_parameters(), "disk_bytes": weight_bytes_on_disk(name)}
-        | _costs(runner, rounds[0][number].cache, prompt)
+        | {"operations": _operations(runner, prompt), "step_bytes": rounds[0][number].step_bytes, "peak_bytes": None}
         | _speed([of_round[number] for of_round in rounds[1:]], options)
         for number, (name, runner) in enumerate(zip(models, runners, strict=True))
     ]
     for number, row in enumerate(rows[1:], 1):
         row["speedup"] = _speedup(rows[0], row, [(of_round[0], of_round[number]) for of_round in rounds[1:]])
-    names = [str(r.model.dtype).removeprefix("torch.") for r in runners]
-    del runners, rounds
-    if options.memory:
-        for number, row in enumerate(rows):
-            progress("memory", number, len(rows))
-            row["peak_bytes"] = _peak(row["model"], options, device)
-    environment = {
-        "eigenslice": __version__,
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
-        "threads": torch.get_num_threads(),
-        "dtypes": names,
-    }
-    return {"settings": options.model_dump(mode="json"), "environment": environment, "models": rows}
+    return rows, [str(runner.model.dtype).removeprefix("torch.") for runner in runners]
 
 
 def _time_rounds(runners: list[Runner], prompt: Tensor, count: int, progress: Progress) -> list[list[Generation]]:
@@ -156,19 +173,10 @@ def _check_length(name: str, runner: Runner, options: BenchOptions) -> None:
         )
 
 
-def _costs(runner: Runner, cache: Any, prompt: Tensor) -> dict[str, Any]:
-    options = runner._options
-    length = options.prompt + options.new if options.static else options.prompt + options.new - 1
-    middle = length if options.static else options.prompt + options.new / 2
-    return {
-        "operations": operations(
-            lambda: runner.model(
-                input_ids=prompt, past_key_values=DynamicCache(config=runner.model.config), logits_to_keep=1
-            )
-        ),
-        "step_bytes": bytes_per_step(runner.model, cache, middle, length),
-        "peak_bytes": None,
-    }
+def _operations(runner: Runner, prompt: Tensor) -> int:
+    """Return the operations of reading a prompt."""
+    cache = DynamicCache(config=runner.model.config)
+    return operations(lambda: runner.model(input_ids=prompt, past_key_values=cache, logits_to_keep=1))
 
 
 def _speed(generations: list[Generation], options: BenchOptions) -> dict[str, Any]:
@@ -208,7 +216,8 @@ def _peak(name: str, options: BenchOptions, device: torch.device) -> int:
     """Peak memory in bytes: torch's allocations on a GPU, the resident memory of a process on CPU."""
     if device.type != "cuda":
         return peak_memory(generate_once, name, options)
-    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     generate_once(name, options)
-    return torch.cuda.max_memory_allocated(device)
+    peak = torch.cuda.max_memory_allocated(device)
+    give_memory_back(device)
+    return peak
