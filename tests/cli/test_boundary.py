@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,15 @@ def test_an_output_that_takes_nothing(monkeypatch: pytest.MonkeyPatch, capfd: py
 SCRIPT = "import sys; sys.argv[0] = 'eigenslice'; import eigenslice"
 
 
+@pytest.fixture
+def _sigint() -> Iterator[None]:
+    """Processes begin with SIGINT as a terminal's do. In the background of a script they would ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_sigint")
 @pytest.mark.parametrize("arguments", [["-m", "eigenslice"], ["-c", SCRIPT]], ids=["module", "script"])
 def test_ctrl_c_while_importing(arguments: list[str]) -> None:
     """What Python says about imports tells when those of the package have begun."""

@@ -66,8 +66,8 @@ def test_the_peak_is_that_of_one_block(run: str, peak: list[int], tmp_path: Path
 def test_files_go_with_their_tensors(tmp_path: Path) -> None:
     offload = Offload("disk", torch.device("cpu"), tmp_path)
     some, others = offload.tensors(), offload.tensors()
-    for tensors in (some, others):
-        tensors.append(torch.ones(3))
+    some.append(torch.ones(3))
+    others.append(torch.ones(3))
     others.save(tmp_path / "saved")
     del others
     assert len(list(tmp_path.glob("0*/*"))) == 1
