@@ -8,16 +8,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from eigenslice.checkpoint.loading import load_model
 from eigenslice.data.own_text import sample_text
 from eigenslice.evaluation.perplexity import evaluate
 from eigenslice.evaluation.speed import bench
 from eigenslice.options.benchmark import BenchOptions
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.sampling import SampleOptions
+from eigenslice.options.slicing import SliceOptions
+from eigenslice.slicing import slice_model
+from eigenslice.stream.run import Run
 from tests import tiny, words
 from tests.checkpoint.files import copy_of
+from tests.checkpoint.gguf_file import write_gguf
 from tests.conftest import Folders, Slicer
 from tests.fake_device import DeviceTensor, fake_device
+from tests.results import load
 
 SLICES: dict[str, tuple[str, dict[str, Any]]] = {
     "global basis": ("llama", {"width": 24, "neurons": 40}),
@@ -142,6 +148,33 @@ def test_models_are_timed_and_gone_before_memory_is_measured(static: bool, speak
         assert gpu.at_resets == [0, 0]
     assert all(row["peak_bytes"] > 4 * row["parameters"] for row in rows)
     assert held[-1] < 1.1 * held[0]  # the times of four rounds are kept, not their caches
+
+
+def test_a_gguf_runs_in_bfloat16(speaking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tensors are dequantized to float32, which takes twice the memory and, on a GPU, much more time."""
+    path, used = write_gguf(load(speaking), tmp_path / "model.gguf"), list[torch.dtype]()
+    monkeypatch.setattr(Run, "walk", spy(used))
+    data = CalibrationOptions(data=str(tiny.calibration_file(tmp_path)))
+    given: dict[str, Any] = {"model": str(path), "width": 24, "calibration": data, "device": "cuda"}
+    for number, options in enumerate([{}, {"compute_dtype": "float32"}, {"device": "cpu"}]):
+        with fake_device():
+            slice_model(SliceOptions(**given | {"output": tmp_path / str(number)} | options))
+    assert list(dict.fromkeys(used[:2])) == [torch.bfloat16]
+    assert set(used[2:]) == {torch.float32}
+    with fake_device():
+        assert load_model(str(path), "cuda").model.dtype == torch.bfloat16
+    assert load_model(str(path), "cpu").model.dtype == torch.float32
+
+
+def spy(used: list[torch.dtype]) -> Callable[..., Any]:
+    """`Run.walk` that keeps the dtype of each pass."""
+    walk = Run.walk
+
+    def watched(run: Run, *args: Any, **options: Any) -> Any:
+        used.append(run.dtype)
+        return walk(run, *args, **options)
+
+    return watched
 
 
 def check_same(found: Path, expected: Path) -> None:

@@ -44,7 +44,7 @@ def load_model(
     Args:
         name: A folder, a hub id or a .gguf file.
         device: The user's name of a device, see `resolve_device`, or the device that it was resolved to.
-        dtype: The dtype; None is the stored dtype on a GPU and float32 on CPU.
+        dtype: The dtype; None is float32 on CPU, and on a GPU the stored dtype, or bfloat16 of a GGUF.
         trust_remote_code: Let the checkpoint run code.
 
     Raises:
@@ -52,10 +52,10 @@ def load_model(
     """
     target = device if isinstance(device, torch.device) else resolve_device(device)
     folder, gguf = locate(name, adapters=True)
-    wanted = dtype or ("float32" if target.type == "cpu" else "auto")
+    usual = "float32" if target.type == "cpu" else "bfloat16" if gguf else "auto"
     try:
         with apart(folder, gguf) as (place, extra), no_bars():
-            model = _read(name, (folder, gguf), place, wanted, trust_remote_code, extra).to(target).eval()
+            model = _read(name, (folder, gguf), place, dtype or usual, trust_remote_code, extra).to(target).eval()
             with torch.no_grad():  # some configs can be built, and not run
                 model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=target), use_cache=False)
     except EigensliceError:

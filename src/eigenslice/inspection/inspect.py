@@ -3,8 +3,6 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
-
 from eigenslice.checkpoint.source import open_source
 from eigenslice.inspection.estimate import Estimate, estimate
 from eigenslice.model.dense import DenseModel
@@ -106,5 +104,5 @@ def inspect_model(
         tokens=anatomy.tokens,
         vocabulary_share=sum(anatomy.vocabulary_parameters.values()) / anatomy.parameters,
         sizes=rows,
-        estimate=estimate(dense, samples * seqlen, seqlen, torch.float32 if resolved.type == "cpu" else dense.dtype),
+        estimate=estimate(dense, samples * seqlen, seqlen, dense.running_dtype),
     )

@@ -104,6 +104,16 @@ class DenseModel:
             )
         return dtype
 
+    @property
+    def running_dtype(self) -> torch.dtype:
+        """The dtype of the forward pass, unless the user says otherwise: float32 on a CPU, the checkpoint's on a GPU.
+
+        Tensors of a GGUF are dequantized to float32, which says nothing about the precision that they had.
+        """
+        if self.device.type == "cpu":
+            return torch.float32
+        return torch.bfloat16 if self.source.gguf else self.dtype
+
     def as_modules(self, tensors: NamedTensors, width: int) -> NamedTensors:
         """Return weights of a decoder layer as the custom class's modules hold them.
 

@@ -11,7 +11,9 @@ DtypeName = Literal["float32", "float16", "bfloat16"]
 GPU = "a GPU if there is one"
 
 Device = Annotated[str | None, Option("torch device.", MACHINE, GPU)]
-RunDtype = Annotated[DtypeName | None, Option("Dtype to run in.", MACHINE, "float32 on CPU, the stored one on a GPU")]
+RunDtype = Annotated[
+    DtypeName | None, Option("Dtype to run in.", MACHINE, "float32 on CPU; the stored one on a GPU, bfloat16 of a GGUF")
+]
 ShardGib = Annotated[
     float,
     Option("Size of an output file in GiB.", RESULT, flags=("--shard-size",)),

@@ -221,7 +221,7 @@ def _compute_dtype(options: SliceOptions, dense: DenseModel) -> torch.dtype:
     """Return the dtype of the forward pass."""
     if options.compute_dtype:
         return getattr(torch, options.compute_dtype)
-    return torch.float32 if dense.device.type == "cpu" else dense.dtype
+    return dense.running_dtype
 
 
 def _write_config(anatomy: Anatomy, plan: Plan, dtype: torch.dtype, folder: Path) -> None:
