@@ -19,12 +19,14 @@ from eigenslice.checkpoint.mapping import as_stored
 from eigenslice.checkpoint.names import CONFIG
 from eigenslice.checkpoint.source import locate
 from eigenslice.checkpoint.weights import INDEX, SafetensorsWeights
-from eigenslice.errors import CheckpointError, IncompleteError, first_line
+from eigenslice.errors import CheckpointError, IncompleteError, OptionsError, first_line
 from eigenslice.modeling import SlicedConfig
 from eigenslice.options.common import DtypeName
+from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.report.card import CARD, read_card_metadata
 from eigenslice.report.manifest import NAME, read_manifest
 from eigenslice.runtime.durable import file_hashes
+from eigenslice.vocabulary import keep_rows, kept_ids
 
 Stored = dict[str, tuple[tuple[int, ...], torch.dtype | None]]
 """Shape and dtype of tensors, by their names in the files."""
@@ -196,3 +198,18 @@ def stored_tensors(folder: Path) -> Stored:
     """The tensors in a folder's weight files."""
     weights = SafetensorsWeights(folder)
     return {name: (weights.shape(name), weights.dtype(name)) for name in weights.names()}
+
+
+def fit_teacher(options: FinetuneOptions, manifest: dict[str, Any], loaded: LoadedModel, teacher: LoadedModel) -> None:
+    """Leave only the kept tokens to a teacher of a model whose vocabulary was cut; refuse other vocabularies."""
+    ours, theirs = (m.model.config.get_text_config().vocab_size for m in (loaded, teacher))
+    if ours == theirs:
+        return
+    kept = kept_ids(teacher.tokenizer(), loaded.tokenizer()) if "vocabulary" in manifest else None
+    if kept is None or kept[-1] >= theirs:
+        raise OptionsError(
+            f"--teacher {options.teacher} has a vocabulary of {theirs} tokens, {options.model} of {ours}",
+            allowed="the dense model that was sliced, or one with the same tokenizer",
+            next_step="pass the dense model",
+        )
+    keep_rows(teacher.model, kept)

@@ -6,7 +6,6 @@ import shutil
 import warnings
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -15,15 +14,14 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from eigenslice._version import __version__
 from eigenslice.checkpoint.loading import LoadedModel
 from eigenslice.checkpoint.writer import check_space
-from eigenslice.data import Tokens
-from eigenslice.errors import EigensliceWarning, OptionsError
+from eigenslice.errors import EigensliceWarning
 from eigenslice.evaluation.perplexity import Perplexity
 from eigenslice.finetune.checkpoints import Checkpoints, load_weights, storage_errors
 from eigenslice.finetune.held_out import Judge
-from eigenslice.finetune.inputs import Input, Sliced, open_input, open_sliced
+from eigenslice.finetune.identity import resumable, run_identity
+from eigenslice.finetune.inputs import Input, Sliced, fit_teacher, open_input, open_sliced
 from eigenslice.finetune.result import as_perplexity, merged, result_names, section, write_result
 from eigenslice.finetune.trained_weights import with_weights_chosen
 from eigenslice.finetune.training import (
@@ -40,13 +38,12 @@ from eigenslice.finetune.windows import Windows, add_own_windows, text_windows
 from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.report.card import write_card
-from eigenslice.report.manifest import NAME, finished_manifest, versions
+from eigenslice.report.manifest import NAME, finished_manifest
 from eigenslice.runtime.device import resolve_device
 from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.ranks import Ranks, join_ranks
 from eigenslice.runtime.run_state import RunState
 from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, remove_finished, work_folder
-from eigenslice.vocabulary import keep_rows, kept_ids
 
 KEPT = 3
 """Checkpoints on the disk at the same time: the last one, the one before, and the one that is being written."""
@@ -143,10 +140,10 @@ def _finetune(
         base.check_saving(loaded.model)
         teacher = dense.load(None, options.trust_remote_code) if dense else None
         if teacher:
-            _fit_teacher(options, base.manifest, loaded, teacher)
+            fit_teacher(options, base.manifest, loaded, teacher)
         options = with_weights_chosen(options, loaded.model, teacher and teacher.model, ranks)
         windows = text_windows(options, loaded.tokenizer, loaded.model.config.get_text_config())
-        identity = ranks.on_first(lambda: _identity(options, inputs, windows.tokens, ranks))
+        identity = ranks.on_first(lambda: run_identity(options, inputs, windows.tokens, ranks))
         for one, stamp in zip(inputs, stamps, strict=True):
             one.refuse_changed(stamp)
         if finished:  # it was interrupted after the last step
@@ -176,46 +173,11 @@ def _finished(output: Path, content: dict[str, Any]) -> FinetuneResult:
     return FinetuneResult(output, content, before, after)
 
 
-def _fit_teacher(options: FinetuneOptions, manifest: dict[str, Any], loaded: LoadedModel, teacher: LoadedModel) -> None:
-    """Leave only the kept tokens to a teacher of a model whose vocabulary was cut; refuse other vocabularies."""
-    ours, theirs = (m.model.config.get_text_config().vocab_size for m in (loaded, teacher))
-    if ours == theirs:
-        return
-    kept = kept_ids(teacher.tokenizer(), loaded.tokenizer()) if "vocabulary" in manifest else None
-    if kept is None or kept[-1] >= theirs:
-        raise OptionsError(
-            f"--teacher {options.teacher} has a vocabulary of {theirs} tokens, {options.model} of {ours}",
-            allowed="the dense model that was sliced, or one with the same tokenizer",
-            next_step="pass the dense model",
-        )
-    keep_rows(teacher.model, kept)
-
-
-def _identity(options: FinetuneOptions, inputs: list[Input], tokens: Tokens, ranks: Ranks) -> dict[str, Any]:
-    """All that the result depends on: an interrupted run goes on only where none of it has changed."""
-    free = {"output", "resume", "log_to", "trust_remote_code"}
-    peft = {} if options.full else {"peft": version("peft")}
-    return {
-        "version": __version__,
-        "versions": versions() | peft,
-        "finetune": options.model_dump(mode="json", exclude=free),
-        "input": inputs[0].hashes,
-        "teacher": inputs[1].hashes if len(inputs) > 1 else None,
-        "tokens": tokens.sha256,
-        "processes": ranks.size,
-    }
-
-
-def _resumable(identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of a run's identity that may not change before the run goes on: only the last step cuts files."""
-    return identity | {"finetune": {k: v for k, v in identity["finetune"].items() if k != "shard_gib"}}
-
-
 def _run(job: _Job) -> FinetuneResult:
     """The training, in the work folder."""
     options, ranks = job.options, job.ranks
     names = result_names(job.companions)
-    with work_folder(options.output, _resumable(job.identity), names, options.resume, ranks) as work:
+    with work_folder(options.output, resumable(job.identity), names, options.resume, ranks) as work:
         checkpoints = Checkpoints(work.state)
         try:
             with storage_errors(ranks):
