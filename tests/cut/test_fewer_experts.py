@@ -14,6 +14,7 @@ from torch import Tensor
 
 from eigenslice.arch import lookup
 from eigenslice.errors import OptionsError
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.stream.runner import has_experts
 from tests import tiny
 from tests.conftest import Recipe, Slicer
@@ -139,13 +140,13 @@ def least(case: str, model: Any, ids: Tensor) -> dict[int, list[int]]:
 @pytest.mark.parametrize("form", ["auto", "custom"])
 @pytest.mark.parametrize("case", CASES)
 def test_a_model_without_experts_is_one_that_never_chooses_them(
-    case: str, form: str, mixture: Mixtures, run_slice: Slicer, calibration: Path
+    case: str, form: str, mixture: Mixtures, run_slice: Slicer, none_held_out: CalibrationOptions
 ) -> None:
     """At full width and without a fit. The experts that go are found here anew."""
     folder = mixture(case)
-    result = run_slice(case, model=str(folder), experts=KEPT, refit=False, form=form)
+    result = run_slice(case, model=str(folder), experts=KEPT, refit=False, form=form, calibration=none_held_out)
     model = load(folder, experts_implementation="eager")
-    gone = least(case, model, load_file(calibration)["calibration"])
+    gone = least(case, model, load_file(none_held_out.data[0])["calibration"])
     with torch.no_grad():
         dense = model(IDS).logits
         with never_chosen(model, gone):

@@ -13,6 +13,7 @@ from eigenslice.errors import OptionsError
 from eigenslice.fit.normed_writers import DAMPING
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.plan.checks import check_dropped
 from eigenslice.search.depth import missed_least
 from eigenslice.stream.runner import captured_inputs
@@ -45,13 +46,13 @@ def without(model: Any, block: int, layers: str) -> Any:
 
 @pytest.mark.parametrize("model_type", TYPES)
 def test_without_refit_it_is_the_dense_model_without_a_block(
-    model_type: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe
+    model_type: str, run_slice: Slicer, dense_folder: Folders, recipe: Recipe, none_held_out: CalibrationOptions
 ) -> None:
     case, ids = TYPES[model_type], tiny.random_ids(2, 20, seed=5)
     config = open_source(str(dense_folder(case))).config
     alone = getattr(config, "layer_types", None) == ["linear_attention", "full_attention", "linear_attention"]
     block = 2 if alone else 1  # a recurrent model needs its only block with attention
-    result = run_slice(case, recipe=recipe(dropped_blocks=[block]), refit=False)
+    result = run_slice(case, recipe=recipe(dropped_blocks=[block]), refit=False, calibration=none_held_out)
     sliced, model = load(result.output), load(dense_folder(case))
     assert sliced.config.num_hidden_layers == model.config.num_hidden_layers - 1
     with torch.no_grad():

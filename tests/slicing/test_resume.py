@@ -27,7 +27,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "planned": {"keep": 0.75},
     "uneven": {"keep": 0.75, "form": "custom"},
     "per-block": {"width": 24, "basis": "per-block"},
-    "offloaded": {"keep": 0.3, "offload": "disk", "shard_gib": 2e-5},  # and without a block
+    "offloaded": {"keep": 0.3, "heads": False, "offload": "disk", "shard_gib": 2e-5},  # and without a block
 }
 CASES = {
     "plain": "gpt_neox",

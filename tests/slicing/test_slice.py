@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from eigenslice.arch import TABLES
 from eigenslice.errors import OptionsError, OutputError
 from eigenslice.measure.importance import HEAD_WEIGHT
+from eigenslice.options.calibration_text import CalibrationOptions
 from tests import reference, tiny
 from tests.conftest import Slicer
 from tests.results import load, relative, size, stored_tensors
@@ -103,15 +104,18 @@ def test_counted_parameters_are_the_stored_ones_and_in_the_expected_form(
 @pytest.mark.parametrize("keep", [1.0, 0.8, 0.5])
 @pytest.mark.parametrize("basis", ["global", "per-block"])
 @pytest.mark.parametrize("case", ["llama", "qwen2-tied", "opt", "phi", "gpt_neox"])
-def test_keep_without_mlp_is_the_widest_of_that_size(case: str, basis: str, keep: float, run_slice: Slicer) -> None:
-    result = run_slice(case, keep=keep, basis=basis, mlp=False)
+def test_keep_without_mlp_is_the_widest_of_that_size(
+    case: str, basis: str, keep: float, run_slice: Slicer, none_held_out: CalibrationOptions
+) -> None:
+    result = run_slice(case, keep=keep, basis=basis, mlp=False, calibration=none_held_out)
     kept = result.manifest["parameters"]["kept"]
     assert kept <= keep
     assert result.manifest["trials"] == []
     assert result.manifest["plan"]["neurons"] == 56
     width = result.manifest["site_widths"][0]
     if width + 8 <= tiny.WIDTH:  # and the next wider one wouldn't fit
-        assert run_slice(case, width=width + 8, basis=basis).manifest["parameters"]["kept"] > keep
+        wider = run_slice(case, width=width + 8, basis=basis, refit=False, calibration=none_held_out)
+        assert wider.manifest["parameters"]["kept"] > keep
 
 
 @pytest.mark.parametrize("keep", [0.8, 0.7])
