@@ -20,6 +20,7 @@ SEEN = 20
 """Number of calls after which memory is counted."""
 DEVICE, IS_CUDA, IS_CPU = (getattr(torch.Tensor, name).__get__ for name in ("device", "is_cuda", "is_cpu"))
 PARSE: Any = torch._C._nn._parse_to  # pyright: ignore[reportAttributeAccessIssue]
+TO = torch.Tensor.to
 SET_DATA = torch.Tensor.data.__set__  # pyright: ignore[reportAttributeAccessIssue]
 READS = {"item", "tolist", "__float__", "__int__", "__bool__", "__index__", "is_nonzero", "equal", "allclose"}
 """Functions whose answer Python waits for: bytes come back to the host."""
@@ -90,6 +91,8 @@ class Gpu(TorchFunctionMode):
         here = any(isinstance(tensor, DeviceTensor) for tensor in tensors)
         if func in (DEVICE, IS_CUDA, IS_CPU):
             return {DEVICE: self.device, IS_CUDA: True, IS_CPU: False}[func] if here else _plainly(func, args, {})
+        if func is torch.device:
+            return _device(*args, **kwargs)
         if func == SET_DATA:
             return self._set_data(*args)
         if name in ("to", "cpu", "cuda") and tensors and args[0] is tensors[0]:
@@ -111,8 +114,17 @@ class Gpu(TorchFunctionMode):
         mine = here if target is None else self._is_mine(target)
         return self._marked(result) if mine else _unmarked(result)
 
+    def to_from_any_thread(self) -> Callable[..., Any]:
+        """Return `Tensor.to`. A mode is of one thread, and transformers loads weights in others."""
+
+        def to(*args: Any, **options: Any) -> Any:
+            with torch._C.DisableTorchFunction():
+                return self.call(TO, args, options)
+
+        return to
+
     def _is_mine(self, device: Any) -> bool:
-        return torch.device(device).type == "cuda"
+        return _device(device).type == "cuda"
 
     def _set_data(self, tensor: Any, value: Any) -> None:
         """`parameter.data = value`, by which modules move: the parameter then is where the value is."""
@@ -132,12 +144,13 @@ class Gpu(TorchFunctionMode):
             if isinstance(other, torch.Tensor):
                 becomes, dtype = isinstance(other, DeviceTensor), other.dtype
             else:
+                rest = [_device(part) if type(part) is int else part for part in rest]
                 device, dtype, *_ = PARSE(*rest, **kwargs)
                 if device is not None and device.type == "meta":
-                    return _unmarked(_plainly(torch.Tensor.to, args, kwargs))
+                    return _unmarked(_plainly(TO, args, kwargs))
                 becomes = was if device is None else self._is_mine(device)
                 dtype = dtype or tensor.dtype
-        result = _plainly(torch.Tensor.to, (tensor,), {"dtype": dtype, "copy": copy or was != becomes})
+        result = _plainly(TO, (tensor,), {"dtype": dtype, "copy": copy or was != becomes})
         if becomes and not was:
             self.to_device += result.nbytes
         elif was and not becomes:
@@ -176,6 +189,12 @@ ACTIVE: list[Gpu] = []
 
 def _current() -> Gpu:
     return ACTIVE[-1]
+
+
+def _device(*args: Any, **kwargs: Any) -> torch.device:
+    """torch's device of a name or, for a number, of the GPU with it."""
+    number = args[0] if args else kwargs.get("device")
+    return torch.device("cuda", number) if type(number) is int else _plainly(torch.device, args, kwargs)
 
 
 def _plainly(func: Any, args: Any, kwargs: Any) -> Any:
@@ -258,6 +277,7 @@ def fake_device(index: int = 0) -> Iterator[Gpu]:
         with ExitStack() as stack:
             for name, function in functions.items():
                 stack.enter_context(patch.object(torch.cuda, name, function))
+            stack.enter_context(patch.object(torch.Tensor, "to", gpu.to_from_any_thread()))
             stack.enter_context(gpu)
             yield gpu
     finally:

@@ -11,8 +11,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, GgufConfig
 
 from eigenslice.checkpoint.adapters import ADAPTER_CONFIG
+from eigenslice.checkpoint.check import check_gguf
 from eigenslice.checkpoint.empty import empty_model
 from eigenslice.checkpoint.gguf import apart, check_gguf_fits, refuse_lost_rope_scaling
+from eigenslice.checkpoint.placing import place_model
 from eigenslice.checkpoint.sizes import check_total
 from eigenslice.checkpoint.source import load_tokenizer, locate, no_bars, refuse_missing
 from eigenslice.checkpoint.towers import TOWERS
@@ -55,7 +57,7 @@ def load_model(
     usual = "float32" if target.type == "cpu" else "bfloat16" if gguf else "auto"
     try:
         with apart(folder, gguf) as (place, extra), no_bars():
-            model = _read(name, (folder, gguf), place, dtype or usual, trust_remote_code, extra).to(target).eval()
+            model = _read(name, (folder, gguf), (place, extra), target, dtype or usual, trust_remote_code).eval()
             with torch.no_grad():  # some configs can be built, and not run
                 model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=target), use_cache=False)
     except EigensliceError:
@@ -72,26 +74,26 @@ def load_model(
 def _read(
     name: str,
     located: tuple[Path, str | None],
-    place: Path,
+    given: tuple[Path, dict[str, Any]],
+    device: torch.device,
     dtype: DtypeName | torch.dtype | str,
     trust_remote_code: bool,
-    extra: dict[str, Any],
 ) -> Any:
-    """Return the model by transformers' `from_pretrained`, if it has the weights in the files.
+    """Return the model by transformers' `from_pretrained`, if it has the weights in the files; see `place_model`.
 
     Args:
         name: The name that the user wrote.
         located: The answer of `locate`.
-        place: The folder for transformers.
+        given: The folder for transformers, and further arguments.
+        device: The device of the model's input.
         dtype: The dtype, in transformers' form.
         trust_remote_code: Let the checkpoint run code.
-        extra: Further arguments for transformers.
 
     Raises:
         CheckpointError: weights are missing, unknown or of other sizes than in the config.
     """
-    folder, gguf = located
-    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code, **extra)
+    (folder, gguf), (source, extra) = located, given
+    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code, **extra)
     config.return_dict = True  # it changes outputs for users' code, not the model's computation
     auto = AutoModelForImageTextToText if config.model_type in TOWERS else AutoModelForCausalLM
     quantized = getattr(config, "quantization_config", None) is not None and not gguf
@@ -105,8 +107,10 @@ def _read(
         weights = SafetensorsWeights(folder)
         stored = sum(math.prod(weights.shape(tensor)) for tensor in weights.names())
         check_total(name, sum(p.numel() for p in empty.parameters()), stored)
+    adapter = not gguf and (folder / ADAPTER_CONFIG).exists()
+    place = place_model(name, _bytes(folder, gguf, dtype, quantized=quantized), device, spread=not adapter)
     loaded: Any = auto.from_pretrained(
-        place,
+        source,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
         config=config,
@@ -114,12 +118,32 @@ def _read(
         output_loading_info=True,
         adapter_kwargs={"subfolder": NO_ADAPTER},
         **extra,
+        **place.keywords,
     )
     model, loading = loaded
     refuse_missing(name, loading, known=not getattr(model, "is_quantized", False))
-    if not gguf and (folder / ADAPTER_CONFIG).exists():
+    if adapter:
         _apply_adapter(name, folder, model)
-    return model
+    return place.settle(model)
+
+
+def _bytes(folder: Path, gguf: str | None, dtype: DtypeName | torch.dtype | str, *, quantized: bool) -> int:
+    """Return the bytes of a model's weights in memory.
+
+    Args:
+        folder: The folder of the files.
+        gguf: Name of the GGUF in the folder; None for safetensors.
+        dtype: The dtype, in transformers' form.
+        quantized: True if the weights stay quantized.
+    """
+    used = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype  # None is the stored one
+    if gguf:
+        return check_gguf(folder / gguf).numbers * (used or torch.float32).itemsize
+    weights = SafetensorsWeights(folder)
+    if quantized:
+        return sum(file.stat().st_size for file in weights.files)
+    stored = ((math.prod(weights.shape(name)), weights.dtype(name)) for name in weights.names())
+    return sum(count * (used or kind or torch.float32).itemsize for count, kind in stored)
 
 
 def _apply_adapter(name: str, folder: Path, model: Any) -> None:
