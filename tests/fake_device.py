@@ -36,6 +36,10 @@ NO_SCALARS = {"cat", "concat", "stack", "matmul", "__matmul__", "__rmatmul__", "
 class DeviceTensor(torch.Tensor):
     """A tensor on the device."""
 
+    def __new__(cls, data: torch.Tensor, requires_grad: bool = True) -> Any:
+        """Make a parameter, as who calls the class of a parameter means."""
+        return torch.nn.Parameter(data, requires_grad)
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Pass a call on where no mode is active, such as in another thread."""
@@ -145,6 +149,7 @@ class Gpu(TorchFunctionMode):
                 becomes, dtype = isinstance(other, DeviceTensor), other.dtype
             else:
                 rest = [_device(part) if type(part) is int else part for part in rest]
+                kwargs = {key: _device(value) if type(value) is int else value for key, value in kwargs.items()}
                 device, dtype, *_ = PARSE(*rest, **kwargs)
                 if device is not None and device.type == "meta":
                     return _unmarked(_plainly(TO, args, kwargs))

@@ -73,6 +73,22 @@ def test_a_model_that_fits_goes_to_the_gpu_without_a_stop(dense_folder: Folders)
         assert gpu.to_device >= size_of(dense_folder("llama"))
 
 
+def test_parts_on_the_host_predict_the_same(
+    dense_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, data = dense_folder("llama"), CalibrationOptions(data=str(tiny.calibration_file(tmp_path)))
+    room = int(0.7 * size_of(folder))
+    monkeypatch.setattr(placing, "free_bytes", lambda device: room if device.type == "cuda" else 10**9)
+    expected = evaluate(str(folder), data, "cpu")
+    with fake_device():
+        with pytest.warns(EigensliceWarning, match="fit on the GPU, 0.9 GB into the host's memory"):
+            model = load_model(str(folder), "cuda").model
+        assert set(model.hf_device_map.values()) == {0, "cpu"}
+        with pytest.warns(EigensliceWarning, match="That is slow"):
+            found = evaluate(str(folder), data, "cuda")
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+
+
 def test_what_a_gpu_has_no_room_for_stays_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {"cuda": 80 * 10**9, "cpu": 100 * 10**9}
     monkeypatch.setattr(placing, "free_bytes", lambda device: free[device.type])

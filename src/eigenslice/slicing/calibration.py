@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from eigenslice.checkpoint.loading import load_model
+from eigenslice.checkpoint.placing import SHARE
 from eigenslice.data import beginnings, random_sequences
 from eigenslice.data.own_text import SAMPLING_STAGE as SAMPLING_STAGE
 from eigenslice.data.own_text import write_rows
@@ -130,10 +131,15 @@ def _has_room(dense: DenseModel, share: float | None, dtype: torch.dtype) -> boo
                 stacklevel=2,
             )
         return needed <= room
+    cuts_vocabulary = isinstance(dense.source, SourceOfKeptTokens)
+    if cuts_vocabulary:  # rows are picked in one place only
+        free = int(SHARE * free)
+    elif dense.device.type == "cuda":  # what doesn't fit stays on the host
+        free += free_bytes(torch.device("cpu"))
     if needed > free:
         raise OptionsError(
             f"--own-text {share}: {size}, and {free / 1e9:.1f} GB are free",
-            allowed="a model that fits into memory",
+            allowed="a model that fits into memory" + " (on the GPU, if tokens are left out)" * cuts_vocabulary,
             next_step="pass --own-text 0; text that it wrote elsewhere (eigenslice sample) can be one --calibration",
         )
     return True
