@@ -157,8 +157,9 @@ def test_a_gguf_runs_in_bfloat16(speaking: Path, tmp_path: Path, monkeypatch: py
     data = CalibrationOptions(data=str(tiny.calibration_file(tmp_path)))
     given: dict[str, Any] = {"model": str(path), "width": 24, "calibration": data, "device": "cuda"}
     for number, options in enumerate([{}, {"compute_dtype": "float32"}, {"device": "cpu"}]):
+        run: dict[str, Any] = given | {"output": tmp_path / str(number)} | options
         with fake_device():
-            slice_model(SliceOptions(**given | {"output": tmp_path / str(number)} | options))
+            slice_model(SliceOptions(**run))
     assert list(dict.fromkeys(used[:2])) == [torch.bfloat16]
     assert set(used[2:]) == {torch.float32}
     with fake_device():
