@@ -57,14 +57,14 @@ def ranks(size: int, *arguments: object, log: Path, run: Callable[..., None] = r
         log: File that standard output and error are appended to.
         run: Function of a module that runs the command line in its process.
     """
-    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    common = {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     return [
         call(run, *map(str, arguments), log=log, environment=common | {"RANK": rank, "LOCAL_RANK": rank})
         for rank in range(size)
     ]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """A port for ranks to meet at."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

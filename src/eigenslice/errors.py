@@ -80,7 +80,13 @@ class RankError(EigensliceError):
 
 
 class EchoedError(RankError):
-    """The first process has failed, and says itself why."""
+    """The first process has failed, and says itself why.
+
+    Attributes:
+        is_lasting: True if running the same command again would fail in the same way.
+    """
+
+    is_lasting = False
 
 
 def first_line(error: BaseException) -> str:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import patch
 
@@ -60,6 +61,20 @@ def test_own_text_is_the_first_rank_s(dense_folder: Folders, tmp_path: Path) -> 
     text.write_text(words.text(tiny.random_ids(1, 400)[0].tolist()))
     data = ["--calibration", text, "--samples", "9", "--seqlen", "30"]
     check_ranks(["slice", model, *data, "--width", "24", "--neurons", "48"], tmp_path, (2,))
+
+
+def test_ranks_wait_while_the_first_one_works_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL gives up after ten minutes by itself; hashing and sampling take longer."""
+    waits: list[timedelta] = []
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: waits.append(timeout))
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    with join_ranks(torch.device("cpu")) as ranks:
+        assert not ranks.leads_node
+    assert waits[0] >= timedelta(hours=12)
 
 
 def on_emulated_gpu(*arguments: str) -> None:

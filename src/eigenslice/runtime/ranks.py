@@ -5,21 +5,32 @@ everything that follows from the sums, so that rounding on unlike devices can't 
 """
 
 import json
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from eigenslice.errors import EchoedError, EigensliceError, EigensliceWarning, RankError, first_line
+from eigenslice.errors import (
+    EchoedError,
+    EigensliceError,
+    EigensliceWarning,
+    IncompleteError,
+    RankError,
+    first_line,
+)
 
 CPU = torch.device("cpu")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+LONGEST_WAIT = timedelta(hours=24)
+"""Time that ranks wait for each other: the first one hashes files, writes text and checks results alone."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +41,13 @@ class Ranks:
         rank: Number of this process.
         size: Number of processes.
         device: The process's device; gloo sums on the CPU, NCCL on the GPU.
+        leads_node: True for one process of each machine.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    leads_node: bool = True
 
     @property
     def first(self) -> bool:
@@ -69,6 +82,7 @@ class Ranks:
             except EigensliceError as caught:
                 error = caught
                 answer = {"found": caught.found, "allowed": caught.allowed, "next_step": caught.next_step}
+                answer["is_lasting"] = is_lasting(caught)
             except OSError as caught:
                 error = caught
                 answer = {"found": str(caught), "allowed": "no such failure on the first rank", "next_step": "see it"}
@@ -77,8 +91,48 @@ class Ranks:
             raise error
         answer = json.loads(text)
         if "result" not in answer:
-            raise EchoedError(answer["found"], allowed=answer["allowed"], next_step=answer["next_step"])
+            echo = EchoedError(answer["found"], allowed=answer["allowed"], next_step=answer["next_step"])
+            echo.is_lasting = answer.get("is_lasting", False)
+            raise echo
         return answer["result"]
+
+    def on_all(self, do: Callable[[], None]) -> None:
+        """Let each rank do something. If one fails, all do.
+
+        Raises:
+            EchoedError: another rank has failed.
+        """
+        error: BaseException | None = None
+        try:
+            do()
+        except (EigensliceError, OSError) as caught:
+            error = caught
+        failed = torch.tensor([self.size - self.rank if error else 0], device=self.device)
+        if self.size > 1:
+            self._call(lambda: dist.all_reduce(failed, dist.ReduceOp.MAX), failed)
+        if error is not None:
+            raise error
+        if int(failed):
+            raise EchoedError(
+                f"rank {self.size - int(failed)} of {self.size} has failed",
+                allowed="all ranks running to the end",
+                next_step="see what that rank printed",
+            )
+
+    def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The first rank's tensors, by name, on the CPU. The files of other ranks may be on other machines."""
+        if self.size == 1:
+            return dict(tensors)
+        kinds = self.on_first(lambda: [[name, list(t.shape), str(t.dtype)[6:]] for name, t in tensors.items()])
+        return {name: self._shared(tensors.get(name), shape, getattr(torch, dtype)) for name, shape, dtype in kinds}
+
+    def _shared(self, tensor: Tensor | None, shape: list[int], dtype: torch.dtype) -> Tensor:
+        """The first rank's tensor, as bytes on their way."""
+        count = math.prod(shape) * dtype.itemsize
+        data = torch.zeros(count, dtype=torch.uint8, device=self.device)
+        if self.first and tensor is not None and count:
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).to(self.device)
+        return (self.decide(data) if count else data).cpu().view(dtype).reshape(shape)
 
     def _broadcast_text(self, text: str) -> str:
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
@@ -122,10 +176,22 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
         yield Ranks(device=device)
         return
     if dist.is_initialized():  # by a run that this one is a part of
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield _joined(device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+        yield _joined(device)
     finally:
         dist.destroy_process_group()
+
+
+def _joined(device: torch.device) -> Ranks:
+    """This process among those that torchrun has started."""
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, os.environ["LOCAL_RANK"] == "0")
+
+
+def is_lasting(error: BaseException) -> bool:
+    """Return whether running the same command again would fail in the same way."""
+    if isinstance(error, EchoedError):
+        return error.is_lasting
+    return isinstance(error, EigensliceError) and not isinstance(error, IncompleteError | RankError)

@@ -50,7 +50,8 @@ class RunState:
     """The saved state of a run: the results of finished stages, and one position in the stage under way.
 
     A state is on the disk before `current.json` names it, and this file is replaced in one step. It holds the SHA-256
-    of all files that it names. If a file has changed, its stage begins anew.
+    of all files that it names. If a file has changed, its stage begins anew. Ranks on other machines have folders of
+    their own: there are only the positions of these ranks, and all else is the first rank's.
 
     Attributes:
         folder: The folder of the files.
@@ -77,7 +78,7 @@ class RunState:
             del self._current["finished"][stage]
             self._warn(path, stage)
             return None
-        return load_file(path), finished["content"]
+        return self.ranks.share(load_file(path) if self.ranks.first else {}), finished["content"]
 
     def finish(self, stage: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
         """Save the result of a stage, the same on all ranks, and forget its position."""
@@ -125,8 +126,7 @@ class RunState:
             block: The block that comes next.
             activations: The streams before that block.
             tensors: This rank's `Position.tensors`.
-            content: Function that gives `Position.content`; the first rank's is kept. Called only if the position is
-                kept.
+            content: Function that gives `Position.content`. Called on the first rank, and only if the position is kept.
         """
         start = time.monotonic()
         if not self.ranks.on_first(lambda: start >= self._earliest):
@@ -139,8 +139,9 @@ class RunState:
         for name, streams in activations.items():
             streams.save(folder / name)
         flush_all(folder)
-        at = {"stage": stage, "block": block, "content": dict(content()), "digests": self._digests(folder)}
-        self._current = self.ranks.on_first(lambda: self._commit(at, self._current["finished"]))
+        at = {"stage": stage, "block": block, "digests": self._digests(folder)}
+        finished = self._current["finished"]
+        self._current = self.ranks.on_first(lambda: self._commit(at | {"content": dict(content())}, finished))
         shutil.rmtree(self._folder_of(serial - 1), ignore_errors=True)
         end = time.monotonic()
         self._earliest = end + (end - start) * (1 / SHARE - 1)

@@ -6,6 +6,7 @@ empty folder or a folder of eigenslice, and removes only its own files.
 
 import os
 import re
+import uuid
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -14,11 +15,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from eigenslice.errors import EigensliceError, IncompleteError, OutputError, RankError
+from eigenslice.errors import EigensliceError, IncompleteError, OutputError
 from eigenslice.runtime.durable import flush, flush_all
 from eigenslice.runtime.output import LOCK, RUN, WEIGHT_FILE, being_written, check_output, partial_path
-from eigenslice.runtime.ranks import ALONE, Ranks
-from eigenslice.runtime.run_file import check_same_run, read_run, write_run
+from eigenslice.runtime.ranks import ALONE, Ranks, is_lasting
+from eigenslice.runtime.run_file import check_same_input, check_same_run, is_same_run, read_run, write_run
 
 STATE = re.compile(r"current\.json(\.new)?|[\w-]+\.safetensors|at-\d+-rank-\d+|settings\.json(\.new)?|checkpoint-\d+")
 
@@ -117,15 +118,26 @@ def work_folder(
         identity: Everything that the result depends on; every value is JSON.
         names: Names in the result, beside the weight files.
         resume: True to go on with an earlier run, if there is one.
-        ranks: The processes. All get the folder; the first one makes it.
+        ranks: The processes. All get the folder; the first one makes it. On other machines, where the first one's
+            folder can't be seen, a process makes one for the state and the activations of its machine.
 
     Raises:
-        OptionsError: the folder was made from something else.
+        OptionsError: the folder was made from something else, or ranks have different inputs.
         OutputError: the folder can't be written, is somebody else's, or is in use by another process.
     """
     work = WorkFolder(partial_path(output), frozenset(names))
     with ExitStack() as owned:
-        ranks.on_first(lambda: owned.enter_context(_owned(work, output, identity, resume)))
+        run = ranks.on_first(lambda: owned.enter_context(_owned(work, output, identity, resume)))
+
+        def join() -> None:
+            """Find the first rank's folder, or make one for this machine."""
+            if ranks.first:
+                return
+            check_same_input(run["identity"], identity)
+            if ranks.leads_node and not is_same_run(work.path, run["token"]):
+                owned.enter_context(_owned(work, output, identity, resume, run["token"]))
+
+        ranks.on_all(join)
         yield work
 
 
@@ -141,8 +153,21 @@ def remove_finished(output: Path) -> None:
 
 
 @contextmanager
-def _owned(work: WorkFolder, output: Path, identity: dict[str, Any], resume: bool) -> Iterator[None]:
-    """Give the work folder to the only process that writes; see `work_folder`."""
+def _owned(
+    work: WorkFolder, output: Path, identity: dict[str, Any], resume: bool, token: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Give the work folder to the only process that writes, or to a machine's own state; see `work_folder`.
+
+    Args:
+        work: The folder.
+        output: The file or folder that will be made.
+        identity: Everything that the result depends on.
+        resume: True to go on with an earlier run, if there is one.
+        token: The token of the first rank's folder on another machine, where the result is written; None makes one.
+
+    Yields:
+        The token and the identity, for the other ranks.
+    """
     check_work_folder(output, resume)
     created = [p for p in (work.path, *work.path.parents) if not p.exists()]
     lock = FileLock(work.path / LOCK)
@@ -157,12 +182,13 @@ def _owned(work: WorkFolder, output: Path, identity: dict[str, Any], resume: boo
         raise (_failed(output, error) if isinstance(error, OSError) else error) from error
     earlier = (work.path / RUN).exists() and work.began
     try:
-        _begin(work, identity, earlier)
-        yield
-        _finish(work, output)
+        known = token or uuid.uuid4().hex
+        _begin(work, identity, earlier, known)
+        yield {"token": known, "identity": identity}
+        if token is None:
+            _finish(work, output)
     except BaseException as error:
-        lasting = isinstance(error, EigensliceError) and not isinstance(error, IncompleteError | RankError)
-        if not earlier and (lasting or not work.began):
+        if not earlier and (is_lasting(error) or not work.began):
             _discard(work, created)
         if isinstance(error, OSError):
             raise _failed(output, error, work) from error
@@ -198,13 +224,13 @@ def _as_it_was(path: Path) -> WorkFolder:
     return WorkFolder(path, frozenset(map(str, read_run(path / RUN)["names"])))
 
 
-def _begin(work: WorkFolder, identity: dict[str, Any], earlier: bool) -> None:
+def _begin(work: WorkFolder, identity: dict[str, Any], earlier: bool, token: str) -> None:
     """Write the identity of the run, or compare it with an earlier run's identity."""
     if earlier:
         check_same_run(work.path, identity)
     elif (work.path / RUN).exists():
         _as_it_was(work.path).remove()
-    write_run(work.path / RUN, work.names or (), identity)
+    write_run(work.path / RUN, work.names or (), identity, token)
     for folder in (work.offload, work.companions):
         _clear(folder)
         folder.mkdir(exist_ok=True)

@@ -119,7 +119,7 @@ class _Job:
 
 
 def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: Progress) -> SliceResult:
-    if not _is_finished(options):
+    if not ranks.on_first(lambda: _is_finished(options)):
         ranks.on_first(lambda: check_work_folder(options.output, options.resume, [Path(options.model)]))
     source = open_source(options.model, options.trust_remote_code)
     refuse_overlap(options.output, [source.path])
@@ -148,9 +148,9 @@ def _slice_source(
     compute = _compute_dtype(options, dense)
     ranks.on_first(lambda: source.check_finite(compute))
     identity = run_identity(options, dense, given)
-    if _is_finished(options):
-        content = finished_manifest(options.output, identity)
-        ranks.on_first(lambda: remove_finished(options.output))
+    if ranks.on_first(lambda: _is_finished(options)):
+        content = ranks.on_first(lambda: finished_manifest(options.output, identity))
+        ranks.on_all(lambda: remove_finished(options.output))
         return SliceResult(options.output, content)
     card = ranks.on_first(lambda: _stage(source, companions))
     return _run(_Job(options, dense, families, given, identity, companions, card, ranks, progress))
