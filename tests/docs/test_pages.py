@@ -18,7 +18,7 @@ COMMANDS = list(dict.fromkeys(command for page in PAGES for command in commands(
 OURS = [command for command in COMMANDS if command.eigenslice]
 SCRIPTS = [command for command in COMMANDS if command.words[0] == "python"]
 SNIPPETS = [(name(page), snippet) for page in PAGES for snippet in fences(page, "python")]
-FOREIGN = {"--help", "--nproc-per-node", "--matmul", "--methods", "--sizes", "--with-detokenizer"}
+FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--matmul", "--methods", "--sizes", "--with-detokenizer"}
 """Options of other programs, and of benchmarks."""
 PATH = re.compile(r"(tests|benchmarks|src|docs|examples)/[\w./-]+")
 
