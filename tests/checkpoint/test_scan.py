@@ -13,6 +13,7 @@ from eigenslice.checkpoint import scan
 from eigenslice.checkpoint.source import open_source
 from eigenslice.checkpoint.weights import SINGLE
 from eigenslice.errors import CheckpointError
+from eigenslice.runtime.progress import no_progress
 from tests import tiny
 from tests.attacks.hostile import shard
 from tests.checkpoint.files import copy_of, rewrite
@@ -96,7 +97,7 @@ def test_hashing_beside_other_work_scans_too(folder: Path) -> None:
     """The thread keeps what it finds: the files aren't read again."""
     rewrite(folder, lambda t: t["model.norm.weight"].fill_(torch.nan))
     source = open_source(str(folder))
-    source.start_hashing()()
+    source.start_hashing()(no_progress)
     (folder / SINGLE).unlink()
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight holds NaN"):
         source.check_finite()

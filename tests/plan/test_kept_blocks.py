@@ -12,6 +12,7 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.errors import OptionsError
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
+from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.candidates import make_plans, without_blocks
 from eigenslice.plan.dropped_blocks import blocks_to_drop, why_blocks_stay
@@ -86,8 +87,9 @@ def folder_of(tmp_path: Path) -> Any:
 @pytest.mark.parametrize("form", ["auto", "custom"])
 @pytest.mark.parametrize("name", MIXED)
 def test_each_block_can_go_from_models_of_several_kinds(
-    name: str, form: str, folder_of: Any, run_slice: Slicer, recipe: Recipe
+    name: str, form: str, folder_of: Any, run_slice: Slicer, recipe: Recipe, none_held_out: CalibrationOptions
 ) -> None:
+    options: dict[str, Any] = {"form": form, "refit": False, "calibration": none_held_out}
     folder, ids, case = folder_of(name), tiny.random_ids(2, 20, seed=5), MIXED[name][0]
     dense = DenseModel(open_source(str(folder)))
     assert len(set(dense.anatomy.kinds)) > 1
@@ -97,7 +99,7 @@ def test_each_block_can_go_from_models_of_several_kinds(
         if why_blocks_stay(dense.anatomy, [block]):
             assert (name, block) in STAY
             continue
-        result = run_slice(case, model=str(folder), form=form, recipe=recipe(dropped_blocks=[block]), refit=False)
+        result = run_slice(case, model=str(folder), recipe=recipe(dropped_blocks=[block]), **options)
         assert result.manifest["plan"]["dropped_blocks"] == [block]
         sliced = load(result.output)
         with torch.no_grad():
@@ -122,10 +124,13 @@ def test_each_block_can_go_from_models_of_several_kinds(
 
 
 @pytest.mark.parametrize("name", MIXED)
-def test_several_blocks_can_go(name: str, folder_of: Any, run_slice: Slicer, recipe: Recipe) -> None:
+def test_several_blocks_can_go(
+    name: str, folder_of: Any, run_slice: Slicer, recipe: Recipe, none_held_out: CalibrationOptions
+) -> None:
+    options: dict[str, Any] = {"refit": False, "calibration": none_held_out}
     folder, ids = folder_of(name), tiny.random_ids(2, 20, seed=5)
     pair = [1, 3] if (name, 2) in STAY else [1, 2]
-    result = run_slice(MIXED[name][0], model=str(folder), recipe=recipe(dropped_blocks=pair), refit=False)
+    result = run_slice(MIXED[name][0], model=str(folder), recipe=recipe(dropped_blocks=pair), **options)
     model = load(folder)
     for block in pair:
         without_block(model, block)

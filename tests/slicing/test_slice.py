@@ -14,8 +14,10 @@ from eigenslice.arch import TABLES
 from eigenslice.errors import OptionsError, OutputError
 from eigenslice.measure.importance import HEAD_WEIGHT
 from eigenslice.options.calibration_text import CalibrationOptions
+from eigenslice.options.slicing import SliceOptions
+from eigenslice.slicing import slice_model
 from tests import reference, tiny
-from tests.conftest import Slicer
+from tests.conftest import Folders, Slicer
 from tests.results import load, relative, size, stored_tensors
 
 WIDTH = 20
@@ -229,6 +231,15 @@ def test_rotary_base_is_written_for_older_transformers(run_slice: Slicer, tmp_pa
     assert written["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}
     phi = json.loads((run_slice("phi", width=24).output / "config.json").read_text())
     assert (phi["rope_theta"], phi["partial_rotary_factor"]) == (10000.0, 0.5)
+
+
+def test_each_step_says_how_far_it_is(dense_folder: Folders, calibration: Path, tmp_path: Path) -> None:
+    last: dict[str, tuple[int, int]] = {}
+    data = CalibrationOptions(data=str(calibration))
+    options = SliceOptions(model=str(dense_folder("llama")), output=tmp_path / "out", calibration=data, width=24)
+    slice_model(options, lambda stage, done, total, tokens=0: last.update({stage: (done, total)}))
+    assert list(last) == ["measuring", "slicing", "head", "predicting", "checking"]
+    assert all(done == total > 0 for done, total in last.values())
 
 
 def test_input_is_never_written_to(run_slice: Slicer, dense_folder: Callable[[str], Path]) -> None:

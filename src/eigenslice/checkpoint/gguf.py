@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType
 from gguf.quants import dequantize
 from torch import Tensor
 from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
@@ -19,6 +18,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from eigenslice.checkpoint.check import check_gguf
 from eigenslice.checkpoint.empty import empty_model
 from eigenslice.checkpoint.gguf_header import GgufTensor
+from eigenslice.checkpoint.gguf_reader import headers_read_once, stored_as, stored_numbers
 from eigenslice.checkpoint.scan import Span
 from eigenslice.checkpoint.sizes import check_total
 from eigenslice.errors import CheckpointError, UnsupportedModelError, first_line
@@ -37,7 +37,7 @@ def apart(folder: Path, gguf: str | None) -> Iterator[tuple[Path, dict[str, Any]
     if gguf is None:
         yield folder, {}
         return
-    with tempfile.TemporaryDirectory(prefix="eigenslice-") as empty:
+    with tempfile.TemporaryDirectory(prefix="eigenslice-") as empty, headers_read_once():
         yield Path(empty), {"gguf_file": str((folder / gguf).absolute())}
 
 
@@ -70,15 +70,6 @@ def check_gguf_fits(path: Path, config: Any) -> None:
     if check_gguf(path).architecture not in GGUF_ARCHS:  # of the others, transformers tells
         check_total(str(path), sum(p.numel() for p in model.parameters()), check_gguf(path).numbers)
         GgufWeights(path, config)
-
-
-def _stored_as(tensor: GgufTensor) -> tuple[np.dtype, tuple[int, ...]]:
-    """Return the numpy type and shape of a tensor's bytes: numbers, or rows of blocks."""
-    plain = {GGMLQuantizationType.F32: np.float32, GGMLQuantizationType.F16: np.float16}
-    if tensor.kind in plain:
-        return np.dtype(plain[tensor.kind]), tensor.shape
-    rows = tensor.shape[:-1]
-    return np.dtype(np.uint8), (*rows, tensor.size // int(np.prod(rows, dtype=np.int64)))
 
 
 def _unread(path: Path, error: Exception) -> CheckpointError:
@@ -185,8 +176,7 @@ class GgufWeights:
         tensors: dict[str, Tensor] = {}
         for part in self._parts[name]:
             stored = self._stored[part]
-            dtype, shape = _stored_as(stored)
-            data = np.memmap(self.files[0], dtype, "r", stored.start, shape)
+            data = stored_numbers(self.files[0], stored)
             done = self._processed(name, part, dequantize(data, stored.kind), tensors)
             if done is not None:
                 tensors[name] = torch.from_numpy(np.array(done, dtype=np.float32))
@@ -213,7 +203,7 @@ class GgufWeights:
 
 def _decoder(tensor: GgufTensor) -> Callable[[memoryview], Tensor]:
     """Makes numbers of rows of a tensor's bytes."""
-    dtype, shape = _stored_as(tensor)
+    dtype, shape = stored_as(tensor)
 
     def decode(data: memoryview) -> Tensor:
         rows = np.frombuffer(data, dtype).reshape(-1, shape[-1])

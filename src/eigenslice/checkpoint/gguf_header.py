@@ -8,6 +8,7 @@ import mmap
 import re
 import struct
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,17 @@ class GgufHeader:
 
 
 def read_header(path: Path) -> GgufHeader:
-    """Read and check a GGUF file's header.
+    """Read and check a GGUF file's header. The headers of the last two files are kept, as the files were then.
 
     Raises:
         CheckpointError: the file is broken, or one part of several.
     """
+    status = path.stat() if path.exists() else None
+    return _read_header(path, status and (status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=2)
+def _read_header(path: Path, stamp: tuple[int, int, int] | None) -> GgufHeader:
     if (parts := PART.search(path.name)) and int(parts[1]) > 1:
         raise _split(path, int(parts[1]))
     try:

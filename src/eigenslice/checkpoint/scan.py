@@ -61,8 +61,15 @@ def plain(dtype: torch.dtype) -> Callable[[memoryview], Tensor]:
     return lambda data: torch.frombuffer(data, dtype=dtype)
 
 
-def scan(path: Path, spans: Iterable[Span]) -> tuple[str, dict[str, Extent]]:
+def scan(
+    path: Path, spans: Iterable[Span], seen: Callable[[int], None] = lambda count: None
+) -> tuple[str, dict[str, Extent]]:
     """The SHA-256 of a file, and the extent of each of these tensors in it; the file is read once, piece by piece.
+
+    Args:
+        path: The file.
+        spans: The places of the tensors.
+        seen: Function that is called with the number of bytes read, after each tensor.
 
     Raises:
         OSError: it can't be read.
@@ -72,6 +79,7 @@ def scan(path: Path, spans: Iterable[Span]) -> tuple[str, dict[str, Extent]]:
         for span in sorted(spans, key=lambda s: s.start):
             _skip(file, digest, span.start - file.tell())
             extents[span.name] = _extent(file, digest, span)
+            seen(file.tell())
         _skip(file, digest, None)
     return digest.hexdigest(), extents
 

@@ -2,10 +2,11 @@
 
 import io
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -26,6 +27,12 @@ from eigenslice.checkpoint.towers import TOWERS, holds_tower, tower_config
 from eigenslice.checkpoint.weights import LEFTOVERS, SafetensorsWeights, Weights
 from eigenslice.errors import CheckpointError, EigensliceWarning, UnsupportedModelError, first_line
 from eigenslice.runtime.durable import file_hashes
+from eigenslice.runtime.progress import MIB, Progress
+
+HASHING_STAGE = "hashing"
+"""Stage of the run in which the checkpoint's files are read once; its steps are MiB."""
+SILENT = 5.0
+"""Seconds of hashing that nobody needs to be told of."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +126,19 @@ class Source:
         """Hashes of the weight files, and the extent of each tensor: the files are read once for both."""
         hashes: dict[str, str] = {}
         extents: dict[str, Extent] = {}
+        done = 0
         for file in self.weights.files:
-            hashes[file.name], extents_of_file = scan(file, self.weights.spans(file))
+            hashes[file.name], extents_of_file = scan(
+                file, self.weights.spans(file), lambda count, before=done: self._scanned_bytes.append(before + count)
+            )
             extents |= extents_of_file
+            done += file.stat().st_size
         return hashes, extents
+
+    @cached_property
+    def _scanned_bytes(self) -> deque[int]:
+        """Bytes of the weight files that were read for `hashes` so far; the last number is the latest."""
+        return deque([0], maxlen=1)
 
     @cached_property
     def hashes(self) -> dict[str, str]:
@@ -140,20 +156,31 @@ class Source:
         """
         refuse_unfit(self.name, self._scanned[1], dtype)
 
-    def start_hashing(self) -> Callable[[], None]:
+    def start_hashing(self) -> Callable[[Progress], None]:
         """Begin to compute `hashes`, and the extents for `check_finite`, beside other work.
 
         Returns:
-            Function that waits for the end. After an error elsewhere, waiting isn't necessary.
+            Function that waits for the end, and reports every second how many MiB were read, if it lasts. After an
+            error elsewhere, waiting isn't necessary.
         """
 
         def compute() -> None:
             with suppress(OSError, CheckpointError):  # met again by who asks for `hashes`
                 _ = self.hashes
 
+        self._scanned_bytes.append(0)
         thread = Thread(target=compute, daemon=True)
         thread.start()
-        return thread.join
+        return partial(self._wait, thread)
+
+    def _wait(self, thread: Thread, progress: Progress) -> None:
+        thread.join(SILENT)
+        total = -(-sum(file.stat().st_size for file in self.weights.files) // MIB)
+        while thread.is_alive():
+            progress(HASHING_STAGE, self._scanned_bytes[-1] // MIB, total)
+            thread.join(1)
+            if not thread.is_alive():
+                progress(HASHING_STAGE, total, total)
 
 
 @contextmanager

@@ -18,9 +18,11 @@ from eigenslice.checkpoint.weights import INDEX, SAFETENSORS_DTYPES, SINGLE
 from eigenslice.errors import ActivationError, IncompleteError
 from eigenslice.runtime.durable import NOFOLLOW, flush
 from eigenslice.runtime.output import WEIGHT_FILE
-from eigenslice.runtime.progress import MIB
+from eigenslice.runtime.progress import MIB, Progress, no_progress
 
 GIB = 1024**3
+CHECKING_STAGE = "checking"
+"""Stage of the run in which the result is read back; its steps are MiB."""
 CHUNK = 1 << 24  # bytes read at once when files are verified
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -183,8 +185,11 @@ class ShardWriter:
                 checksum, left = zlib.crc32(data, checksum), left - len(data)
         return None if left else checksum
 
-    def finish(self) -> dict[str, str]:
+    def finish(self, progress: Progress = no_progress) -> dict[str, str]:
         """Write the index, and read everything back.
+
+        Args:
+            progress: Called after each file, with MiB.
 
         Returns:
             SHA-256 of each file.
@@ -196,7 +201,13 @@ class ShardWriter:
         missing = sorted(set(self._shapes) - set(self.checksums))
         if missing:
             raise ValueError(f"never written: {missing[:5]}")
-        hashes = {file: self._verify(file) for file in self._headers}
+        hashes: dict[str, str] = {}
+        done, total = 0, sum((self.folder / file).stat().st_size for file in self._headers)
+        for file in self._headers:
+            progress(CHECKING_STAGE, done // MIB, -(-total // MIB))
+            hashes[file] = self._verify(file)
+            done += (self.folder / file).stat().st_size
+        progress(CHECKING_STAGE, -(-total // MIB), -(-total // MIB))
         if len(self._headers) > 1:
             weight_map = {name: place.file for name, place in self._places.items()}
             write_json(self.folder / INDEX, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eigenslice.data.batches import HELD_OUT_GROUP
 from eigenslice.measure.divergence import Head, held_out_rows
 from eigenslice.runtime.offload import OffloadedTensors
 from eigenslice.stream.run import Run
@@ -15,6 +16,10 @@ PULL = 1e-3
 """Cost of a gain that differs by 1 from the mean of all gains, in nats per token."""
 LBFGS_ITERATIONS = 10
 """Largest number of iterations of L-BFGS."""
+PASSES = 2 + LBFGS_ITERATIONS * 5 // 4
+"""Passes over the held-out sequences, about: for the dense probabilities, of L-BFGS, and for the loss in the end."""
+HEAD_STAGE = "head"
+"""Stage of the run; a step is a pass of one batch of held-out sequences."""
 
 
 @dataclass(frozen=True)
@@ -60,42 +65,65 @@ def fit_gain(run: Run, site: Site, streams: OffloadedTensors, whole: Head, head:
     Returns:
         The gain; None if no sequence was held out.
     """
-    dense, ranks = run.dense, run.ranks
-    kept: list[tuple[Tensor, Tensor]] = []  # x and P W
-    fixed = torch.zeros(2, dtype=torch.float64, device=dense.device)  # the KL's part without g; tokens
-    for rows, (sliced,) in held_out_rows(site, [streams]):
-        target, known = _expected(whole, rows, head)
-        kept.append((sliced, target))
-        fixed[0] += known
-        fixed[1] += len(rows)
-    constant, tokens = ranks.sum(fixed).tolist()
-    if not tokens:
+    objective = _Objective(run, site, streams, whole, head)
+    if not objective.tokens:
         return None
-
-    def divergence(gain: Tensor) -> tuple[Tensor, Tensor]:
-        """The KL and its gradient."""
-        sums = torch.zeros(1 + len(gain), dtype=torch.float64, device=dense.device)
-        for sliced, target in kept:
-            total, mean = _mean_weight(head, sliced * gain)
-            sums[0] += total.double().sum() - ((sliced * gain) * target).double().sum()
-            sums[1:] += ((head.scale * mean - target) * sliced).sum(0)
-        sums = ranks.sum(sums) / tokens
-        return sums[0] + constant / tokens, sums[1:]
-
-    gain = torch.ones(head.weight.shape[1], dtype=torch.float32, device=dense.device, requires_grad=True)
+    gain = torch.ones(head.weight.shape[1], dtype=torch.float32, device=run.dense.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([gain], max_iter=LBFGS_ITERATIONS, line_search_fn="strong_wolfe")
     losses: list[float] = []
 
     def closure() -> float:
-        loss, gradient = divergence(gain.detach())
+        loss, gradient = objective.divergence(gain.detach())
         losses.append(float(loss))
         away = gain.detach() - gain.detach().mean()
         gain.grad = (gradient + 2 * PULL * away).float()
         return float(loss + PULL * away.square().sum())
 
     optimizer.step(closure)
-    fitted = ranks.decide(gain.detach().double())
-    return GainFit(fitted, int(tokens), losses[0], float(divergence(fitted.float())[0]))
+    fitted = run.ranks.decide(gain.detach().double())
+    after = float(objective.divergence(fitted.float())[0])
+    objective.report(PASSES)
+    return GainFit(fitted, int(objective.tokens), losses[0], after)
+
+
+class _Objective:
+    """KL(dense || sliced) over the held-out tokens of all ranks, as a function of the gain.
+
+    Attributes:
+        tokens: Number of the tokens.
+    """
+
+    def __init__(self, run: Run, site: Site, streams: OffloadedTensors, whole: Head, head: Head) -> None:
+        """Compute what the gain doesn't change; for the arguments, see `fit_gain`."""
+        self._run, self._head, self._passes = run, head, 1
+        self._batches = sum(batch.group == HELD_OUT_GROUP for batch in site.activations)
+        self._kept: list[tuple[Tensor, Tensor]] = []  # x and P W
+        fixed = torch.zeros(2, dtype=torch.float64, device=run.dense.device)  # the KL's part without g; tokens
+        self.report(0)
+        for rows, (sliced,) in held_out_rows(site, [streams]):
+            target, known = _expected(whole, rows, head)
+            self._kept.append((sliced, target))
+            fixed[0] += known
+            fixed[1] += len(rows)
+            self.report(min(1.0, len(self._kept) / self._batches))
+        self._constant, self.tokens = run.ranks.sum(fixed).tolist()
+
+    def divergence(self, gain: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the KL, in nats per token, and its gradient."""
+        sums = torch.zeros(1 + len(gain), dtype=torch.float64, device=gain.device)
+        for number, (sliced, target) in enumerate(self._kept):
+            self.report(self._passes + number / len(self._kept))
+            total, mean = _mean_weight(self._head, sliced * gain)
+            sums[0] += total.double().sum() - ((sliced * gain) * target).double().sum()
+            sums[1:] += ((self._head.scale * mean - target) * sliced).sum(0)
+        self._passes += 1
+        sums = self._run.ranks.sum(sums) / self.tokens
+        return sums[0] + self._constant / self.tokens, sums[1:]
+
+    def report(self, passes: float) -> None:
+        """Tell how many passes over the tokens are done."""
+        if self._batches:
+            self._run.progress(HEAD_STAGE, int(self._batches * min(passes, PASSES)), self._batches * PASSES)
 
 
 def _expected(whole: Head, rows: Tensor, head: Head) -> tuple[Tensor, float]:

@@ -4,7 +4,7 @@ Nothing is fitted on held-out sequences but the gain before the head. The basis 
 """
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from eigenslice.stream.run import Run
 from eigenslice.stream.walk import Site
 
 LOSS_STAGE = "evaluating"
+PREDICTING_STAGE = "predicting"
+"""Stage in which both heads predict held-out text; its steps are batches."""
 WHOLE_STREAMS = "whole"
 """Name of the streams that nothing is cut from, in a saved state."""
 
@@ -52,9 +54,15 @@ def loss_beside(
     whole, head = heads
     if gain is not None:
         head = replace(head, weight=head.weight * gain.to(head.weight))
-    texts = held_out_texts(share_batches(batches, run.ranks))
-    rows = ((batch, site.activations[number].hidden, streams[number]) for number, batch in texts)
-    return _loss(run, whole, head, rows)
+    texts = list(held_out_texts(share_batches(batches, run.ranks)))
+
+    def rows() -> Iterator[tuple[Batch, Tensor, Tensor]]:
+        for done, (number, batch) in enumerate(texts):
+            run.progress(PREDICTING_STAGE, done, len(texts))
+            yield batch, site.activations[number].hidden, streams[number]
+        run.progress(PREDICTING_STAGE, len(texts), len(texts))
+
+    return _loss(run, whole, head, rows())
 
 
 def unfitted_loss(run: Run, cut: GlobalCut) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def _slice_source(
     families = make_plans(dense.anatomy, options)
     wait_for_hashes = source.start_hashing()  # takes about as long as the tokenizer's work
     given = calibration_tokens(options.calibration, lambda: source.tokenizer, dense.config)
-    wait_for_hashes()
+    wait_for_hashes(progress)
     compute = _compute_dtype(options, dense)
     ranks.on_first(lambda: source.check_finite(compute))
     identity = run_identity(options, dense, given)
@@ -200,7 +200,7 @@ def _begin(job: _Job, work: WorkFolder) -> Run:
 
 def _complete(job: _Job, work: WorkFolder, files: ResultFiles, entries: dict[str, Any]) -> dict[str, Any]:
     """Write all files of the result but its weights, and return its manifest."""
-    options, dense, plan, hashes = job.options, job.dense, files.plan, files.writer.finish()
+    options, dense, plan, hashes = job.options, job.dense, files.plan, files.writer.finish(job.progress)
     _write_config(dense.anatomy, plan, job.dtype, work.result)
     if plan.stock is None:
         write_modeling_file(work.result)
