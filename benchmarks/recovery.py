@@ -1,14 +1,15 @@
-"""What recovery fine-tuning gives back: excess perplexity before and after, over tokens trained on.
+"""What healing gives back: the share of the excess perplexity that is won back, over tokens trained on.
 
     eigenslice slice MODEL.gguf -o sliced --keep 0.75
     python benchmarks/recovery.py MODEL.gguf sliced --train wiki.txt --train alpaca.json#instruction,output \\
         --test wiki=wiki.test.txt --test docstrings=builtin --tokens 100000,400000 --ways lora,full \\
         --work WORK -o benchmarks/results/NAME
 
-writes NAME.json and NAME.md. The excess is a model's perplexity over the dense one's, less 1; "left" is the share of
-the sliced model's excess that is there after training. Ways: lora, full (all weights), each distilled from the dense
-model, and lora-next-token, full-next-token without it. Texts are SOURCE or SOURCE#FIELD, as `eigenslice slice
---calibration` takes SOURCE.
+writes NAME.json, NAME.md and NAME.png. The ratio is a model's perplexity over the dense one's, the excess is the ratio
+less 1. "won back" is the share of the sliced model's excess that is gone after training, of the ratios' geometric mean
+over the texts. Ways: full (all weights) and lora, each distilled from the dense model as `slice --heal` does it, and
+full-next-token, lora-next-token without a teacher. Texts are SOURCE or SOURCE#FIELD, as `eigenslice slice
+--calibration` takes SOURCE. "tokens" counts the text that the dense model writes, too.
 
 With --work, trained models stay in WORK/WAY-TOKENS and aren't made again; an interrupted training goes on.
 """
@@ -18,6 +19,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -27,14 +29,15 @@ from eigenslice.checkpoint.loading import load_model
 from eigenslice.data import Tokens, evaluation_tokens
 from eigenslice.evaluation.perplexity import perplexity
 from eigenslice.finetune import FinetuneOptions, finetune
+from eigenslice.healing.heal import WINDOW
 from eigenslice.runtime.output import partial_path
 from quality import text_option
 
 WAYS: dict[str, dict[str, Any]] = {
-    "lora": {"full": False},
-    "full": {"full": True},
-    "lora-next-token": {"teacher": None, "full": False},
+    "full": {"full": True, "distill": 1.0},
+    "lora": {"full": False, "distill": 1.0},
     "full-next-token": {"teacher": None, "full": True},
+    "lora-next-token": {"teacher": None, "full": False},
 }
 
 
@@ -52,6 +55,7 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
         "kept": json.loads((arguments.sliced / "eigenslice.json").read_text())["parameters"]["kept"],
         "tests": {name: tokens.description | {"perplexity": expected[name]} for name, tokens in texts.items()},
         "before": {name: value / expected[name] for name, value in before.items()},
+        "mean_before": geometric_mean(value / expected[name] for name, value in before.items()),
         "versions": {
             "eigenslice": __version__,
             "torch": torch.__version__,
@@ -74,7 +78,8 @@ def run(arguments: argparse.Namespace, work: Path) -> dict[str, Any]:
                 "trained_on": manifest["data"],
                 "held_out": manifest["perplexity"],
                 "ratio": ratios,
-                "left": {name: (ratio - 1) / (result["before"][name] - 1) for name, ratio in ratios.items()},
+                "mean": geometric_mean(ratios.values()),
+                "won_back": 1 - (geometric_mean(ratios.values()) - 1) / (result["mean_before"] - 1),
             }
             print(row, flush=True)
             result["rows"].append(row)
@@ -91,7 +96,6 @@ def train(arguments: argparse.Namespace, way: str, tokens: int, folder: Path) ->
     data = CalibrationOptions(
         data=tuple(source for source, _, _ in sources),
         field=tuple(field for _, _, field in sources),
-        samples=max(1, tokens // arguments.seqlen),
         seqlen=arguments.seqlen,
         seed=arguments.seed,
     )
@@ -100,6 +104,7 @@ def train(arguments: argparse.Namespace, way: str, tokens: int, folder: Path) ->
         "output": folder,
         "teacher": arguments.dense,
         "data": data,
+        "tokens": tokens,
         "held_out": arguments.held_out,
         "learning_rate": arguments.learning_rate,
         "batch": arguments.batch,
@@ -126,25 +131,48 @@ def progress(stage: str, done: int, total: int) -> None:
 def table(result: dict[str, Any]) -> str:
     """The rows in Markdown."""
     texts = list(result["tests"])
-    head = ["way", "tokens", "seconds"] + [f"{text} {kind}" for text in texts for kind in ("ratio", "left")]
+    head = ["way", "tokens", "seconds", *texts, "mean", "won back"]
     lines = [head, ["---"] * len(head)]
-    lines.append(["sliced", "0", "-"] + [cell for text in texts for cell in (f"{result['before'][text]:.3f}", "100 %")])
+    before = [f"{result['before'][text]:.3f}" for text in texts]
+    lines.append(["sliced", "0", "-", *before, f"{result['mean_before']:.3f}", "-"])
     for row in result["rows"]:
         seconds = "-" if row["seconds"] is None else f"{row['seconds']:.0f}"
-        cells = [(f"{row['ratio'][text]:.3f}", f"{100 * row['left'][text]:.0f} %") for text in texts]
-        lines.append([row["way"], str(row["tokens"]), seconds, *(cell for pair in cells for cell in pair)])
+        ratios = [f"{row['ratio'][text]:.3f}" for text in texts]
+        mean = [f"{row['mean']:.3f}", f"{100 * row['won_back']:.0f} %"]
+        lines.append([row["way"], str(row["tokens"]), seconds, *ratios, *mean])
     heading = (
-        f"{result['dense']}, {100 * result['kept']:.1f} % of its parameters. Ratio: perplexity over the dense model's; "
-        "left: the share of the excess over 1 that is there after training.\n\n"
+        f"{result['dense']}, {100 * result['kept']:.1f} % of its parameters. Perplexity over the dense model's; mean: "
+        "geometric; won back: the share of the mean's excess over 1 that is gone after training.\n\n"
     )
     return heading + "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
+def chart(result: dict[str, Any], path: Path) -> None:
+    """Share of the excess that is won back over the tokens trained on, one line a way."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for way in dict.fromkeys(row["way"] for row in result["rows"]):
+        points = sorted((row["tokens"], 100 * row["won_back"]) for row in result["rows"] if row["way"] == way)
+        axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=way)
+    axes.set_xscale("log")
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("excess perplexity won back, %")
+    axes.set_title(f"{result['dense']}, {100 * result['kept']:.1f} % of the parameters")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
 def write(result: dict[str, Any], output: Path) -> None:
-    """NAME.json and NAME.md."""
+    """Write NAME.json, NAME.md and NAME.png."""
     output.parent.mkdir(parents=True, exist_ok=True)
     output.with_name(output.name + ".json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     output.with_name(output.name + ".md").write_text(table(result), encoding="utf-8")
+    chart(result, output.with_name(output.name + ".png"))
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -158,10 +186,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train", action="append", required=True, help="SOURCE or SOURCE#FIELD; may be repeated: equal shares")
     add("--test", action="append", required=True, help="NAME=SOURCE or NAME=SOURCE#FIELD; may be repeated")
     add("--tokens", type=lambda text: [int(n) for n in listed(text)], default=[400_000], help="tokens to train on")
-    add("--ways", type=listed, default=["lora", "full"], help=", ".join(WAYS))
-    add("--seqlen", type=int, default=1024, help="tokens a window, for training and tests")
+    add("--ways", type=listed, default=["full", "lora"], help=", ".join(WAYS))
+    add("--seqlen", type=int, default=WINDOW, help="tokens a window, for training and tests")
     add("--test-samples", type=int, default=16, help="windows of each test text, from its start")
-    add("--held-out", type=int, default=8, help="windows that training measures itself on")
+    add("--held-out", type=int, help="windows that training measures itself on [as finetune]")
     add("--learning-rate", type=float, help="[that of the way]")
     add("--batch", type=int, default=4, help="windows a step")
     add("--seed", type=int, default=0)

@@ -53,8 +53,9 @@ def test_ratios_before_and_after(dense_folder: Folders, run_slice: Slicer, tmp_p
     for row in result["rows"]:
         ratio = measured(work / f"{row['way']}-576") / expected["dense"]
         assert row["ratio"]["held"] == pytest.approx(ratio, rel=1e-5)
-        assert row["left"]["held"] == pytest.approx((ratio - 1) / (result["before"]["held"] - 1), rel=1e-5)
+        assert row["won_back"] == pytest.approx(1 - (ratio - 1) / (result["before"]["held"] - 1), rel=1e-4)
     teachers = [json.loads((work / f"{row['way']}-576" / "eigenslice.json").read_text()) for row in result["rows"]]
     assert [manifest["finetune"]["teacher"] for manifest in teachers] == [str(dense), None]
     table = output.with_name("result.md").read_text()
+    assert output.with_name("result.png").read_bytes().startswith(b"\x89PNG")
     assert f"| full | 576 | {result['rows'][0]['seconds']:.0f} | {result['rows'][0]['ratio']['held']:.3f} |" in table
