@@ -130,7 +130,7 @@ class FinetuneOptions(Options):
     ] = None
     evaluate_every: Annotated[
         int | None,
-        Option("Steps between measurements and checkpoints.", TRAINING, "a tenth of the run"),
+        Option("Steps between measurements and checkpoints.", TRAINING, "at least a tenth of the run"),
         Range(1, 10**9, "1 to 10^9 steps"),
     ] = None
     patience: Annotated[
