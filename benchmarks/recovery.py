@@ -195,7 +195,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", help="torch device to measure on [a GPU if there is one]")
     add("--dtype", choices=["float32", "bfloat16"], help="[float32 on CPU]")
-    add("--matmul", choices=["highest", "high", "medium"], default="highest", help="torch's float32 matmul precision")
+    add("--matmul", choices=["highest", "high", "medium"], default="highest", help="float32 products in evaluations")
     add("--work", type=Path, help="folder that keeps the trained models [a temporary one]")
     add("-o", "--output", type=Path, required=True, help="NAME, to which .json and .md are added")
     parsed = parser.parse_args(arguments)

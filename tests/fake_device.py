@@ -276,6 +276,7 @@ def fake_device(index: int = 0) -> Iterator[Gpu]:
         "current_device": lambda: index,
         "device_count": lambda: index + 1,
         "set_device": lambda device: None,
+        "get_device_capability": lambda device=None: (9, 0),
     }
     ACTIVE.append(gpu)
     try:

@@ -9,6 +9,7 @@ EigensliceError                  base: the command line prints it and exits with
 ├── ExportError                  an exported file that its runtime can't run as transformers runs the model
 ├── OutputError                  an output folder that can't be written
 │   └── IncompleteError          a run that can't go on now: what is done is kept, for --resume
+├── MemoryRanOutError            memory of a device or of the host ran out; a run's state is kept
 └── RankError                    another process of the same run has failed
     └── EchoedError              the first one, which says itself why
 
@@ -73,6 +74,10 @@ class OutputError(EigensliceError):
 
 class IncompleteError(OutputError):
     """A run that can't go on now, such as on a full disk. Finished work is kept, to go on with --resume."""
+
+
+class MemoryRanOutError(EigensliceError):
+    """Memory of a device or of the host ran out. Says in which stage, and what to change."""
 
 
 class RankError(EigensliceError):

@@ -42,36 +42,36 @@ def lstsq(inputs: Tensor, outputs: Tensor, base: Tensor, ridge: float) -> Tensor
 def test_the_fit_is_ridge_regression_towards_the_base(tokens: int, ridge: float) -> None:
     a, base = sample(tokens, 1), weights(2)
     y = a @ weights(3).T + noise(tokens, 4)
-    fitted = equations(a, y).solve(base, ridge)
+    fitted = equations(a, y).solve(base, ridge).weights
     torch.testing.assert_close(fitted, lstsq(a, y, base, ridge), rtol=1e-6, atol=1e-6)
 
 
 def test_without_a_ridge_the_residual_is_orthogonal_to_the_inputs() -> None:
     a, y = sample(200, 1), noise(200, 4)
-    fitted = equations(a, y).solve(weights(2), 1e-12)
+    fitted = equations(a, y).solve(weights(2), 1e-12).weights
     residual = y - a @ fitted.T
     assert (a.T @ residual).abs().max() < 1e-8 * (a.T @ y).abs().max()
 
 
 def test_with_a_large_ridge_the_base_stays() -> None:
     a, base = sample(200, 1), weights(2)
-    torch.testing.assert_close(equations(a, noise(200, 4)).solve(base, 1e9), base, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(equations(a, noise(200, 4)).solve(base, 1e9).weights, base, rtol=1e-6, atol=1e-6)
 
 
 def test_what_the_base_explains_changes_nothing() -> None:
     a, base = sample(200, 1), weights(2)
-    torch.testing.assert_close(equations(a, a @ base.T).solve(base, 1e-3), base)
+    torch.testing.assert_close(equations(a, a @ base.T).solve(base, 1e-3).weights, base)
 
 
 def test_inputs_without_energy_keep_their_base() -> None:
     a, base = sample(200, 1), weights(2)
     y = noise(200, 4)
     a[:, 3:] = 0
-    fitted = equations(a, y).solve(base, 1e-3)
+    fitted = equations(a, y).solve(base, 1e-3).weights
     torch.testing.assert_close(fitted[:, 3:], base[:, 3:])
     assert (fitted[:, :3] - base[:, :3]).abs().min() > 1e-3
     nothing = NormalEquations.zeros(INPUTS, OUTPUTS)
-    torch.testing.assert_close(nothing.solve(base, 0.1), base)
+    torch.testing.assert_close(nothing.solve(base, 0.1).weights, base)
 
 
 def test_parts_add_up_to_the_whole() -> None:
@@ -79,7 +79,7 @@ def test_parts_add_up_to_the_whole() -> None:
     in_turn = NormalEquations.zeros(INPUTS, OUTPUTS)
     for start in range(0, 200, 70):
         in_turn.add(a[start : start + 70], y[start : start + 70])
-    torch.testing.assert_close(in_turn.solve(base, 0.1), lstsq(a, y, base, 0.1))
+    torch.testing.assert_close(in_turn.solve(base, 0.1).weights, lstsq(a, y, base, 0.1))
 
 
 def test_many_float32_tokens_are_summed_in_float64() -> None:
@@ -161,7 +161,7 @@ def test_older_fits_fade() -> None:
 def fit_error(pair: tuple[NormalEquations, list[InputsOutputs]], ridge: float) -> float:
     """Error on what was held out as a share of that before the fit."""
     fitted, held = pair
-    weight = NormalEquations(fitted.gram.clone(), fitted.cross).solve(ZERO, ridge)
+    weight = NormalEquations(fitted.gram.clone(), fitted.cross).solve(ZERO, ridge).weights
     error = sum(float((y - a @ weight.T).square().sum()) for a, y in held)
     return error / sum(float(y.square().sum()) for _, y in held)
 

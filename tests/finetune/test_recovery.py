@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from eigenslice.data.batches import Batch
-from eigenslice.errors import CheckpointError, OptionsError, OutputError
+from eigenslice.errors import CheckpointError, MemoryRanOutError, OptionsError, OutputError
 from eigenslice.evaluation.perplexity import perplexity
 from eigenslice.finetune import FinetuneOptions, finetune, with_recipe
 from eigenslice.options.calibration_text import CalibrationOptions
@@ -21,7 +21,8 @@ from eigenslice.runtime.output import partial_path
 from tests import processes, tiny
 from tests.checkpoint.files import copy_of
 from tests.conftest import Slicer
-from tests.finetune.conftest import Tuner
+from tests.finetune.conftest import Training, Tuner
+from tests.messages import check_message
 from tests.results import load, stored_tensors
 
 
@@ -197,3 +198,18 @@ def test_the_papers_recipe() -> None:
     assert options.data == CalibrationOptions(data="alpaca", samples=10, seqlen=1024)
     with pytest.raises(OptionsError, match="--recipe none"):
         with_recipe("none", {}, {})
+
+
+def test_training_says_where_and_goes_on(training: Training, tmp_path: Path) -> None:
+    options = training.at(tmp_path / "out", resume=False)
+
+    def memory_runs_out(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("training", 7):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(MemoryRanOutError) as caught:
+        finetune(options, memory_runs_out)
+    check_message(caught.value, "in stage training, 7 of 8")
+    assert all(words in caught.value.next_step for words in ("--checkpoint-activations", "--resume goes on"))
+    finetune(training.at(tmp_path / "out"))
+    training.check(tmp_path / "out")

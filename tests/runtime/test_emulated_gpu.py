@@ -16,6 +16,8 @@ from eigenslice.options.benchmark import BenchOptions
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.sampling import SampleOptions
 from eigenslice.options.slicing import SliceOptions
+from eigenslice.runtime.precision import EXACT
+from eigenslice.slicing import slice as slicing
 from eigenslice.slicing import slice_model
 from eigenslice.stream.run import Run
 from tests import tiny, words
@@ -105,7 +107,8 @@ def test_places_and_bytes() -> None:
 
 
 @pytest.mark.parametrize("kind", SLICES)
-def test_slices_are_those_of_the_cpu(kind: str, run_slice: Slicer) -> None:
+def test_slices_are_those_of_the_cpu(kind: str, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slicing, "choose_precision", lambda device: EXACT)  # as on the CPU
     case, options = SLICES[kind]
     expected = run_slice(case, **options)
     with fake_device() as gpu:

@@ -7,6 +7,8 @@ from torch import Tensor
 
 STRIPS = 6
 STRIP = 64  # columns; narrower strips are not worth it
+CHUNK = 4096
+"""Tokens that a product sums in float32; sums of more tokens are sums of such chunks in float64."""
 
 
 def normalize(x: Tensor, eps: float) -> Tensor:
@@ -36,12 +38,24 @@ def gram_matrix(rows: Tensor) -> Tensor:
     return result
 
 
-class SecondMoment:
-    """Sum of x^T x over tokens, kept in float64.
+def add_gram(total: Tensor, rows: Tensor) -> None:
+    """Add A^T A of rows A (T, n) to a float64 sum (n, n), in place.
 
-    The product of each chunk is taken in float32, which is exact enough for a few thousand tokens. The chunks are added
-    in float64. In a float32 sum, the small eigenvectors drown; section 4 of the paper reports the loss.
+    The product of a chunk is taken in the dtype of the rows, and chunks are added in float64. In a float32 sum over all
+    tokens, the small eigenvectors drown; section 4 of the paper reports the loss.
     """
+    for chunk in rows.split(CHUNK):
+        total += gram_matrix(chunk)
+
+
+def add_cross(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add A^T B of rows A (T, n) and B (T, m) to a float64 sum (n, m), in place, as `add_gram` does."""
+    for a, b in zip(left.split(CHUNK), right.split(CHUNK), strict=True):
+        total += a.T @ b
+
+
+class SecondMoment:
+    """Sum of x^T x over tokens, kept in float64; products are taken in at least float32."""
 
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.matrix = torch.zeros(width, width, dtype=torch.float64, device=device)
@@ -50,5 +64,5 @@ class SecondMoment:
     def add(self, rows: Tensor) -> None:
         """Add a chunk of tokens, (tokens, D)."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self.matrix += gram_matrix(rows)
+        add_gram(self.matrix, rows)
         self.tokens += rows.shape[0]

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.algebra.cholesky import solve_in_float32
+from eigenslice.algebra.covariance import add_cross, add_gram
 
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Ridges to choose from, as shares of the inputs' mean energy per dimension."""
@@ -43,15 +44,15 @@ class NormalEquations:
         )
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        """Add tokens: inputs (T, n) and outputs (T, m), multiplied in float32 and summed in float64."""
-        self.gram += gram_matrix(inputs)
-        self.cross += inputs.T @ outputs
+        """Add tokens: inputs (T, n) and outputs (T, m), multiplied in their dtype and summed in float64."""
+        add_gram(self.gram, inputs)
+        add_cross(self.cross, inputs, outputs)
 
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
         """Let sums of several processes become their total."""
         self.gram, self.cross = total(self.gram), total(self.cross)
 
-    def solve(self, base: Tensor, ridge: float) -> Tensor:
+    def solve(self, base: Tensor, ridge: float, dtype: torch.dtype = torch.float64) -> "Solution":
         """Ridge regression towards known weights.
 
         The W (m, n) that minimizes sum |y - W a|^2 + r |W - base|^2, r = ridge * mean diagonal of the Gram matrix:
@@ -63,11 +64,36 @@ class NormalEquations:
         Args:
             base: The known weights, (m, n).
             ridge: The ridge, as a share of the mean diagonal.
+            dtype: The dtype to solve in, float64, or float32 where the condition allows it.
         """
-        level = ridge * self.gram.diagonal().mean().clamp_min(1e-30)
+        level, condition = ridge * self.gram.diagonal().mean().clamp_min(1e-30), 0.0
+        if dtype == torch.float32:
+            regular = self.gram.float()
+            missing = self.cross.float() - regular @ base.float().T
+            regular.diagonal().add_(level)
+            change, condition = solve_in_float32(regular, missing)
+            if change is not None:
+                return Solution(base + change.T, torch.float32, condition)
+            del regular, missing
         missing = self.cross - self.gram @ base.T
         self.gram.diagonal().add_(level)
-        return base + torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram)).T
+        change = torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram))
+        return Solution(base + change.T, torch.float64, condition)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The weights that a regression has found.
+
+    Attributes:
+        weights: The weights, (m, n), float64.
+        dtype: The dtype of the Cholesky factor.
+        condition: The condition that float32 was tried at; 0 if it wasn't tried.
+    """
+
+    weights: Tensor
+    dtype: torch.dtype
+    condition: float
 
 
 @dataclass

@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 
-import torch
 import torch.distributed as dist
 import yaml
 from filelock import Timeout
@@ -20,21 +19,15 @@ from safetensors import SafetensorError
 
 from eigenslice.errors import EigensliceError, OptionsError, first_line
 from eigenslice.options.flags import flag_at
+from eigenslice.runtime.out_of_memory import is_out_of_memory
 
 SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 RIGHTS = (errno.EACCES, errno.EPERM, errno.EROFS)
 MANY = (errno.EMFILE, errno.ENFILE)
 NAMES = (errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ENOENT, errno.EEXIST)
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "cannot allocate memory")
-HUGE = ("storage size calculation overflowed", "invalid buffer size", "numel: integer multiplication overflow")
-"""Parts of torch's messages, in lower case, for memory that ran out or could never be enough."""
 NETWORK = ("httpx", "httpx2", "httpcore", "requests", "urllib3", "aiohttp", "hf_xet", "huggingface_hub")
 FORMATS = ("json", "gzip", "zlib", "lzma", "zipfile", "_csv")
 """Packages by the modules of their errors."""
-
-
-def _says(error: BaseException, *texts: str) -> bool:
-    return isinstance(error, RuntimeError | ValueError) and any(text in str(error).lower() for text in texts)
 
 
 def _number(error: BaseException, numbers: tuple[int, ...]) -> bool:
@@ -62,14 +55,10 @@ def _kind(*kinds: type[BaseException]) -> Callable[[BaseException], bool]:
 
 TRANSLATIONS = (
     Translation(
-        lambda e: (
-            isinstance(e, MemoryError | torch.OutOfMemoryError)
-            or _says(e, *NO_MEMORY, *HUGE)
-            or _number(e, (errno.ENOMEM,))
-        ),
+        is_out_of_memory,
         "memory ran out",
         "work that fits into this machine's memory",
-        "lower --samples, --seqlen, --batch or --prompt, pass --offload disk to slice, or use a larger machine",
+        "lower --seqlen, --batch or --prompt, or use a larger machine",
     ),
     Translation(
         lambda e: _number(e, SPACE),

@@ -18,9 +18,12 @@ from eigenslice.data.batches import Batch
 from eigenslice.errors import ActivationError, CalibrationError
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.common import DtypeName
+from eigenslice.runtime.out_of_memory import memory_errors
 
 LARGEST_LOSS = LARGEST_EXPONENT
 """Largest loss with a perplexity, in nats per token."""
+ADVICE = "a shorter --seqlen takes less memory, and so do weights by --dtype bfloat16; fewer --samples take no less"
+"""What to change where memory has run out."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,8 @@ def evaluate_each(
     progress: Callable[[str, int, int], None] = lambda stage, done, total: None,
 ) -> list[Perplexity]:
     """A perplexity for each text, in their order; the model is loaded once. Arguments as `evaluate`'s."""
-    loaded = load_model(name, device, dtype, trust_remote_code)
-    config = loaded.model.config.get_text_config()
-    tokens = [evaluation_tokens(text, loaded.tokenizer, config) for text in texts]
-    return [perplexity(loaded.model, t.batches, t.description, progress) for t in tokens]
+    with memory_errors(progress, lambda stage: ADVICE) as watched:
+        loaded = load_model(name, device, dtype, trust_remote_code)
+        config = loaded.model.config.get_text_config()
+        tokens = [evaluation_tokens(text, loaded.tokenizer, config) for text in texts]
+        return [perplexity(loaded.model, t.batches, t.description, watched) for t in tokens]

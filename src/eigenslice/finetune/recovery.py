@@ -40,6 +40,7 @@ from eigenslice.options.slicing import SliceOptions
 from eigenslice.report.card import write_card
 from eigenslice.report.manifest import NAME, finished_manifest
 from eigenslice.runtime.device import resolve_device
+from eigenslice.runtime.out_of_memory import memory_errors
 from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.ranks import Ranks, join_ranks
 from eigenslice.runtime.run_state import RunState
@@ -117,8 +118,20 @@ def finetune(
     device = resolve_device(options.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    with join_ranks(device) as ranks:
-        return _finetune(options, ranks, progress, slicing)
+    memory = memory_errors(progress, lambda stage: _advice(options), options.output)
+    with memory as watched, join_ranks(device) as ranks:
+        return _finetune(options, ranks, watched, slicing)
+
+
+def _advice(options: FinetuneOptions) -> str:
+    """Return what to change where memory has run out."""
+    ways = {
+        f"--micro-batch 1 instead of {options.micro_batch}": options.micro_batch > 1,
+        "--checkpoint-activations": not options.checkpoint_activations,
+        "--no-full, which trains LoRA": options.full is not False,
+        "a shorter --seqlen": True,
+    }
+    return "less memory is taken by " + ", ".join(way for way, is_left in ways.items() if is_left)
 
 
 def _finetune(

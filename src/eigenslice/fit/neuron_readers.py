@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.conjugate import conjugate_gradients
-from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.algebra.covariance import add_cross, add_gram
 from eigenslice.arch import Sublayer
 from eigenslice.model.dense import Tensors
 from eigenslice.runtime.device import trim_memory
@@ -155,8 +155,8 @@ def fit_readers(
         rows_of, dtype = batch.activations.rows, batch.normalized.dtype
         read, slopes = readers.linearize(batch.normalized, batch.kwargs)
         read, slopes = rows_of(read), rows_of(slopes) * batch.weight
-        sums[0] += _backward(slopes, read, batch.missing @ columns)
-        sums[1] += gram_matrix(read * batch.weight)
+        _add_backward(sums[0], slopes, read, batch.missing @ columns)
+        add_gram(sums[1], read * batch.weight)
         sums[2] += slopes.square().sum(0)
         squares += batch.missing.square().sum()
         for tensors, tensor in zip(curved, (slopes, read), strict=True):
@@ -175,7 +175,7 @@ def fit_readers(
         for slopes, read in zip(*curved, strict=True):
             slopes, read = slopes.to(columns.dtype), read.to(columns.dtype)
             given = (read @ change.T.to(columns.dtype)).mul_(slopes).unflatten(1, (-1, neurons)).sum(1)
-            total += _backward(slopes, read, given @ columns.T @ columns)
+            _add_backward(total, slopes, read, given @ columns.T @ columns)
         return ranks.sum(total) / share + level * change
 
     change = conjugate_gradients(product, gradient, _preconditioner(kinds, moment), CONJUGATE_GRADIENTS)
@@ -215,13 +215,14 @@ def take_largest_step(
             return
 
 
-def _backward(slopes: Tensor, read: Tensor, errors: Tensor) -> Tensor:
-    """Return the gradient of a sum over tokens with respect to readers, (rows, width), float64.
+def _add_backward(total: Tensor, slopes: Tensor, read: Tensor, errors: Tensor) -> None:
+    """Add the gradient of a sum over tokens with respect to readers.
 
     Args:
+        total: The sum of gradients, (rows, width), float64.
         slopes: Slopes of the neurons' outputs, (tokens, rows).
         read: Input of the readers, (tokens, width).
         errors: Gradient with respect to the neurons' outputs, (tokens, neurons).
     """
     kinds = slopes.unflatten(1, (-1, errors.shape[1]))
-    return ((kinds * errors[:, None]).flatten(1).T @ read).double()
+    add_cross(total, (kinds * errors[:, None]).flatten(1), read)

@@ -11,6 +11,7 @@ from eigenslice.fit.neuron_readers import Errors, Readers, fit_readers, take_lar
 from eigenslice.fit.ridges import InputsOutputsOf, RidgeFits
 from eigenslice.fit.sliced_block import SlicedBlock
 from eigenslice.model.dense import Tensors
+from eigenslice.runtime.precision import products
 from eigenslice.stream.run import Run
 from eigenslice.stream.walk import Activations, Site
 
@@ -93,7 +94,8 @@ def fit_neuron_readers(
 
     names = tuple(name for name in sublayer.readers if sublayer.weight(name) in block.weights)
     readers = Readers(block.layer, before, sublayer, names)
-    step, most = fit_readers(readers, batches(), writers.columns, fits.run, fits.reader_stride)
+    with products(fits.run.precision.neurons):
+        step, most = fit_readers(readers, batches(), writers.columns, fits.run, fits.reader_stride)
     changes = {sublayer.weight(name): change for name, change in step.items()}
     weights = {name: block.weights[name] for name in changes}
     take_largest_step(weights, changes, put, lambda: error() <= most)

@@ -1,5 +1,6 @@
 """Ridge regressions over calibration sequences, their ridge chosen on groups that take turns in being held out."""
 
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, InputsOutputs, NormalEquations, RidgeChoice
 from eigenslice.data.batches import BESIDE_GROUP
+from eigenslice.errors import EigensliceWarning
 from eigenslice.runtime.device import trim_memory
+from eigenslice.runtime.precision import EXACT, Precision, products
 from eigenslice.runtime.ranks import Ranks
 from eigenslice.stream.walk import Activations
 
@@ -40,16 +43,18 @@ class RidgeFits:
         groups: Groups of the sequences that are fitted on.
     """
 
-    def __init__(self, fitting: Fitting, ranks: Ranks) -> None:
+    def __init__(self, fitting: Fitting, ranks: Ranks, precision: Precision = EXACT) -> None:
         """Begin without any fit.
 
         Args:
             fitting: The groups that are fitted on, and the ridge.
             ranks: The processes that share the sequences.
+            precision: The precision of Gram matrices and of solving.
         """
         self.groups = frozenset(fitting.groups)
         self._held_out = sorted(self.groups - {BESIDE_GROUP})
         self._ridge, self._ranks = fitting.ridge, ranks
+        self._precision, self._told = precision, False
         self._choices = {kind: RidgeChoice() for kind in ("read", "write", "neurons", "experts")}
 
     def content(self) -> dict[str, Any]:
@@ -89,7 +94,7 @@ class RidgeFits:
         sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
         for n, batch in batches:
             if batch.group != held_out:
-                sums.add(*inputs_outputs(n, batch))
+                self._add(sums, inputs_outputs(n, batch))
         sums.add_up(self._ranks.sum)
         ridge = DEFAULT_RIDGE if self._ridge is None else self._ridge
         if choosing:
@@ -100,6 +105,25 @@ class RidgeFits:
             if not self._ranks.first:
                 sums = NormalEquations.zeros(base.shape[1], base.shape[0], base.device)
             for n, batch in tried:
-                sums.add(*inputs_outputs(n, batch))
+                self._add(sums, inputs_outputs(n, batch))
             sums.add_up(self._ranks.sum)
-        return self._ranks.decide(sums.solve(base, ridge))
+        return self._ranks.decide(self._solve(sums, base, ridge))
+
+    def _add(self, sums: NormalEquations, inputs_outputs: InputsOutputs) -> None:
+        """Add tokens to sums."""
+        with products(self._precision.gram):
+            sums.add(*inputs_outputs)
+
+    def _solve(self, sums: NormalEquations, base: Tensor, ridge: float) -> Tensor:
+        """Solve a regression, and say once if float32 was too inaccurate."""
+        with products("float32"):
+            solution = sums.solve(base, ridge, self._precision.solve_dtype)
+        if solution.dtype != self._precision.solve_dtype and not self._told:
+            self._told = True
+            warnings.warn(
+                f"a fit of {base.shape[1]} inputs has a condition of {solution.condition:.0e}, too large for float32: "
+                "it is solved in float64, and others like it",
+                EigensliceWarning,
+                stacklevel=2,
+            )
+        return solution.weights

@@ -48,7 +48,7 @@ class SlicedTwin:
         self.reading: Tensor | None = None
         self._run, self._dense, self._write = run, run.dense, write
         self._plan, self._basis, self._kept = cut.plan, cut.basis.site, cut.kept
-        self._ridges = RidgeFits(fitting, run.ranks)
+        self._ridges = RidgeFits(fitting, run.ranks, run.precision)
         self._fits = Fits(run, self._ridges, fitting.reader_stride)
         self._block = SlicedBlock(run, cut.plan, self._basis)  # its last writers have yet to be fitted
         self._sites = run.dense.anatomy.sites

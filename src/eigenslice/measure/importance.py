@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from eigenslice.algebra.basis import Spectrum, principal_components
-from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.algebra.covariance import add_gram
 from eigenslice.algebra.elimination import rank_groups
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.arch import Sublayer
@@ -18,6 +18,7 @@ from eigenslice.cut.ends import GlobalCut, global_basis
 from eigenslice.measure.expert_saliency import ExpertSums
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import Plan
+from eigenslice.runtime.precision import products
 from eigenslice.stream.experts import Experts, Routing
 from eigenslice.stream.run import Run
 from eigenslice.stream.runner import has_experts, has_module
@@ -133,7 +134,8 @@ def measure(run: Run, *, neurons: bool = True, heads: bool = True) -> Measuremen
             state.save(MEASURING_STAGE, site.block, {STREAMS: site.streams}, sums.tensors(), dict)
         if site.layer is not None and site.index == 0:
             sums.begin_block(site)
-        sums.moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
+        with products(run.precision.gram):
+            sums.moment += (HEAD_WEIGHT if site.layer is None else 1.0) * site.moment(normalized=True)
     energies = ranks.sum(sums.energies)
     if anatomy.expert_count:
         energies[energies.sum(-1) == 0] = 1.0
@@ -182,6 +184,7 @@ class _Sums:
         """
         dense, anatomy = run.dense, run.dense.anatomy
         self._dense, self._ranks, self._neurons, self._heads = dense, run.ranks, neurons, heads
+        self._precision = run.precision
         self._attention, self._mlp = dense.table.attention, dense.table.mlp
         self.observed = [s for s, used in ((self._attention, heads), (self._mlp, neurons)) if used]
         self._options: dict[str, Any] = {"dtype": torch.float64, "device": dense.device}
@@ -245,7 +248,8 @@ class _Sums:
         if sublayer is self._attention:
             if not len(self._writer):
                 return
-            self._gram = self._gram + gram_matrix(batch.rows(inputs[sublayer.neuron_writer]) * size.rsqrt())
+            with products(self._precision.gram):
+                add_gram(self._gram, batch.rows(inputs[sublayer.neuron_writer]) * size.rsqrt())
         elif self._experts is None:
             self.energies[block] += energy(mlp.neuron_writer)
         else:

@@ -199,6 +199,7 @@ class Manifest(_Fields):
     calibration: Text
     vocabulary: Vocabulary | None = None
     options: Options
+    precision: dict[Name, Name] = {}
     spectra: list[Site]
     refit_errors: list[Fit] | None = None
     loss: Loss | NotMeasured | None = None

@@ -23,6 +23,7 @@ from eigenslice.errors import (
     EigensliceError,
     EigensliceWarning,
     IncompleteError,
+    MemoryRanOutError,
     RankError,
     first_line,
 )
@@ -194,4 +195,4 @@ def is_lasting(error: BaseException) -> bool:
     """Return whether running the same command again would fail in the same way."""
     if isinstance(error, EchoedError):
         return error.is_lasting
-    return isinstance(error, EigensliceError) and not isinstance(error, IncompleteError | RankError)
+    return isinstance(error, EigensliceError) and not isinstance(error, IncompleteError | MemoryRanOutError | RankError)

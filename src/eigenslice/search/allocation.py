@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eigenslice.algebra.covariance import gram_matrix, inverse_size
+from eigenslice.algebra.covariance import add_gram, inverse_size
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.measure.divergence import divergences, make_heads
@@ -20,6 +20,7 @@ from eigenslice.measure.importance import Measurement, added_weight, writer_weig
 from eigenslice.model.dense import DenseModel
 from eigenslice.plan.plan import FEWEST_NEURONS
 from eigenslice.runtime.offload import OffloadedTensors
+from eigenslice.runtime.precision import products
 from eigenslice.search.parted import TOKENS, held_out_first, run_parted
 from eigenslice.stream.run import Run
 from eigenslice.stream.runner import captured_inputs
@@ -146,17 +147,19 @@ def _cut(run: Run, site: Site, importance: Tensor, neurons: int) -> tuple[Tensor
             weight = inverse_size(batch.rows(hidden), site.eps)
             if mlp.post_norm:
                 weight = weight * inverse_size(batch.rows(inputs[mlp.post_norm]), site.eps)
-            gram += gram_matrix(batch.rows(inputs[mlp.neuron_writer]) * weight)
+            with products(run.precision.gram):
+                add_gram(gram, batch.rows(inputs[mlp.neuron_writer]) * weight)
     order = importance.argsort(descending=True)
     gram = ranks.sum(gram)[order][:, order]
     gram.diagonal().add_(DEFAULT_RIDGE * gram.diagonal().mean().clamp_min(1e-30))
-    factor = torch.linalg.cholesky(gram)
-    writer = writer_weight(dense, mlp, site)[:, order]
-    added = added_weight(dense, mlp, site)[:, order]
-    error = (added @ factor).square().sum(0).flip(0).cumsum(0).flip(0)
-    missing = gram[:neurons, neurons:] @ writer[:, neurons:].T
-    fitted = writer[:, :neurons] + torch.cholesky_solve(missing, factor[:neurons, :neurons]).T
-    cut = torch.zeros_like(writer).index_copy(1, order[:neurons], fitted)
+    gram = gram.to(run.precision.solve_dtype)  # this ridge bounds the condition
+    writer, added = (of(dense, mlp, site)[:, order].to(gram.dtype) for of in (writer_weight, added_weight))
+    with products("float32"):
+        factor = torch.linalg.cholesky(gram)
+        error = (added @ factor).square().sum(0).double().flip(0).cumsum(0).flip(0)
+        missing = gram[:neurons, neurons:] @ writer[:, neurons:].T
+        fitted = writer[:, :neurons] + torch.cholesky_solve(missing, factor[:neurons, :neurons]).T
+    cut = torch.zeros_like(writer).index_copy(1, order[:neurons], fitted).double()
     return torch.cat([error, error.new_zeros(1)]), ranks.decide(cut)
 
 

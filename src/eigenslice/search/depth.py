@@ -22,6 +22,7 @@ from eigenslice.fit.normed_writers import NormedWriter
 from eigenslice.measure.divergence import divergences, make_heads
 from eigenslice.measure.importance import post_gain
 from eigenslice.runtime.offload import OffloadedTensors
+from eigenslice.runtime.precision import products
 from eigenslice.search.parted import held_out_first, run_parted
 from eigenslice.stream.run import Run
 from eigenslice.stream.walk import Activations, Site
@@ -162,8 +163,11 @@ def _refitted(run: Run, gap: _Gap, site: Site) -> Tensor:
             else:
                 weight = inverse_size(batch.rows(hidden), site.eps)
                 outputs = missing * weight
-            sums.add(batch.rows(gap.inputs[number]) * weight, outputs)
+            with products(run.precision.gram):
+                sums.add(batch.rows(gap.inputs[number]) * weight, outputs)
     sums.add_up(run.ranks.sum)
     base = torch.zeros(width, inputs, dtype=torch.float64, device=device)
-    change = run.ranks.decide(sums.solve(base, DEFAULT_RIDGE))
+    with products("float32"):
+        solution = sums.solve(base, DEFAULT_RIDGE, run.precision.solve_dtype)
+    change = run.ranks.decide(solution.weights)
     return change / gap.normed.scale[:, None] if gap.normed else change

@@ -2,9 +2,11 @@
 
 import torch
 
+from eigenslice.data.own_text import SAMPLING_STAGE
 from eigenslice.fit.neuron_readers import curvature_stride
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
+from eigenslice.options.slicing import SliceOptions
 from eigenslice.runtime.offload import FREE_SHARE, free_bytes
 
 WRITING = 3.5
@@ -24,6 +26,16 @@ def activation_bytes(anatomy: Anatomy, tokens: int, dtype: torch.dtype, *, refit
         inner = 3 * width + anatomy.shared_neuron_count if refitted else 0
     read = (width + rows) / curvature_stride(tokens) if refitted and rows else 0
     return int(tokens * (2 * width + max(width, inner) + read)) * item
+
+
+def advice(options: SliceOptions, stage: str) -> str:
+    """Return what to change where memory has run out in a stage; --offload and --device may change on --resume."""
+    if stage == SAMPLING_STAGE:
+        return "--own-text 0 needs no whole model in memory; a GPU with more memory may hold it"
+    less = "a new run with fewer --samples or a shorter --seqlen takes less"
+    if options.offload != "disk":
+        less = f"add --offload disk, which keeps activations in files; {less}"
+    return f"{less}; torchrun divides activations by the number of GPUs"
 
 
 def whole_bytes(dense: DenseModel, dtype: torch.dtype) -> int:

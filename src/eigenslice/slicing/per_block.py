@@ -3,15 +3,17 @@
 from dataclasses import replace
 from typing import Any
 
-from eigenslice.algebra.basis import principal_components
+from eigenslice.algebra.basis import Spectrum, principal_components
 from eigenslice.cut.blocks import SiteBasis, identity_basis, slice_block
 from eigenslice.cut.ends import block_names, site_basis, slice_embeddings, slice_head
 from eigenslice.data.holdout import hold_out
 from eigenslice.model.folding import FoldedBlock
 from eigenslice.report.manifest import site_summary
+from eigenslice.runtime.precision import products
 from eigenslice.slicing.held_out_loss import WHOLE_STREAMS, WholeStreams
 from eigenslice.slicing.result_files import SLICING_STAGE, ResultFiles
-from eigenslice.stream.walk import STREAMS
+from eigenslice.stream.run import Run
+from eigenslice.stream.walk import STREAMS, Site
 
 
 def slice_per_block(files: ResultFiles) -> dict[str, Any]:
@@ -57,7 +59,7 @@ def slice_per_block(files: ResultFiles) -> dict[str, Any]:
             # The class has a matrix behind every post norm, because the other bases aren't the dense model's
             basis = replace(identity_basis(anatomy.width, dense.device), rotated=True)
         else:
-            spectrum = principal_components(run.ranks.sum(site.moment(normalized=False)), anatomy.layer_norm)
+            spectrum = _spectrum(run, site)
             basis = SiteBasis(run.ranks.decide(site_basis(anatomy, spectrum, width).matrix.contiguous()))
             site.project(basis.matrix)
             summaries.append(site_summary(f"block {site.block} site {site.index}", spectrum, width))
@@ -82,3 +84,10 @@ def _write_block(files: ResultFiles, number: int, held: FoldedBlock | None, base
     folded = dense.block(number, dense.read_block(number)) if held is None else held
     block = slice_block(dense.anatomy.sites, folded, bases, shortcuts=True)
     files.write(block_names(dense, number, block, bases[-1].width))
+
+
+def _spectrum(run: Run, site: Site) -> Spectrum:
+    """Return the principal components of the stream at a site."""
+    with products(run.precision.gram):
+        moment = site.moment(normalized=False)
+    return principal_components(run.ranks.sum(moment), run.dense.anatomy.layer_norm)

@@ -26,7 +26,9 @@ from eigenslice.report.card import CARD, read_card_metadata, write_card
 from eigenslice.report.manifest import NAME, finished_manifest, manifest, resumable, run_identity
 from eigenslice.runtime.device import resolve_device, unmap_freed_tensors
 from eigenslice.runtime.offload import Offload, choose_place
+from eigenslice.runtime.out_of_memory import memory_errors
 from eigenslice.runtime.output import refuse_overlap
+from eigenslice.runtime.precision import Precision, choose_precision, products
 from eigenslice.runtime.progress import Progress, no_progress
 from eigenslice.runtime.ranks import Ranks, join_ranks
 from eigenslice.runtime.run_state import RunState
@@ -34,7 +36,7 @@ from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, remove
 from eigenslice.search.choose import choose_plan
 from eigenslice.slicing.calibration import add_sequences
 from eigenslice.slicing.global_basis import slice_globally
-from eigenslice.slicing.memory import activation_bytes
+from eigenslice.slicing.memory import activation_bytes, advice
 from eigenslice.slicing.per_block import slice_per_block
 from eigenslice.slicing.result_files import ResultFiles
 from eigenslice.stream.run import Run
@@ -52,7 +54,9 @@ class SliceResult:
     manifest: dict[str, Any]
 
 
-def slice_model(options: SliceOptions, progress: Progress = no_progress) -> SliceResult:
+def slice_model(
+    options: SliceOptions, progress: Progress = no_progress, precision: Precision | None = None
+) -> SliceResult:
     """Slice a checkpoint into a new folder.
 
     Under torchrun, all processes call this; they share the sequences, and the first one writes. If blocks are large,
@@ -61,14 +65,33 @@ def slice_model(options: SliceOptions, progress: Progress = no_progress) -> Slic
     Args:
         options: The options of the command.
         progress: Called as the work goes on.
+        precision: The precision of each kind of arithmetic; None chooses it by the device.
 
     Raises:
         EigensliceError: bad input or options; nothing has been written then.
         IncompleteError: the disk is full, or the like; finished work is kept.
+        MemoryRanOutError: memory ran out; finished work is kept.
     """
     device = resolve_device(options.device)
-    with join_ranks(device) as ranks:
-        return _slice(options, device, ranks, progress if ranks.first else no_progress)
+    memory = memory_errors(progress, lambda stage: advice(options, stage), options.output)
+    with memory as watched, join_ranks(device) as ranks:
+        machine = _Machine(device, ranks, precision or choose_precision(device))
+        return _slice(options, machine, watched if ranks.first else no_progress)
+
+
+@dataclass(frozen=True)
+class _Machine:
+    """Where a run computes, and how.
+
+    Attributes:
+        device: The device of this process.
+        ranks: The processes that share the sequences.
+        precision: The precision of each kind of arithmetic.
+    """
+
+    device: torch.device
+    ranks: Ranks
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -83,7 +106,7 @@ class _Job:
         identity: Everything that the result depends on.
         companions: A folder of files that join the result.
         card: Metadata of the dense model's card.
-        ranks: The processes that share the sequences.
+        machine: Where the run computes.
         progress: Called as the work goes on.
     """
 
@@ -94,8 +117,13 @@ class _Job:
     identity: dict[str, Any]
     companions: Path
     card: dict[str, Any]
-    ranks: Ranks
+    machine: _Machine
     progress: Progress
+
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that share the sequences."""
+        return self.machine.ranks
 
     @property
     def plans(self) -> list[Plan]:
@@ -118,7 +146,8 @@ class _Job:
         return ["config.json", NAME, CARD, MODELING_FILE.name, *(path.name for path in self.companions.iterdir())]
 
 
-def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: Progress) -> SliceResult:
+def _slice(options: SliceOptions, machine: _Machine, progress: Progress) -> SliceResult:
+    ranks = machine.ranks
     if not ranks.on_first(lambda: _is_finished(options)):
         ranks.on_first(lambda: check_work_folder(options.output, options.resume, [Path(options.model)]))
     source = open_source(options.model, options.trust_remote_code)
@@ -126,7 +155,7 @@ def _slice(options: SliceOptions, device: torch.device, ranks: Ranks, progress: 
     with TemporaryDirectory(prefix="eigenslice-") as folder:
         companions, tokenizer = Path(folder) / "companions", Path(folder) / "tokenizer"
         companions.mkdir()  # on all ranks; the first one fills it
-        return _slice_source(options, cut_vocabulary(source, options, tokenizer), companions, device, ranks, progress)
+        return _slice_source(options, cut_vocabulary(source, options, tokenizer), companions, machine, progress)
 
 
 def _is_finished(options: SliceOptions) -> bool:
@@ -135,10 +164,10 @@ def _is_finished(options: SliceOptions) -> bool:
 
 
 def _slice_source(
-    options: SliceOptions, source: Source, companions: Path, device: torch.device, ranks: Ranks, progress: Progress
+    options: SliceOptions, source: Source, companions: Path, machine: _Machine, progress: Progress
 ) -> SliceResult:
     """Slice a checkpoint that was opened; `companions` is a folder for files that join the result."""
-    dense = DenseModel(source, device)
+    ranks, dense = machine.ranks, DenseModel(source, machine.device)
     if max(dense.anatomy.block_sizes) * torch.float32.itemsize > LARGE_BLOCK:
         unmap_freed_tensors()
     families = make_plans(dense.anatomy, options)
@@ -153,7 +182,9 @@ def _slice_source(
         ranks.on_all(lambda: remove_finished(options.output))
         return SliceResult(options.output, content)
     card = ranks.on_first(lambda: _stage(source, companions))
-    return _run(_Job(options, dense, families, given, identity, companions, card, ranks, progress))
+    job = _Job(options, dense, families, given, identity, companions, card, machine, progress)
+    with products(machine.precision.forward):
+        return _run(job)
 
 
 def _stage(source: Source, folder: Path) -> dict[str, Any]:
@@ -195,7 +226,7 @@ def _begin(job: _Job, work: WorkFolder) -> Run:
     needed = activation_bytes(dense.anatomy, tokens.count, job.compute, refitted=options.fits) // ranks.size
     place = choose_place(options.offload, needed, dense.device)
     offload = Offload(place, dense.device, work.offload / str(ranks.rank))
-    return Run(dense, tokens, job.compute, offload, ranks, state, job.progress)
+    return Run(dense, tokens, job.compute, offload, ranks, state, job.progress, job.machine.precision)
 
 
 def _complete(job: _Job, work: WorkFolder, files: ResultFiles, entries: dict[str, Any]) -> dict[str, Any]:
@@ -206,10 +237,18 @@ def _complete(job: _Job, work: WorkFolder, files: ResultFiles, entries: dict[str
         write_modeling_file(work.result)
     _copy(work.companions, work.result)
     content = manifest(options, dense, plan, files.run.tokens, job.dtype)
-    content |= entries | {"sha256": hashes, "run": job.identity}
+    content |= entries | {"precision": _described(job), "sha256": hashes, "run": job.identity}
     write_json(work.result / NAME, content)
     write_card(work.result, content, options.output.name, job.card)
     return content
+
+
+def _described(job: _Job) -> dict[str, str]:
+    """Return the precision of each kind of arithmetic, for the manifest."""
+    described = job.machine.precision.describe()
+    if job.compute != torch.float32:
+        described["forward"] = str(job.compute).removeprefix("torch.")
+    return described
 
 
 def _copy(folder: Path, target: Path) -> None:

@@ -10,6 +10,7 @@ from eigenslice.data import Tokens
 from eigenslice.data.batches import Batch, share_batches
 from eigenslice.model.dense import DenseModel
 from eigenslice.runtime.offload import Offload
+from eigenslice.runtime.precision import EXACT, Precision
 from eigenslice.runtime.progress import Progress
 from eigenslice.runtime.ranks import Ranks
 from eigenslice.runtime.run_state import Position, RunState
@@ -28,6 +29,7 @@ class Run:
         ranks: The processes that share the sequences.
         state: The saved state, with the results of finished stages.
         progress: Called as the work goes on.
+        precision: The precision of each kind of arithmetic.
     """
 
     dense: DenseModel
@@ -37,6 +39,7 @@ class Run:
     ranks: Ranks
     state: RunState
     progress: Progress
+    precision: Precision = EXACT
 
     def walk(
         self,
