@@ -32,6 +32,14 @@ def nobody_waits_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def every_cpu_computes_in_float32() -> Iterator[None]:
+    """Hide what this CPU multiplies fast: products of bfloat16 would differ from references on some machines only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", dict)
+        yield
+
+
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """Gives the folder of a case's dense model."""

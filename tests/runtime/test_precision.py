@@ -42,6 +42,7 @@ def test_a_cpu_multiplies_bfloat16_where_it_has_instructions_for_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
     assert choose_precision(CPU) == expected
+    assert choose_precision(CPU, "float32") == EXACT
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), ON_TENSOR_CORES), ((7, 5), Precision(solve="float32"))])

@@ -153,7 +153,11 @@ class SliceOptions(Options):
     dtype: Annotated[DtypeName | None, Option("Stored dtype.", RESULT, "as the source")] = None
     compute_dtype: Annotated[
         DtypeName | None,
-        Option("Dtype of the forward pass.", MACHINE, "float32 on CPU; the source's on a GPU, bfloat16 of a GGUF"),
+        Option(
+            "Dtype of the forward pass; float32: without bfloat16 in products, too.",
+            MACHINE,
+            "float32 on CPU, bfloat16 in products if it has them; the source's on a GPU, bfloat16 of a GGUF",
+        ),
     ] = None
     device: Device = None
     offload: Annotated[

@@ -55,13 +55,21 @@ ON_BF16_CPU = Precision("bfloat16", "bfloat16", "bfloat16", "float64")
 """For CPUs that multiply bfloat16: the tables in docs/results.md were made with such products."""
 
 
-def choose_precision(device: torch.device) -> Precision:
-    """Return the precision for a device."""
+def choose_precision(device: torch.device, compute: str | None = None) -> Precision:
+    """Return the precision for a device.
+
+    Args:
+        device: The device.
+        compute: The dtype that the user asks to compute in, None if none is named. "float32" on a CPU means float32
+            products on every CPU.
+    """
     if device.type == "cuda":
         has_tf32 = not torch.version.hip and torch.cuda.get_device_capability(device) >= TF32_CAPABILITY
         return ON_TENSOR_CORES if has_tf32 else Precision(solve="float32")
-    if device.type == "cpu" and any(torch.cpu.get_capabilities().get(name, False) for name in BF16_FEATURES):
-        return ON_BF16_CPU
+    if device.type == "cpu" and compute != "float32":
+        features = torch.cpu.get_capabilities()
+        if any(features.get(name, False) for name in BF16_FEATURES):
+            return ON_BF16_CPU
     return EXACT
 
 

@@ -75,7 +75,7 @@ def slice_model(
     device = resolve_device(options.device)
     memory = memory_errors(progress, lambda stage: advice(options, stage), options.output)
     with memory as watched, join_ranks(device) as ranks:
-        machine = _Machine(device, ranks, precision or choose_precision(device))
+        machine = _Machine(device, ranks, precision or choose_precision(device, options.compute_dtype))
         return _slice(options, machine, watched if ranks.first else no_progress)
 
 
