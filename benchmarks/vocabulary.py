@@ -1,7 +1,8 @@
 """Loss of a result with fewer tokens on the same text as the dense model: bits per byte, and the ratio of perplexities.
 
     eigenslice slice MODEL.gguf -o small --keep 0.6 --vocabulary-from TEXT
-    python benchmarks/vocabulary.py MODEL.gguf small --test wiki=wiki.test.txt -o benchmarks/results/NAME.json
+    python benchmarks/vocabulary.py MODEL.gguf small --test wiki=wiki.test.txt --test docstrings=builtin \\
+        -o benchmarks/results/NAME.json
 
 Two tokenizers split a text into different numbers of tokens, so that perplexities per token don't compare. Here both
 models read the same characters: windows of a text, each encoded by the model's own tokenizer. The loss is the negative
@@ -19,6 +20,12 @@ import torch
 
 from eigenslice import __version__
 from eigenslice.checkpoint.loading import load_model
+from eigenslice.data.builtin import library_docstrings
+
+
+def read(name: str) -> str:
+    """Return a file's text; `builtin` is the docstrings of Python's standard library."""
+    return "\n\n".join(library_docstrings()) if name == "builtin" else Path(name).read_text(encoding="utf-8")
 
 
 def windows(text: str, count: int, characters: int) -> list[str]:
@@ -56,16 +63,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense")
     parser.add_argument("result")
-    parser.add_argument("--test", action="append", required=True, metavar="NAME=FILE")
+    parser.add_argument("--test", action="append", required=True, metavar="NAME=FILE|builtin")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--characters", type=int, default=2048)
     parser.add_argument("-o", "--output", type=Path)
     arguments = parser.parse_args()
     files = dict(test.split("=", 1) for test in arguments.test)
-    texts = {
-        name: windows(Path(file).read_text(encoding="utf-8"), arguments.windows, arguments.characters)
-        for name, file in files.items()
-    }
+    texts = {name: windows(read(file), arguments.windows, arguments.characters) for name, file in files.items()}
     dense, result = measure(arguments.dense, texts), measure(arguments.result, texts)
     content: dict[str, Any] = {
         "dense": {"model": Path(arguments.dense).name} | dense,

@@ -36,7 +36,7 @@ def sliced(run_slice: Slicer, recipe: Recipe, tmp_path: Path) -> Sliced:
         data = CalibrationOptions(data=str(calibration))
         size: dict[str, Any] = {"width": width, "experts": experts}
         if neurons or heads:
-            plan = {"width": width, "neurons": neurons, "key_value_heads": heads}
+            plan = {"width": width, "neurons": neurons, "key_value_heads": heads, "experts": experts}
             size = {"recipe": recipe(**{name: value for name, value in plan.items() if value})}
         return run_slice("llama", model=str(dense), calibration=data, form=form, **size).output
 

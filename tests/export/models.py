@@ -109,6 +109,20 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = PHI3 | {
     "phi": ("phi", SQUARE),
 }
 """Cases of further types, which are exported in stock form only."""
+GEMMA3 = HEADS | {
+    "num_hidden_layers": 5,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 12,
+    "rope_parameters": {"sliding_attention": tiny.ROPE | {"rope_theta": 500.0}, "full_attention": LINEAR},
+    "tie_word_embeddings": True,
+}
+WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
+    "gemma3_text": ("gemma3_text", GEMMA3),
+    "gemma3_text-untied": ("gemma3_text", GEMMA3 | {"tie_word_embeddings": False}),
+    "gemma3_text-windows": ("gemma3_text", GEMMA3 | {"layer_types": ["sliding_attention"] * 5}),
+}
+"""Cases of types that are stock at the whole hidden width only: neurons, heads and blocks are cut."""
 
 
 def tokenizer(split: str = "gpt-2", bos: bool = False) -> Any:
@@ -140,7 +154,7 @@ def tokenizer(split: str = "gpt-2", bos: bool = False) -> Any:
 
 def save(folder: Path, case: str = "llama", split: str = "gpt-2", **config: Any) -> Path:
     """Save a dense model of a case with its tokenizer."""
-    model_type, extra = (CASES | STOCK)[case]
+    model_type, extra = (CASES | STOCK | WHOLE)[case]
     model = tiny.tiny_model(model_type, CONFIG | extra | config)
     tokenizer(split).save_pretrained(folder)
     return tiny.save(model, folder)
@@ -157,7 +171,7 @@ class GgmlGelu(torch.nn.Module):
 def expected_log_probabilities(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """What transformers predicts after each prefix, (tokens, vocabulary), with ggml's GELU where there is one."""
     model = load(folder)
-    if getattr(model.config, "hidden_act", "").startswith("gelu"):
+    if any(str(getattr(model.config, name, "")).startswith("gelu") for name in ("hidden_act", "hidden_activation")):
         for module in model.modules():
             for name in ("act_fn", "activation_fn"):
                 if hasattr(module, name):

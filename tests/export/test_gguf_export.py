@@ -21,12 +21,16 @@ from tests.export import models
 from tests.export.conftest import Exporter, Sliced
 from tests.export.models import log_probabilities
 from tests.messages import check_message
+from tests.results import load
+
+IRREGULAR = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+
+PROMPT, NEW = tiny.random_ids(1, 8, seed=3)[0], 12
+"""A prompt, and the number of tokens that follow."""
 
 
-@pytest.mark.parametrize("case", models.CASES | models.STOCK)
-def test_sliced_models_give_the_same_probabilities(case: str, sliced: Sliced, exported: Exporter) -> None:
-    """All tokens at all positions; heads x head_dim isn't the hidden width wherever llama.cpp doesn't insist on it."""
-    folder = sliced(case)
+def check_probabilities(folder: Path, exported: Exporter) -> None:
+    """llama.cpp predicts what transformers does: all tokens at all positions."""
     result = exported(folder, check=False)
     ids = tiny.random_ids(1, 24, seed=9)
     expected = models.expected_log_probabilities(folder, ids)
@@ -34,6 +38,20 @@ def test_sliced_models_give_the_same_probabilities(case: str, sliced: Sliced, ex
     representable = expected > -85  # llama.cpp takes the logarithm of a probability, in float32
     assert representable.float().mean() > 0.7
     assert (actual - expected)[representable].abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", models.CASES | models.STOCK)
+def test_sliced_models_give_the_same_probabilities(case: str, sliced: Sliced, exported: Exporter) -> None:
+    """heads x head_dim isn't the hidden width wherever llama.cpp doesn't insist on it."""
+    check_probabilities(sliced(case), exported)
+
+
+@pytest.mark.parametrize("case", models.WHOLE)
+def test_models_of_the_whole_width_give_the_same_probabilities(case: str, sliced: Sliced, exported: Exporter) -> None:
+    """Fewer neurons and heads, behind windows shorter than the text."""
+    folder = sliced(case, width=48, neurons=[40] * 5, heads=1)
+    assert load(folder).config.num_key_value_heads == 1
+    check_probabilities(folder, exported)
 
 
 @pytest.mark.parametrize(
@@ -80,13 +98,32 @@ def test_experts_with_fewer_neurons(case: str, neurons: int, sliced: Sliced, exp
     assert shapes["blk.1.ffn_down_exps.weight"][:2] == [neurons, 32]
 
 
-@pytest.mark.parametrize(("case", "experts"), [("qwen3_moe", 3), ("mixtral", 10)])
-def test_fewer_experts(case: str, experts: int, sliced: Sliced, exported: Exporter) -> None:
-    """The file is compared with transformers there."""
-    result = exported(sliced(case, experts=experts))
+@pytest.mark.parametrize(("case", "experts", "neurons"), [("qwen3_moe", 3, 16), ("mixtral", 10, 40)])
+def test_fewer_experts_write_the_same_text(
+    case: str, experts: int, neurons: int, sliced: Sliced, exported: Exporter
+) -> None:
+    """Fewer experts with fewer neurons: transformers' kernel by default, its plain one and llama.cpp agree, greedily,
+    token by token. The file is compared with transformers, too."""
+    folder = sliced(case, width=48, experts=experts, neurons=[neurons] * 2)
+    result = exported(folder)
     shapes = {tensor.name: tensor.shape.tolist() for tensor in GGUFReader(result.output).tensors}
-    assert shapes["blk.1.ffn_down_exps.weight"][2] == experts
+    assert shapes["blk.1.ffn_down_exps.weight"] == [neurons, 48, experts]
     assert shapes["blk.1.ffn_gate_inp.weight"][1] == experts
+    default, plain = load(folder), load(folder, experts_implementation="eager")
+    assert default.config.model_type == case
+    assert default.config._experts_implementation not in (None, "eager")
+    texts = [greedy(default), greedy(plain)]
+    with LlamaCpp(result.output, exact=True) as runtime:
+        ids = PROMPT.tolist()
+        for _ in range(NEW):
+            ids.append(next(iter(runtime.next_tokens(ids, 1))))
+    assert texts == [ids, ids]
+
+
+def greedy(model: Any) -> list[int]:
+    """Tokens of the prompt and the most likely ones after it, by transformers, without an end."""
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "eos_token_id": None}
+    return model.generate(PROMPT[None], attention_mask=torch.ones_like(PROMPT[None]), **options)[0].tolist()
 
 
 def test_a_tied_head_is_stored_once(sliced: Sliced, exported: Exporter) -> None:
@@ -213,6 +250,11 @@ def test_what_llama_cpp_does_not_run_is_refused(
         ("qwen2_moe", models.QWEN2_MOE | {"tie_word_embeddings": True}, "a head that is the embedding"),
         ("mixtral", {"sliding_window": 6}, "a sliding window of 6 tokens"),
         ("starcoder2", {"use_bias": False}, "linear layers without a bias"),
+        ("gemma3_text", models.GEMMA3 | {"layer_types": IRREGULAR}, "other layers than all but each n-th"),
+        ("gemma3_text", models.GEMMA3 | {"layer_types": ["full_attention"] * 5}, "other layers than all but each n-th"),
+        ("gemma3_text", models.GEMMA3 | {"query_pre_attn_scalar": 16}, "scaled by another number"),
+        ("gemma3_text", models.GEMMA3 | {"final_logit_softcapping": 3.0}, "capped logits"),
+        ("gemma3_text", models.GEMMA3 | {"use_bidirectional_attention": True}, "attention to later tokens"),
         ("smollm3", {"rope_parameters": models.LLAMA3}, "rotary angles of type 'llama3'"),
     ],
 )

@@ -1,7 +1,7 @@
 """The choice of the tokens that stay."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from eigenslice.errors import OptionsError
 from eigenslice.vocabulary.specification import Specification, closed, merged_from
@@ -12,7 +12,11 @@ COMMON = 0.999
 
 
 def choose_tokens(
-    specification: Specification, counts: Mapping[int, int], named: Iterable[int], number: int | None
+    specification: Specification,
+    counts: Mapping[int, int],
+    named: Iterable[int],
+    number: int | None,
+    likeness: Sequence[float] = (),
 ) -> list[int]:
     """Return ids of the tokens that stay, in ascending order.
 
@@ -22,8 +26,9 @@ def choose_tokens(
         named: Ids that configs name, such as the end of a text.
         number: Number of tokens that stay; None keeps all tokens that occur. Tokens that the tokenizer can't do without
             come first, then the most used tokens. Of two tokens with equal use, a token of common characters of the
-            texts is first, then the lower id, which is the earlier merge. Each token brings the tokens that it is
-            merged from, and is left out if these are too many.
+            texts is first, then the one that is more like used tokens, then the lower id, which is the earlier merge.
+            Each token brings the tokens that it is merged from, and is left out if these are too many.
+        likeness: A number for each id, higher for a token that is more like the used ones; empty if nothing is known.
 
     Raises:
         OptionsError: the tokenizer has fewer tokens, or can't do without more.
@@ -41,7 +46,11 @@ def choose_tokens(
             next_step="choose another number, or let texts decide with --vocabulary-from alone",
         )
     common = _common_characters(specification, counts)
-    for i in sorted(tokens, key=lambda i: (-counts.get(i, 0), not common.issuperset(tokens[i]), i)):
+
+    def order(i: int) -> tuple[int, bool, float, int]:
+        return -counts.get(i, 0), not common.issuperset(tokens[i]), -likeness[i] if likeness else 0.0, i
+
+    for i in sorted(tokens, key=order):
         more = merged_from(specification, tokens[i]) - kept
         if len(kept) + len(more) <= number:
             kept |= more

@@ -4,11 +4,14 @@ import copy
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 
+from eigenslice.arch import lookup
 from eigenslice.checkpoint.companions import stage_companions
 from eigenslice.checkpoint.empty import empty_model
 from eigenslice.checkpoint.files import LARGEST_VOCABULARY, read_json
@@ -19,7 +22,8 @@ from eigenslice.checkpoint.writer import write_json
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.vocabulary.choice import choose_tokens
-from eigenslice.vocabulary.kept_source import KeptTokens, SourceOfKeptTokens
+from eigenslice.vocabulary.kept_source import PIECE, KeptTokens, SourceOfKeptTokens
+from eigenslice.vocabulary.likeness import likeness
 from eigenslice.vocabulary.rewriting import (
     ids_of_steps,
     named_ids,
@@ -63,7 +67,8 @@ def cut_vocabulary(source: Source, options: SliceOptions, folder: Path) -> Sourc
     texts = CalibrationOptions(data=options.vocabulary_from) if options.vocabulary_from else options.calibration
     readings = read_texts(texts, source.tokenizer, STREAMED, warn=bool(options.vocabulary_from))
     counts = count_tokens(source.tokenizer, readings)
-    kept = choose_tokens(specification, counts, _named(source, specification, folder), options.vocabulary)
+    alike = likeness(_embedding(source), counts).tolist() if options.vocabulary is not None else ()
+    kept = choose_tokens(specification, counts, _named(source, specification, folder), options.vocabulary, alike)
     ids = renumbering(kept)
     rows = int(source.config.vocab_size)
     _rewrite(folder, specification, ids)
@@ -186,6 +191,13 @@ def _check_same(source: Source, tokenizer: Any, ids: dict[int, int], readings: l
     different = first_difference(source.tokenizer, tokenizer, ids, readings)
     if different:
         raise refused(f"with the tokens that the texts need, they are split otherwise: {different}")
+
+
+def _embedding(source: Source) -> Callable[[], Iterator[Tensor]]:
+    """A function that gives the rows of the dense model's embedding in pieces."""
+    name = lookup(source.config).embeddings[0] + ".weight"
+    stored = origins(source, empty_model(source.config))[name].stored[0]
+    return lambda: source.weights.rows(stored, PIECE)
 
 
 def _vocabulary_tensors(source: Source, config: Any) -> frozenset[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from gguf import MODEL_ARCH
 
 from eigenslice.errors import UnsupportedModelError
-from eigenslice.export.gguf.config import dense_config, head_dim, is_custom, neurons_of
+from eigenslice.export.gguf.config import dense_config, head_dim, is_custom, neurons_of, window_period
 from eigenslice.export.gguf.rope import rope_type, rotary_dim
 from eigenslice.export.gguf.table import ARCHITECTURES, OWN, Architecture
 
@@ -84,10 +84,14 @@ def _variants(config: Any, architecture: Architecture) -> Iterator[str]:
     layers = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
     windowed = "sliding_attention" in layers if layers else window is not None
-    if windowed and window < config.max_position_embeddings:
+    if architecture.windows:
+        if window_period(config) is None:
+            yield "sliding windows in other layers than all but each n-th"
+    elif windowed and window < config.max_position_embeddings:
         yield f"a sliding window of {window} tokens"
-    if config.hidden_act not in architecture.activations:
-        yield f"the activation {config.hidden_act!r}"
+    activation = getattr(config, architecture.activation)
+    if activation not in architecture.activations:
+        yield f"the activation {activation!r}"
     if rope_type(config) not in architecture.rope_types:
         yield f"rotary angles of type {rope_type(config)!r}"
     if rotary_dim(config) != head_dim(config) and not architecture.partly_rotary:

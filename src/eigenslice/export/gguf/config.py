@@ -29,3 +29,25 @@ def neurons_of(config: Any) -> list[int]:
     dense = dense_config(config)
     counts = config.neurons if is_custom(config) else None
     return list(counts or [dense.intermediate_size] * dense.num_hidden_layers)
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def rope_parameters(config: Any, layer_type: str = FULL) -> dict[str, Any]:
+    """transformers' numbers of the rotary angles, of one type of layers where types differ (Gemma 3)."""
+    parameters = dense_config(config).rope_parameters
+    return parameters.get(layer_type, parameters)
+
+
+def window_period(config: Any) -> int | None:
+    """Number n for which each n-th block has full attention and all others have a sliding window.
+
+    One more than the number of blocks where all blocks have a window; None if no number from 2 on describes the blocks.
+    With full attention alone, llama.cpp 2026.10 aborts the process.
+    """
+    windowed = [kind == SLIDING for kind in config.layer_types]
+    for period in range(2, len(windowed) + 2):
+        if windowed == [block % period < period - 1 for block in range(len(windowed))]:
+            return period
+    return None

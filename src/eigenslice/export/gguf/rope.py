@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from eigenslice.export.gguf.config import dense_config, head_dim
+from eigenslice.export.gguf.config import dense_config, head_dim, rope_parameters
 
 FREQUENCIES, SHORT, LONG = "rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"
 UNTURNED = 1e30
@@ -19,12 +19,12 @@ UNTURNED = 1e30
 
 def rope_type(config: Any) -> str:
     """transformers' name for how the angles are made."""
-    return dense_config(config).rope_parameters.get("rope_type", "default")
+    return rope_parameters(config).get("rope_type", "default")
 
 
 def rotary_dim(config: Any) -> int:
     """Return the count of rotated numbers in a head, which are the first ones."""
-    return int(head_dim(config) * dense_config(config).rope_parameters.get("partial_rotary_factor", 1.0))
+    return int(head_dim(config) * rope_parameters(config).get("partial_rotary_factor", 1.0))
 
 
 def frequencies(config: Any, length: int | None = None) -> tuple[Tensor, float]:
@@ -34,13 +34,13 @@ def frequencies(config: Any, length: int | None = None) -> tuple[Tensor, float]:
     if kind in ("llama3", "longrope"):
         angles, factor = ROPE_INIT_FUNCTIONS[kind](dense, torch.device("cpu"), length)
         return angles.double(), float(factor)
-    return dense.rope_parameters["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
+    return rope_parameters(config)["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim), 1.0
 
 
 def _factors(config: Any, length: int | None = None) -> Tensor:
     """Return llama.cpp's divisors of the frequencies, (head_dim / 2,)."""
     dim = head_dim(config)
-    plain = dense_config(config).rope_parameters["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    plain = rope_parameters(config)["rope_theta"] ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angles, _ = frequencies(config, length)
     factors = torch.full_like(plain, UNTURNED)
     factors[: len(angles)] = plain[: len(angles)] / angles
@@ -56,7 +56,7 @@ def rope_factors(config: Any, whole: bool) -> dict[str, Tensor]:
     """
     kind = rope_type(config)
     if kind == "longrope":
-        length = dense_config(config).rope_parameters["original_max_position_embeddings"]
+        length = rope_parameters(config)["original_max_position_embeddings"]
         return {SHORT: _factors(config), LONG: _factors(config, length + 1)}
     if kind == "llama3" or (whole and rotary_dim(config) != head_dim(config)):
         return {FREQUENCIES: _factors(config)}

@@ -6,6 +6,7 @@ activation. The tests run each row in llama.cpp.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES
 
@@ -35,10 +36,12 @@ class Architecture:
         rope_types: Types of rotary angles that it computes.
         partly_rotary: True if the type rotates a part of each head and the architecture can do so.
         biases: Linear layers of a block with a bias that it reads, if there is one.
+        activation: Field of the config with the MLP's activation.
         activations: transformers' names of its MLP activations.
         epsilon: Field of the config with the norms' epsilon.
         layer_norm: True if its norms are LayerNorms.
         gain_offset: Number that is added to the norms' weight to make their gain.
+        windows: True if sliding windows alternate with full attention there, with rotary angles of their own.
         fused: Linear layers that transformers stores in one, with the names of their parts in the order of rows.
         keys: Further numbers in the header: the writer's method, and the field of the config.
         refusals: Variants of the type that the architecture has no place for.
@@ -52,10 +55,12 @@ class Architecture:
     rope_types: tuple[str, ...] = SCALED
     partly_rotary: bool = False
     biases: tuple[str, ...] = INPUTS
+    activation: str = "hidden_act"
     activations: tuple[str, ...] = ("silu",)
     epsilon: str = "rms_norm_eps"
     layer_norm: bool = False
     gain_offset: float = 0.0
+    windows: bool = False
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     refusals: tuple[Refusal, ...] = ()
@@ -81,6 +86,12 @@ DENSE_BLOCKS = Refusal(
     when=lambda c: bool(c.mlp_only_layers) or c.decoder_sparse_step != 1, reason="blocks without experts"
 )
 
+
+def gemma3_scale(config: Any) -> float:
+    """Number whose root llama.cpp divides Gemma 3's scores by; it knows the 27B model by its number of blocks."""
+    return config.hidden_size / config.num_attention_heads if config.num_hidden_layers == 62 else config.head_dim
+
+
 ARCHITECTURES = {
     "llama": OWN,
     "mistral": OWN,
@@ -99,6 +110,23 @@ ARCHITECTURES = {
         activations=(*TANH_GELU, "gelu"),  # an old name in Gemma's configs, which means the former
         gain_offset=1.0,
         refusals=(Refusal(when=lambda c: not c.tie_word_embeddings, reason="a head that isn't the embedding"),),
+    ),
+    "gemma3_text": Architecture(
+        MODEL_ARCH.GEMMA3,
+        interleaved=False,
+        biases=(),
+        activation="hidden_activation",
+        activations=TANH_GELU,
+        gain_offset=1.0,
+        windows=True,
+        refusals=(
+            Refusal(
+                when=lambda c: c.query_pre_attn_scalar != gemma3_scale(c),
+                reason="scores that are scaled by another number than the heads' width",
+            ),
+            Refusal(when=lambda c: bool(c.attn_logit_softcapping or c.final_logit_softcapping), reason="capped logits"),
+            Refusal(when=lambda c: bool(c.use_bidirectional_attention), reason="attention to later tokens"),
+        ),
     ),
     "qwen3_moe": Architecture(
         MODEL_ARCH.QWEN3MOE,

@@ -19,7 +19,15 @@ from gguf import GGUFWriter, RopeScalingType
 
 from eigenslice.checkpoint.weights import SafetensorsWeights
 from eigenslice.export.gguf.arch import architecture_of
-from eigenslice.export.gguf.config import dense_config, head_dim, is_custom, neurons_of
+from eigenslice.export.gguf.config import (
+    SLIDING,
+    dense_config,
+    head_dim,
+    is_custom,
+    neurons_of,
+    rope_parameters,
+    window_period,
+)
 from eigenslice.export.gguf.rope import rope_type, rotary_dim
 from eigenslice.export.gguf.table import Architecture
 from eigenslice.export.gguf.tensors import entries
@@ -51,8 +59,12 @@ def _write_parameters(writer: GGUFWriter, config: Any, arch: Architecture, kind:
         getattr(writer, method)(getattr(dense, field))
     # Interleaved heads are rotated as a whole, by factors that leave a part as it is
     writer.add_rope_dimension_count(dim if arch.interleaved else rotary_dim(config))
-    rope = dense.rope_parameters
+    rope = rope_parameters(config)
     writer.add_rope_freq_base(rope["rope_theta"])
+    if arch.windows:
+        writer.add_sliding_window(dense.sliding_window)
+        writer.add_sliding_window_pattern(window_period(dense))
+        writer.add_rope_freq_base_swa(rope_parameters(config, SLIDING)["rope_theta"])
     if rope_type(config) == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
