@@ -19,6 +19,7 @@ OURS = [command for command in COMMANDS if command.eigenslice]
 SCRIPTS = [command for command in COMMANDS if command.words[0] == "python"]
 SNIPPETS = [(name(page), snippet) for page in PAGES for snippet in fences(page, "python")]
 FOREIGN = {"--help", "--nproc-per-node", "--nnodes", "--matmul", "--methods", "--sizes", "--with-detokenizer"}
+FOREIGN |= {"--use_fsdp", "--fsdp_version", "--num_processes"}
 """Options of other programs, and of benchmarks."""
 PATH = re.compile(r"(tests|benchmarks|src|docs|examples)/[\w./-]+")
 

@@ -1,6 +1,7 @@
 """Slicing and healing in one run: nearer to the dense model, whole or not at all, resumed to the same bytes."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,33 @@ def test_two_processes(healing: Callable[..., Any], tmp_path: Path) -> None:
     with torch.no_grad():
         logits = [load(folder)(ids).logits for folder in (alone.output, tmp_path / "two")]
     torch.testing.assert_close(logits[1], logits[0], rtol=0.05, atol=0.05)
+
+
+def launched_by_accelerate(*arguments: str) -> None:
+    """Run the command line with what `accelerate launch --use_fsdp` sets."""
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    processes.run_command(*arguments)
+
+
+def test_processes_of_accelerate_share_the_weights(healing: Callable[..., Any], tmp_path: Path) -> None:
+    """A shared teacher writes text, too."""
+    options = healing("alone", refit=False, heal=600)
+    alone = slice_model(options)
+    text = options.calibration
+    arguments = ["slice", options.model, "-o", tmp_path / "two", "--width", 24, "--heal", 600, "--device", "cpu"]
+    arguments += ["--no-refit", "--calibration", text.data[0], "--samples", SAMPLES, "--seqlen", SEQLEN]
+    log = tmp_path / "log"
+    for rank in processes.ranks(2, *arguments, log=log, run=launched_by_accelerate):
+        rank.join(300)
+        assert rank.exitcode == 0, log.read_text()
+    manifest = json.loads((tmp_path / "two" / "eigenslice.json").read_text())
+    assert (alone.manifest["finetune"]["options"]["shard"], manifest["finetune"]["options"]["shard"]) == (False, True)
+    losses = [[text["after"] for text in content["finetune"]["texts"]] for content in (alone.manifest, manifest)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    ids = tiny.structured_ids(4, SEQLEN, seed=91)
+    with torch.no_grad():
+        logits = [load(folder)(ids).logits for folder in (alone.output, tmp_path / "two")]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0.01, atol=0.01)
 
 
 def test_what_can_not_be_healed(healing: Callable[..., Any]) -> None:

@@ -1,5 +1,8 @@
 """Estimates grow as the work does."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from eigenslice.checkpoint.source import open_source
 from eigenslice.inspection import estimate as module
 from eigenslice.inspection.estimate import estimate
 from eigenslice.model.dense import DenseModel
-from eigenslice.slicing.memory import WRITING, activation_bytes, training_bytes
+from eigenslice.slicing.memory import WRITING, activation_bytes, gathered_numbers, shared_training_bytes, training_bytes
 from tests.conftest import Folders
 
 
@@ -68,8 +71,26 @@ def test_healing_takes_four_passes_and_the_text(dense_folder: Folders, monkeypat
     written = WRITING / 3 * blocks  # a third of the tokens
     assert guess.healing_seconds == pytest.approx(100_000 / module.PROBE_TOKENS * (4 * (blocks + 1) + written))
     assert guess.healing_bytes > 16 * dense.anatomy.parameters
+    assert list(guess.shared_healing_bytes) == [2, 4, 8]
 
 
 def test_bytes_of_a_training() -> None:
     """A Llama of 7 B with a teacher in bfloat16 takes 16 bytes a weight, 2 for the teacher, and its logits."""
     assert training_bytes(7 * 10**9, 14 * 10**9, 512, 32_000) == 126 * 10**9 + 512 * 32_000 * 12
+
+
+def test_bytes_of_a_shared_training() -> None:
+    """Of 126 GB, each of 8 processes holds an eighth, beside its own logits and what it gathers."""
+    assert shared_training_bytes(126, 3, 5, 1) == 129
+    assert shared_training_bytes(126, 3, 5, 2) == 63 + 3 + 5
+    assert gathered_numbers(200, 1000) == 5 * 200 + 3 * 1000
+
+
+def test_a_large_model_is_healed_on_several_devices() -> None:
+    """A Llama 3 8B's sizes: 145 GB on one device, and less than 50 on each of 4."""
+    sizes = {"parameters": 8_030_000_000, "tokens": 128_256, "block_sizes": [218_000_000] * 32}
+    outside = {"model.embed_tokens.weight": 128_256 * 4096, "lm_head.weight": 128_256 * 4096}
+    anatomy: Any = SimpleNamespace(**sizes, vocabulary_parameters=outside)
+    alone, shared = module._healing_bytes(anatomy, 2 * 8_030_000_000, torch.bfloat16)
+    assert alone == pytest.approx(145e9, rel=0.01)
+    assert shared == pytest.approx({2: 82e9, 4: 45e9, 8: 27e9}, rel=0.02)

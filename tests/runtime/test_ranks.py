@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from eigenslice.cli import main
 from eigenslice.data.batches import Batch, share_batches
-from eigenslice.errors import EigensliceWarning
+from eigenslice.errors import EchoedError, EigensliceWarning
 from eigenslice.runtime.ranks import Ranks, join_ranks
 from tests import processes, tiny, words
 from tests.checkpoint.files import copy_of
@@ -194,3 +194,28 @@ def test_every_sequence_is_one_ranks(size: int) -> None:
     assert sorted(sequences) == sorted(expected)
     counts = [sum(len(batch.input_ids) for batch in share) for share in shares]
     assert max(counts) - min(counts) <= 1
+
+
+def take_turns(folder: str) -> None:
+    """Write this rank's number into a file for a while; two ranks at once would meet there."""
+    file, seen = Path(folder) / "turn", Path(folder) / "seen"
+    with join_ranks(torch.device("cpu")) as ranks:
+
+        def turn() -> None:
+            assert not file.exists()
+            file.touch()
+            time.sleep(0.05)
+            file.unlink()
+            seen.write_text(f"{seen.read_text() if seen.exists() else ''}{ranks.rank}")
+
+        ranks.in_turns(turn)
+        ranks.wait()
+        with pytest.raises(EchoedError if ranks.rank == 0 else OSError):
+            ranks.in_turns(lambda: None if ranks.rank == 0 else (Path(folder) / "no" / "file").touch())
+
+
+def test_ranks_take_turns_and_fail_together(tmp_path: Path) -> None:
+    for rank in processes.ranks(2, tmp_path, log=tmp_path / "log", run=take_turns):
+        rank.join(120)
+        assert rank.exitcode == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "seen").read_text() == "01"

@@ -63,12 +63,37 @@ def load_model(
     except EigensliceError:
         raise
     except Exception as error:  # whatever configs, safetensors and models raise
-        raise CheckpointError(
-            f"transformers can't load {name} ({first_line(error)})",
-            allowed="a checkpoint in safetensors, or a .gguf file, that AutoModelForCausalLM loads and runs",
-            next_step="check the folder; a model with its own code needs --trust-remote-code",
-        ) from error
+        raise _not_loaded(name, error) from error
     return LoadedModel(model, partial(load_tokenizer, name, folder, gguf, trust_remote_code))
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> Any:
+    """transformers' config of a folder or hub id.
+
+    Raises:
+        CheckpointError: transformers can't load it.
+    """
+    folder, _ = locate(name, adapters=True)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever configs raise
+        raise _not_loaded(name, error) from error
+
+
+def stored_numbers(folder: Path, gguf: str | None) -> int:
+    """Return how many numbers the weights in a folder, or in a GGUF file in it, have."""
+    if gguf:
+        return check_gguf(folder / gguf).numbers
+    weights = SafetensorsWeights(folder)
+    return sum(math.prod(weights.shape(name)) for name in weights.names())
+
+
+def _not_loaded(name: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"transformers can't load {name} ({first_line(error)})",
+        allowed="a checkpoint in safetensors, or a .gguf file, that AutoModelForCausalLM loads and runs",
+        next_step="check the folder; a model with its own code needs --trust-remote-code",
+    )
 
 
 def _read(
@@ -104,9 +129,7 @@ def _read(
         extra = extra | {"quantization_config": GgufConfig(dequantize=True)}
     elif not quantized:
         empty = empty_model(config, auto, trust_remote_code=trust_remote_code)
-        weights = SafetensorsWeights(folder)
-        stored = sum(math.prod(weights.shape(tensor)) for tensor in weights.names())
-        check_total(name, sum(p.numel() for p in empty.parameters()), stored)
+        check_total(name, sum(p.numel() for p in empty.parameters()), stored_numbers(folder, None))
     adapter = not gguf and (folder / ADAPTER_CONFIG).exists()
     place = place_model(name, _bytes(folder, gguf, dtype, quantized=quantized), device, spread=not adapter)
     loaded: Any = auto.from_pretrained(

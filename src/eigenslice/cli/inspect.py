@@ -60,7 +60,9 @@ def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: As
         f"{_duration(guess.seconds)} and {guess.bytes / 1e9:.1f} GB of memory here without refit, "
         f"{_duration(guess.refitted_seconds)} and {guess.refitted_bytes / 1e9:.1f} GB with --keep and refit. "
         f"Healing (--heal) takes {_duration(guess.healing_seconds)} more for each {HEALED_TOKENS:,} tokens, and "
-        f"{guess.healing_bytes / 1e9:.1f} GB.",
+        f"{guess.healing_bytes / 1e9:.1f} GB on one device. torchrun --nproc-per-node N shares the weights among N: "
+        + ", ".join(f"{size / 1e9:.1f} GB on each of {n}" for n, size in guess.shared_healing_bytes.items())
+        + ".",
         highlight=False,
         soft_wrap=True,
     )

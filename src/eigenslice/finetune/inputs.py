@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from eigenslice.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from eigenslice.checkpoint.companions import copy_companions
 from eigenslice.checkpoint.files import LARGEST_JSON, check_file
-from eigenslice.checkpoint.loading import LoadedModel, load_model
+from eigenslice.checkpoint.loading import LoadedModel, load_model, stored_numbers
 from eigenslice.checkpoint.mapping import as_stored
 from eigenslice.checkpoint.names import CONFIG
 from eigenslice.checkpoint.source import locate
@@ -64,6 +64,11 @@ class Input:
         """Return a value that changes when one of the files is written to."""
         stats = ((file, file.stat()) for file in self.files)
         return [(file.name, status.st_size, status.st_mtime_ns, status.st_ino) for file, status in stats]
+
+    @cached_property
+    def numbers(self) -> int:
+        """How many numbers the weights have."""
+        return stored_numbers(self.folder, self.gguf)
 
     @cached_property
     def hashes(self) -> dict[str, str]:

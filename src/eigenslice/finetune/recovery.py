@@ -14,18 +14,22 @@ import torch
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
-from eigenslice.checkpoint.loading import LoadedModel
 from eigenslice.checkpoint.writer import check_space
 from eigenslice.errors import EigensliceWarning
 from eigenslice.evaluation.perplexity import Perplexity
-from eigenslice.finetune.checkpoints import Checkpoints, load_weights, storage_errors
-from eigenslice.finetune.held_out import Judge
+from eigenslice.finetune.checkpoints import Checkpoints, storage_errors
+from eigenslice.finetune.held_out import Judge, WindowLosses
 from eigenslice.finetune.identity import resumable, run_identity
-from eigenslice.finetune.inputs import Input, Sliced, fit_teacher, open_input, open_sliced
-from eigenslice.finetune.result import as_perplexity, merged, result_names, section, write_result
-from eigenslice.finetune.trained_weights import with_weights_chosen
+from eigenslice.finetune.inputs import Input, Sliced, open_input, open_sliced
+from eigenslice.finetune.models import Models, choose_weights, load_models
+from eigenslice.finetune.result import Save, as_perplexity, merged, result_names, section, write_result
+from eigenslice.finetune.sharded_result import merged_parts
+from eigenslice.finetune.sharded_training import ShardedTrainer
+from eigenslice.finetune.sharding import own_sharding
+from eigenslice.finetune.trained_weights import advice
 from eigenslice.finetune.training import (
     Progress,
+    RecoveryTrainer,
     Reporter,
     check_logs,
     make_trainer,
@@ -75,7 +79,7 @@ class _Job:
     Attributes:
         options: The options of the command.
         base: The sliced model's folder.
-        loaded, teacher: The models.
+        models: The models.
         windows: Windows of texts.
         identity: Everything that the result depends on.
         companions: A folder of files that join the result.
@@ -86,8 +90,7 @@ class _Job:
 
     options: FinetuneOptions
     base: Sliced
-    loaded: LoadedModel
-    teacher: LoadedModel | None
+    models: Models
     windows: Windows
     identity: dict[str, Any]
     companions: Path
@@ -118,20 +121,11 @@ def finetune(
     device = resolve_device(options.device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    memory = memory_errors(progress, lambda stage: _advice(options), options.output)
-    with memory as watched, join_ranks(device) as ranks:
+    memory = memory_errors(progress, lambda stage: advice(options), options.output)
+    with memory as watched, join_ranks(device) as ranks, own_sharding() as asked:
+        if asked and options.shard is None:
+            options = options.model_copy(update={"shard": True})
         return _finetune(options, ranks, watched, slicing)
-
-
-def _advice(options: FinetuneOptions) -> str:
-    """Return what to change where memory has run out."""
-    ways = {
-        f"--micro-batch 1 instead of {options.micro_batch}": options.micro_batch > 1,
-        "--checkpoint-activations": not options.checkpoint_activations,
-        "--no-full, which trains LoRA": options.full is not False,
-        "a shorter --seqlen": True,
-    }
-    return "less memory is taken by " + ", ".join(way for way, is_left in ways.items() if is_left)
 
 
 def _finetune(
@@ -149,12 +143,9 @@ def _finetune(
     with TemporaryDirectory(prefix="eigenslice-") as folder:
         companions = Path(folder)
         card = ranks.on_first(lambda: base.stage(companions, options.trust_remote_code))
-        loaded = base.load("float32", options.trust_remote_code)
-        base.check_saving(loaded.model)
-        teacher = dense.load(None, options.trust_remote_code) if dense else None
-        if teacher:
-            fit_teacher(options, base.manifest, loaded, teacher)
-        options = with_weights_chosen(options, loaded.model, teacher and teacher.model, ranks)
+        options = choose_weights(options, base, dense, ranks)
+        models = load_models(options, base, dense, ranks)
+        loaded = models.trained
         windows = text_windows(options, loaded.tokenizer, loaded.model.config.get_text_config())
         identity = ranks.on_first(lambda: run_identity(options, inputs, windows.tokens, ranks))
         for one, stamp in zip(inputs, stamps, strict=True):
@@ -163,7 +154,7 @@ def _finetune(
             content = finished_manifest(options.output, identity)
             ranks.on_first(lambda: remove_finished(options.output))
             return _finished(options.output, content)
-        return _run(_Job(options, base, loaded, teacher, windows, identity, companions, card, ranks, progress))
+        return _run(_Job(options, base, models, windows, identity, companions, card, ranks, progress))
 
 
 def _check_output(options: FinetuneOptions) -> bool:
@@ -224,26 +215,29 @@ def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneRes
     """Train, or go on, and write the result."""
     options, ranks, base = job.options, job.ranks, job.base
     is_new = ranks.on_first(lambda: not work.began)
-    teacher, windows = None, job.windows
-    if job.teacher:
-        teacher = job.teacher.model.to(ranks.device)
+    loaded, teacher, windows = job.models.trained, job.models.teacher and job.models.teacher.model, job.windows
+    if teacher is not None:
+        teacher = teacher if options.shard else teacher.to(ranks.device)
         state = RunState(work.state, ranks)
-        windows = add_own_windows(windows, options, teacher, job.loaded.tokenizer, state, ranks, job.progress)
-    rate = options.rate(job.loaded.model.config.get_text_config().hidden_size)
+        windows = add_own_windows(windows, options, teacher, loaded.tokenizer, state, ranks, job.progress)
+    model = loaded.model
+    rate = options.rate(model.config.get_text_config().hidden_size)
     measured = sum(map(len, windows.held_out.windows))
     arguments = training_arguments(options, work.state, windows.train, measured, rate, ranks.device)
-    teacher = None if teacher is None else placed_teacher(teacher, arguments)
     start = _start(options, checkpoints, ranks, is_new)
-    model = job.loaded.model.to(arguments.device)
+    if not options.shard:
+        teacher = None if teacher is None else placed_teacher(teacher, options, arguments.device)
+        model = model.to(arguments.device)
     job.progress("before", 0, 1)
     judge = Judge.of(model, windows.held_out, teacher, options.distilled, ranks)
     job.progress("before", 1, 1)
     before = as_perplexity(judge.before)
-    if not options.full:
-        model = with_adapters(model, options, on_gpu_in_bfloat16(arguments))
+    if not (options.full or options.shard):
+        model = with_adapters(model, options, on_gpu_in_bfloat16(options, arguments.device))
     ranks.on_first(lambda: _check_space(job, model, checkpoints))
     reporter = Reporter(job.progress, checkpoints, ranks)
-    trainer = make_trainer(options, arguments, model, windows.train, judge, reporter)
+    kind = ShardedTrainer if options.shard else RecoveryTrainer
+    trainer = make_trainer(kind, options, arguments, model, windows.train, judge, reporter)
     if start is not None and start["last"]:
         trained = TrainerState.load_from_json(str(checkpoints.path(start["step"]) / TRAINER_STATE_NAME))
     else:
@@ -255,15 +249,28 @@ def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneRes
     best, criterion = trained.best_global_step, trained.best_metric
     if best is not None and criterion is not None and criterion < judge.before.mean:
         ranks.on_first(lambda: checkpoints.check_weights(best))
-        load_weights(trainer.model, checkpoints.path(best))
-        tuned, save = merged(trainer.model, base)
-        losses = judge.measure(tuned.to(arguments.device))
+        tuned, save, losses = _trained_model(job, trainer, judge, checkpoints.path(best))
     job.progress("after", 1, 1)
     content = base.manifest | section(options, base, windows, trained, (judge.before, losses)) | {"run": job.identity}
     if ranks.first:
         content = write_result(work, options, base, tuned, save, content)
         write_card(work.result, content, options.output.name, job.card)
     return FinetuneResult(options.output, content, before, as_perplexity(losses))
+
+
+def _trained_model(
+    job: _Job, trainer: RecoveryTrainer, judge: Judge, folder: Path
+) -> tuple[Any, Save | None, WindowLosses]:
+    """The weights of a checkpoint as they will be stored: the whole model, how to save its adapter, and its losses.
+
+    Of a shared model, the first process alone has the whole.
+    """
+    trainer.load(folder)
+    if job.options.shard:
+        tuned, save = merged_parts(trainer.model, job.models.skeleton, job.base, job.ranks)
+        return tuned, save, judge.measure(trainer.model)
+    tuned, save = merged(trainer.model, job.base)
+    return tuned, save, judge.measure(tuned.to(trainer.args.device))
 
 
 def _start(options: FinetuneOptions, checkpoints: Checkpoints, ranks: Ranks, is_new: bool) -> dict[str, Any] | None:

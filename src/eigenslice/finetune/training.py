@@ -99,7 +99,11 @@ class RecoveryTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Trainer's own passes over experts, which a checkpoint holds in other parts than the model."""
-        load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
+        self.load(Path(resume_from_checkpoint))
+
+    def load(self, folder: Path) -> None:
+        """Give the model the weights of a checkpoint."""
+        load_weights(self.model, folder)
 
 
 class Reporter(TrainerCallback):
@@ -139,9 +143,6 @@ def training_arguments(
         OptionsError: the batch can't be shared among the processes.
     """
     use_cpu = device.type != "cuda"
-    bfloat16 = options.dtype == "bfloat16"
-    if options.dtype is None and not use_cpu:
-        bfloat16 = torch.cuda.is_bf16_supported()
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=options.micro_batch,
@@ -152,7 +153,7 @@ def training_arguments(
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
         adam_beta2=0.95,  # short runs: the mean over the last 20 steps, not the last 1000
-        bf16=bfloat16,
+        bf16=computes_in_bfloat16(options, device),
         logging_steps=1,
         eval_strategy="steps",
         save_strategy="steps",
@@ -193,15 +194,22 @@ def training_arguments(
     return arguments
 
 
-def on_gpu_in_bfloat16(arguments: TrainingArguments) -> bool:
+def computes_in_bfloat16(options: FinetuneOptions, device: torch.device) -> bool:
+    """Return whether the training computes in bfloat16: by default on GPUs that have it."""
+    if options.dtype is None:
+        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return options.dtype == "bfloat16"
+
+
+def on_gpu_in_bfloat16(options: FinetuneOptions, device: torch.device) -> bool:
     """Return whether weights that aren't trained may be held in bfloat16."""
-    return bool(arguments.bf16) and arguments.device.type != "cpu"
+    return device.type != "cpu" and computes_in_bfloat16(options, device)
 
 
-def placed_teacher(teacher: Any, arguments: TrainingArguments) -> Any:
+def placed_teacher(teacher: Any, options: FinetuneOptions, device: torch.device) -> Any:
     """The teacher on the device that is trained on, in bfloat16 on a GPU that computes in it."""
-    dtype = torch.bfloat16 if on_gpu_in_bfloat16(arguments) else None
-    return teacher.requires_grad_(False).to(device=arguments.device, dtype=dtype)
+    dtype = torch.bfloat16 if on_gpu_in_bfloat16(options, device) else None
+    return teacher.requires_grad_(False).to(device=device, dtype=dtype)
 
 
 def with_adapters(model: Any, options: FinetuneOptions, bfloat16: bool) -> Any:
@@ -222,6 +230,7 @@ def with_adapters(model: Any, options: FinetuneOptions, bfloat16: bool) -> Any:
 
 
 def make_trainer(
+    kind: type[RecoveryTrainer],
     options: FinetuneOptions,
     arguments: TrainingArguments,
     model: Any,
@@ -232,6 +241,7 @@ def make_trainer(
     """Return the trainer of a model.
 
     Args:
+        kind: The class of the trainer.
         options: The options of the command.
         arguments: The answer of `training_arguments`.
         model: The model to train, maybe with adapters.
@@ -240,7 +250,7 @@ def make_trainer(
         reporter: The callback that seals the checkpoints.
     """
     early = [] if options.patience is None else [EarlyStoppingCallback(options.patience)]
-    trainer = RecoveryTrainer(
+    trainer = kind(
         teacher=judge.teacher,
         distill=options.distilled,
         judge=judge,

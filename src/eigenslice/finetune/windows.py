@@ -93,7 +93,8 @@ def add_own_windows(
         teacher: The dense model.
         tokenizer: Function that gives its tokenizer.
         state: The saved state, which keeps the windows for an interrupted run.
-        ranks: The processes. The first one writes the windows for all.
+        ranks: The processes. The first one writes the windows for all. Where the teacher is shared, all of them write
+            the same windows, and those of the first one are taken.
         progress: Called as the windows grow.
     """
     description = windows.tokens.description
@@ -111,7 +112,8 @@ def add_own_windows(
             rows = write_rows(teacher, tokenizer(), train + judge, description["seqlen"], seed, without_tokens)
             return rows.tolist()
 
-        ids = torch.tensor(ranks.on_first(write), dtype=torch.long)
+        written = write() if options.shard else None
+        ids = torch.tensor(ranks.on_first(write if written is None else lambda: written), dtype=torch.long)
         state.finish(SAMPLING_STAGE, {"ids": ids}, {})
     else:
         ids = saved[0]["ids"]

@@ -21,7 +21,15 @@ from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Sizes
 from eigenslice.search.choose import CANDIDATES
 from eigenslice.search.parted import TOKENS as ALLOCATION_TOKENS
-from eigenslice.slicing.memory import WRITING, activation_bytes, room_for_model, training_bytes, whole_bytes
+from eigenslice.slicing.memory import (
+    WRITING,
+    activation_bytes,
+    gathered_numbers,
+    room_for_model,
+    shared_training_bytes,
+    training_bytes,
+    whole_bytes,
+)
 from eigenslice.stream.walk import Stream
 
 PROBE_TOKENS = 512
@@ -33,6 +41,8 @@ HEAD_ROWS = 4096
 """Tokens of the vocabulary that the head is timed on."""
 HEALED_WINDOW = 512
 """Tokens of its windows."""
+DEVICES = (2, 4, 8)
+"""Numbers of devices that the weights of a healing may be shared among."""
 PLANS = 4
 """Least number of plans that are tried, beside plans with fewer blocks: three widths, and one with fewer heads."""
 
@@ -50,7 +60,8 @@ class Estimate:
         refitted_bytes: Peak memory with refit. It adds one Gram matrix in float64 and its factor, or the whole model,
             which writes text.
         healing_seconds: Time of healing on `HEALED_TOKENS` tokens, with all weights.
-        healing_bytes: Peak memory of healing, without the activations.
+        healing_bytes: Peak memory of healing on one device, without the activations.
+        shared_healing_bytes: The same on each of several devices that share the weights, by their number.
     """
 
     tokens: int
@@ -60,6 +71,7 @@ class Estimate:
     refitted_bytes: int
     healing_seconds: float
     healing_bytes: int
+    shared_healing_bytes: dict[int, int]
 
 
 def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = torch.float32) -> Estimate:
@@ -104,8 +116,17 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         refitted = max(refitted, rss + whole)
     plain_seconds = measuring + write
     healing = _healing_seconds(anatomy, probe)
-    held = rss + training_bytes(anatomy.parameters, whole, HEALED_WINDOW, vocabulary[0])
-    return Estimate(tokens, plain_seconds, plain_seconds + text + trial + fit, plain, refitted, healing, held)
+    alone, shared = _healing_bytes(anatomy, whole, dtype)
+    return Estimate(
+        tokens,
+        plain_seconds,
+        plain_seconds + text + trial + fit,
+        plain,
+        refitted,
+        healing,
+        rss + alone,
+        {n: rss + size for n, size in shared.items()},
+    )
 
 
 def _healing_seconds(anatomy: Anatomy, probe: "_Probe") -> float:
@@ -116,6 +137,23 @@ def _healing_seconds(anatomy: Anatomy, probe: "_Probe") -> float:
     forward = anatomy.block_count * probe.block
     written = OWN_SHARE / (1 + OWN_SHARE) * WRITING * forward
     return HEALED_TOKENS / probe.tokens * (4 * (forward + probe.head) + written)
+
+
+def _healing_bytes(anatomy: Anatomy, teacher: int, dtype: torch.dtype) -> tuple[int, dict[int, int]]:
+    """Return the bytes of healing on one device, and on each of several devices by their number.
+
+    Args:
+        anatomy: The dense model's anatomy.
+        teacher: Bytes of the dense model.
+        dtype: The dtype of the forward pass.
+    """
+    outside = sum(anatomy.vocabulary_parameters.values())
+    sizes = (
+        training_bytes(anatomy.parameters, teacher, 0, 0),
+        training_bytes(0, 0, HEALED_WINDOW, anatomy.tokens),
+        gathered_numbers(max(anatomy.block_sizes), outside) * dtype.itemsize,
+    )
+    return shared_training_bytes(*sizes, 1), {n: shared_training_bytes(*sizes, n) for n in DEVICES}
 
 
 @dataclass(frozen=True)

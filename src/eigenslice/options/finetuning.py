@@ -143,6 +143,14 @@ class FinetuneOptions(Options):
         Option("Dtype to compute in.", MACHINE, "float32 on CPU, bfloat16 on a GPU that has it"),
     ] = None
     device: Annotated[Literal["cpu", "cuda"] | None, Option("Device to train on.", MACHINE, GPU)] = None
+    shard: Annotated[
+        bool | None,
+        Option(
+            "Share the weights among the processes (FSDP2): each device holds a part. --no-shard: each holds all.",
+            MACHINE,
+            "where they don't fit on one device",
+        ),
+    ] = None
     checkpoint_activations: Annotated[
         bool, Option("Recompute activations in the backward pass: less memory, a third more time.", MACHINE)
     ] = False

@@ -42,18 +42,23 @@ class Ranks:
         rank: Number of this process.
         size: Number of processes.
         device: The process's device; gloo sums on the CPU, NCCL on the GPU.
-        leads_node: True for one process of each machine.
+        local_rank: Number of this process on its machine.
     """
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
-    leads_node: bool = True
+    local_rank: int = 0
 
     @property
     def first(self) -> bool:
         """True for the process that writes."""
         return self.rank == 0
+
+    @property
+    def leads_node(self) -> bool:
+        """True for one process of each machine."""
+        return self.local_rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -108,17 +113,24 @@ class Ranks:
             do()
         except (EigensliceError, OSError) as caught:
             error = caught
-        failed = torch.tensor([self.size - self.rank if error else 0], device=self.device)
-        if self.size > 1:
-            self._call(lambda: dist.all_reduce(failed, dist.ReduceOp.MAX), failed)
+        failed = self._largest(self.size - self.rank if error else 0)
         if error is not None:
             raise error
-        if int(failed):
+        if failed:
             raise EchoedError(
-                f"rank {self.size - int(failed)} of {self.size} has failed",
+                f"rank {self.size - failed} of {self.size} has failed",
                 allowed="all ranks running to the end",
                 next_step="see what that rank printed",
             )
+
+    def in_turns(self, do: Callable[[], None]) -> None:
+        """Let the ranks of each machine do something one after the other. If one fails, all do.
+
+        Raises:
+            EchoedError: another rank has failed.
+        """
+        for turn in range(self._largest(self.local_rank) + 1):
+            self.on_all(do if turn == self.local_rank else _nothing)
 
     def share(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The first rank's tensors, by name, on the CPU. The files of other ranks may be on other machines."""
@@ -134,6 +146,12 @@ class Ranks:
         if self.first and tensor is not None and count:
             data = tensor.contiguous().reshape(-1).view(torch.uint8).to(self.device)
         return (self.decide(data) if count else data).cpu().view(dtype).reshape(shape)
+
+    def _largest(self, number: int) -> int:
+        largest = torch.tensor([number], device=self.device)
+        if self.size > 1:
+            self._call(lambda: dist.all_reduce(largest, dist.ReduceOp.MAX), largest)
+        return int(largest)
 
     def _broadcast_text(self, text: str) -> str:
         data = torch.tensor(list(text.encode()), dtype=torch.uint8, device=self.device)
@@ -152,6 +170,10 @@ class Ranks:
                 next_step="see what the rank that failed first printed, then run the same command with --resume",
             ) from error
         return tensor
+
+
+def _nothing() -> None:
+    """It is another rank's turn."""
 
 
 ALONE = Ranks()
@@ -188,7 +210,7 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
 
 def _joined(device: torch.device) -> Ranks:
     """This process among those that torchrun has started."""
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, os.environ["LOCAL_RANK"] == "0")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, int(os.environ["LOCAL_RANK"]))
 
 
 def is_lasting(error: BaseException) -> bool:

@@ -67,3 +67,28 @@ def training_bytes(parameters: int, teacher: int, tokens: int, vocabulary: int) 
         vocabulary: Number of tokens of the vocabulary.
     """
     return 16 * parameters + teacher + 12 * tokens * vocabulary
+
+
+def shared_training_bytes(held: int, passing: int, gathered: int, processes: int) -> int:
+    """Return the bytes that a training takes in each of several processes that share the weights.
+
+    Args:
+        held: Bytes of the weights, gradients, optimizer and teacher, which are shared.
+        passing: Bytes of the logits, of which each process has its own.
+        gathered: Bytes of the answer of `gathered_numbers`, in the dtype that is computed in.
+        processes: Number of processes.
+    """
+    return passing + held if processes == 1 else passing + held // processes + gathered
+
+
+def gathered_numbers(block: int, vocabulary: int) -> int:
+    """Return the largest number of weights that are gathered at once in a process.
+
+    In blocks: the model's block, the next one, their gradient, and the teacher's two. Outside of blocks: the model's,
+    the gradient, and the teacher's.
+
+    Args:
+        block: Number of weights of the largest block.
+        vocabulary: Number of weights outside of the blocks.
+    """
+    return 5 * block + 3 * vocabulary
