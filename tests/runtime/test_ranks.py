@@ -54,6 +54,44 @@ def test_ranks_give_what_one_process_gives(kind: str, dense_folder: Folders, une
     check_ranks(["slice", dense_folder(case), "--calibration", uneven, *size], tmp_path)
 
 
+def counted_solves(*arguments: str) -> None:
+    """Run the command line; write how often a matrix is factored, and for how many columns it is solved."""
+    counts = {"factored": 0, "columns": 0}
+    factor, solve = torch.linalg.cholesky, torch.cholesky_solve
+
+    def counted_factor(matrix: torch.Tensor) -> torch.Tensor:
+        counts["factored"] += 1
+        return factor(matrix)
+
+    def counted_solve(right: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
+        counts["columns"] += right.shape[1]
+        return solve(right, lower)
+
+    with patch.object(torch.linalg, "cholesky", counted_factor), patch.object(torch, "cholesky_solve", counted_solve):
+        sys.argv = ["eigenslice", *arguments]
+        try:
+            main()
+        finally:
+            Path(f"{arguments[-1]}.{os.environ['RANK']}.json").write_text(json.dumps(counts))
+
+
+def test_ranks_share_the_solves(dense_folder: Folders, uneven: Path, tmp_path: Path) -> None:
+    """Of seven factors of a fit, for six ridges and the result, each of two ranks makes four; of columns, half."""
+    each: dict[int, list[dict[str, int]]] = {}
+    arguments = ["slice", dense_folder("llama"), "--calibration", uneven, "--width", "24", "--neurons", "48"]
+    for size in (1, 2):
+        output, log = tmp_path / str(size), tmp_path / f"{size}.log"
+        for rank in processes.ranks(size, *arguments, "-o", output, log=log, run=counted_solves):
+            rank.join(300)
+            assert rank.exitcode == 0, log.read_text()
+        each[size] = [json.loads((tmp_path / f"{size}.{rank}.json").read_text()) for rank in range(size)]
+    (alone,) = each[1]
+    assert alone["factored"] % 7 == 0
+    for counts in each[2]:
+        assert counts["factored"] == alone["factored"] * 4 // 7
+        assert counts["columns"] == alone["columns"] // 2
+
+
 def test_own_text_is_the_first_rank_s(dense_folder: Folders, tmp_path: Path) -> None:
     model = copy_of(dense_folder("llama"), tmp_path / "dense")
     words.tokenizer().save_pretrained(model)

@@ -113,6 +113,7 @@ class RidgeChoice:
         held_out: Iterable[InputsOutputs],
         base: Tensor,
         add_up: Callable[[Tensor], Tensor] = lambda sums: sums,
+        part: tuple[int, int] = (0, 1),
     ) -> float:
         """Fit with all ridges on some tokens, and return the best ridge on other tokens.
 
@@ -123,7 +124,8 @@ class RidgeChoice:
             fitted: Sums over the tokens to fit on.
             held_out: The tokens to measure on.
             base: The weights that the ridge pulls towards, (m, n).
-            add_up: Function that sums the measurements of several processes.
+            add_up: Function that sums tensors of several processes.
+            part: Number of this process, and how many there are. They share the ridges to fit with.
         """
         outputs = base.shape[0]
         combine = torch.eye(outputs, device=base.device)
@@ -136,11 +138,17 @@ class RidgeChoice:
         mean = fitted.gram.diagonal().mean().float().clamp_min(1e-30)
         changes = []
         level = 0.0
-        for ridge in self.errors:
+        process, processes = part
+        for number, ridge in enumerate(self.errors):
             regular.diagonal().add_((ridge - level) * mean)
             level = ridge
-            changes.append(torch.cholesky_solve(missing, torch.linalg.cholesky(regular)))
+            if number % processes == process:
+                changes.append(torch.cholesky_solve(missing, torch.linalg.cholesky(regular)))
+            else:
+                changes.append(torch.zeros_like(missing))
         change = torch.cat(changes, dim=1)
+        if processes > 1:
+            change = add_up(change)
         # Error of the unfitted weights, energy of all outputs, and the change of the error by each ridge
         sums = torch.zeros(2 + len(self.errors), dtype=torch.float64, device=base.device)
         for tokens in held_out:

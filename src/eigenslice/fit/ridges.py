@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, InputsOutputs, NormalEquations, RidgeChoice
+from eigenslice.algebra.refit import DEFAULT_RIDGE, RIDGES, InputsOutputs, NormalEquations, RidgeChoice, Solution
 from eigenslice.data.batches import BESIDE_GROUP
 from eigenslice.errors import EigensliceWarning
 from eigenslice.runtime.device import trim_memory
@@ -99,7 +99,11 @@ class RidgeFits:
         ridge = DEFAULT_RIDGE if self._ridge is None else self._ridge
         if choosing:
             ridge = self._choices[kind].choose(
-                sums, (inputs_outputs(n, batch) for n, batch in tried), base, self._ranks.sum
+                sums,
+                (inputs_outputs(n, batch) for n, batch in tried),
+                base,
+                self._ranks.sum,
+                (self._ranks.rank, self._ranks.size),
             )
             ridge = float(self._ranks.decide(torch.tensor(ridge, dtype=torch.float64, device=base.device)))
             if not self._ranks.first:
@@ -107,7 +111,7 @@ class RidgeFits:
             for n, batch in tried:
                 self._add(sums, inputs_outputs(n, batch))
             sums.add_up(self._ranks.sum)
-        return self._ranks.decide(self._solve(sums, base, ridge))
+        return self._solve(sums, base, ridge)
 
     def _add(self, sums: NormalEquations, inputs_outputs: InputsOutputs) -> None:
         """Add tokens to sums."""
@@ -116,8 +120,7 @@ class RidgeFits:
 
     def _solve(self, sums: NormalEquations, base: Tensor, ridge: float) -> Tensor:
         """Solve a regression, and say once if float32 was too inaccurate."""
-        with products("float32"):
-            solution = sums.solve(base, ridge, self._precision.solve_dtype)
+        solution = solve_shared(sums, base, ridge, self._ranks, self._precision)
         if solution.dtype != self._precision.solve_dtype and not self._told:
             self._told = True
             warnings.warn(
@@ -127,3 +130,23 @@ class RidgeFits:
                 stacklevel=2,
             )
         return solution.weights
+
+
+def solve_shared(sums: NormalEquations, base: Tensor, ridge: float, ranks: Ranks, precision: Precision) -> Solution:
+    """Solve a regression, each rank for its share of the outputs; all ranks get all weights.
+
+    Args:
+        sums: Sums over the tokens of all ranks.
+        base, ridge: As `NormalEquations.solve`.
+        ranks: The processes.
+        precision: The precision of solving.
+    """
+    mine = slice(len(base) * ranks.rank // ranks.size, len(base) * (ranks.rank + 1) // ranks.size)
+    with products("float32"):
+        part = NormalEquations(sums.gram, sums.cross[:, mine])
+        solution = part.solve(base[mine], ridge, precision.solve_dtype)
+    if ranks.size == 1:
+        return solution
+    weights = torch.zeros(base.shape, dtype=torch.float64, device=base.device)
+    weights[mine] = solution.weights
+    return replace(solution, weights=ranks.sum(weights))

@@ -19,6 +19,7 @@ from eigenslice.arch import Sublayer
 from eigenslice.cut.blocks import identity_basis
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.fit.normed_writers import NormedWriter
+from eigenslice.fit.ridges import solve_shared
 from eigenslice.measure.divergence import divergences, make_heads
 from eigenslice.measure.importance import post_gain
 from eigenslice.runtime.offload import OffloadedTensors
@@ -167,7 +168,5 @@ def _refitted(run: Run, gap: _Gap, site: Site) -> Tensor:
                 sums.add(batch.rows(gap.inputs[number]) * weight, outputs)
     sums.add_up(run.ranks.sum)
     base = torch.zeros(width, inputs, dtype=torch.float64, device=device)
-    with products("float32"):
-        solution = sums.solve(base, DEFAULT_RIDGE, run.precision.solve_dtype)
-    change = run.ranks.decide(solution.weights)
+    change = solve_shared(sums, base, DEFAULT_RIDGE, run.ranks, run.precision).weights
     return change / gap.normed.scale[:, None] if gap.normed else change
