@@ -32,7 +32,7 @@ TOLERANCE = 0.05
 """Largest difference of a perplexity between GPU and CPU, as a share: TF32 and float32 against float64."""
 KINDS = ("llama", "opt", "mixtral", "gemma2")
 TINY = {"width": 24, "neurons": 40}
-LARGE = {
+LARGE: dict[str, Any] = {
     "hidden_size": 2048,
     "intermediate_size": 5632,
     "num_hidden_layers": 22,

@@ -9,20 +9,67 @@ import torch
 from eigenslice.checkpoint.source import open_source
 from eigenslice.inspection import estimate as module
 from eigenslice.inspection.estimate import estimate
+from eigenslice.inspection.memory_need import Memory, MemoryNeed, memory_need
 from eigenslice.model.dense import DenseModel
+from eigenslice.runtime.offload import Place
 from eigenslice.slicing.memory import WRITING, activation_bytes, gathered_numbers, shared_training_bytes, training_bytes
 from tests.conftest import Folders
+from tests.fake_device import fake_device
 
 
-def test_more_tokens_take_longer_and_refitting_more_still(dense_folder: Folders) -> None:
+def test_more_tokens_take_longer_and_refitting_more_still(
+    dense_folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_seconds", lambda work, device: 1.0)  # a busy machine tells nothing
     for case in ("llama", "opt", "gpt_neox"):
         dense = DenseModel(open_source(str(dense_folder(case))))
         few, many = (estimate(dense, tokens, 16) for tokens in (1_000, 1_000_000))
         assert 0 < few.seconds < many.seconds / 10
         assert few.seconds < few.refitted_seconds
-        assert few.bytes < few.refitted_bytes
+        assert few.memory.host < few.refitted_memory.host
+        assert few.memory.device == few.refitted_memory.device == 0
         grown = activation_bytes(dense.anatomy, 999_000, torch.float32) // 2
-        assert many.bytes - few.bytes == pytest.approx(grown, rel=0.05)  # and what this process grows meanwhile
+        assert many.memory.host - few.memory.host == pytest.approx(grown, rel=0.05)
+
+
+def test_solves_are_counted(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fit takes a second: four of three blocks, and in trials a seventh of that for each plan."""
+    monkeypatch.setattr(module, "_seconds", lambda work, device: 1.0)
+    dense = DenseModel(open_source(str(dense_folder("llama"))))
+    plans = module.PLANS + len(module.DROPS)
+    assert estimate(dense, 1_000, 16).solving_seconds == pytest.approx(12 * (1 + plans / 7))
+
+
+def test_a_gpu_s_memory_and_bus_are_apart(dense_folder: Folders) -> None:
+    with fake_device() as gpu:
+        dense = DenseModel(open_source(str(dense_folder("llama"))), gpu.device)
+        guess = estimate(dense, 100_000, 16)
+        assert guess.bus_seconds > 0
+        assert not guess.advice
+        need = memory_need(dense, 100_000, torch.float32)
+        assert need.place == "device"
+        assert need.refitted.device > activation_bytes(dense.anatomy, 100_000, torch.float32)
+        gpu.total = need.activations  # activations then live on the host
+        moved = memory_need(dense, 100_000, torch.float32)
+        assert moved.place == "host"
+        assert moved.refitted.host - need.refitted.host == pytest.approx(need.activations, rel=0.2)
+        assert moved.refitted.device < need.refitted.device - need.activations // 2
+
+
+@pytest.mark.parametrize(
+    ("place", "device", "host", "expected"),
+    [
+        ("device", 0, 10**15, "--offload disk"),
+        ("disk", 0, 10**15, "--no-refit fits"),
+        ("device", 10**15, 0, "device memory"),
+    ],
+)
+def test_what_does_not_fit_names_the_option(place: Place, device: int, host: int, expected: str) -> None:
+    need = MemoryNeed(Memory(0, 0), Memory(host, device), place, host if place != "disk" else 0)
+    with fake_device() as gpu:
+        (line,) = need.advice(gpu.device if device else torch.device("cpu"))
+    assert expected in line
+    assert not MemoryNeed(Memory(0, 0), Memory(0, 0), place, 0).advice(torch.device("cpu"))
 
 
 def test_activations_are_two_streams_and_what_writers_read(dense_folder: Folders) -> None:

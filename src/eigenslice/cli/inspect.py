@@ -1,11 +1,12 @@
 """`eigenslice inspect`."""
 
 import json
+from typing import Any
 
 from rich.table import Table
 
 from eigenslice.cli.commands import Given
-from eigenslice.cli.console import output, progress_bar
+from eigenslice.cli.console import errors, output, progress_bar
 from eigenslice.cli.options import AsJson, Revision
 from eigenslice.options.inspection import InspectOptions
 
@@ -57,8 +58,9 @@ def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: As
     guess = result.estimate
     output.print(
         f"Slicing with {guess.tokens:,} calibration tokens (--samples {samples} --seqlen {seqlen}) takes about "
-        f"{_duration(guess.seconds)} and {guess.bytes / 1e9:.1f} GB of memory here without refit, "
-        f"{_duration(guess.refitted_seconds)} and {guess.refitted_bytes / 1e9:.1f} GB with --keep and refit. "
+        f"{_duration(guess.seconds)} and {_memory(guess.memory)} here without refit, "
+        f"{_duration(guess.refitted_seconds)} and {_memory(guess.refitted_memory)} with --keep and refit, of which "
+        f"{_duration(guess.solving_seconds)} to solve regressions and {_duration(guess.bus_seconds)} on the bus. "
         f"Healing (--heal) takes {_duration(guess.healing_seconds)} more for each {HEALED_TOKENS:,} tokens, and "
         f"{guess.healing_bytes / 1e9:.1f} GB on one device. torchrun --nproc-per-node N shares the weights among N: "
         + ", ".join(f"{size / 1e9:.1f} GB on each of {n}" for n, size in guess.shared_healing_bytes.items())
@@ -66,6 +68,14 @@ def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: As
         highlight=False,
         soft_wrap=True,
     )
+    for line in guess.advice:
+        errors.print(f"It doesn't fit: {line}.", style="yellow", highlight=False, soft_wrap=True)
+
+
+def _memory(need: Any) -> str:
+    """Return host memory, and the device's where there is one."""
+    host = f"{need.host / 1e9:.1f} GB of memory"
+    return f"{need.device / 1e9:.1f} GB on the device and {host}" if need.device else host
 
 
 def _duration(seconds: float) -> str:

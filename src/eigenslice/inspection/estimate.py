@@ -8,22 +8,24 @@ import psutil
 import torch
 
 from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.algebra.refit import RIDGES, NormalEquations, RidgeChoice
 from eigenslice.data.batches import Batch
 from eigenslice.data.extra_sequences import BEGINNINGS_SHARE
 from eigenslice.data.holdout import FIT_TOKENS, TRIAL_TOKENS
 from eigenslice.data.tokens import longest_sequence
 from eigenslice.fit.neuron_readers import CONJUGATE_GRADIENTS, curvature_stride
+from eigenslice.inspection.memory_need import Memory, MemoryNeed, memory_need
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.slicing import OWN_SHARE, RANDOM_SHARE
 from eigenslice.plan.candidates import DROPS
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Sizes
+from eigenslice.runtime.precision import choose_precision
 from eigenslice.search.choose import CANDIDATES
 from eigenslice.search.parted import TOKENS as ALLOCATION_TOKENS
 from eigenslice.slicing.memory import (
     WRITING,
-    activation_bytes,
     gathered_numbers,
     room_for_model,
     shared_training_bytes,
@@ -43,6 +45,14 @@ HEALED_WINDOW = 512
 """Tokens of its windows."""
 DEVICES = (2, 4, 8)
 """Numbers of devices that the weights of a healing may be shared among."""
+MOST_INPUTS = 1024
+"""Inputs of a regression that is timed; larger ones are computed from it."""
+BUS_PROBE = 64 * 1024**2
+"""Bytes of the copy that is timed."""
+PASSES = 5
+"""Passes of the dense model in which weights cross the bus: measuring, depth, two of trials, and the last one."""
+STREAMS_OF_A_BLOCK = 12
+"""Streams that cross the bus for a block where activations live on the host: 8 up and 4 down."""
 PLANS = 4
 """Least number of plans that are tried, beside plans with fewer blocks: three widths, and one with fewer heads."""
 
@@ -55,10 +65,12 @@ class Estimate:
         tokens: Number of calibration tokens.
         seconds: Time with a global basis and no refit: one pass of the dense model, its covariances, and writing.
         refitted_seconds: Time with text that the model writes, a plan tried and layers refitted (`--keep`).
-        bytes: Peak memory without refit: this process, a block being run while the next one is read, the embeddings or
-            the activations. On a GPU, a part of it is the device's memory.
-        refitted_bytes: Peak memory with refit. It adds one Gram matrix in float64 and its factor, or the whole model,
-            which writes text.
+        solving_seconds: The part of `refitted_seconds` in which regressions are solved.
+        bus_seconds: The part in which weights and activations cross to a GPU and back, if nothing else goes on
+            meanwhile.
+        memory: Peak memory without refit.
+        refitted_memory: Peak memory with refit.
+        advice: What doesn't fit into the free memory, and which option makes it fit.
         healing_seconds: Time of healing on `HEALED_TOKENS` tokens, with all weights.
         healing_bytes: Peak memory of healing on one device, without the activations.
         shared_healing_bytes: The same on each of several devices that share the weights, by their number.
@@ -67,8 +79,11 @@ class Estimate:
     tokens: int
     seconds: float
     refitted_seconds: float
-    bytes: int
-    refitted_bytes: int
+    solving_seconds: float
+    bus_seconds: float
+    memory: Memory
+    refitted_memory: Memory
+    advice: list[str]
     healing_seconds: float
     healing_bytes: int
     shared_healing_bytes: dict[int, int]
@@ -83,7 +98,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         seqlen: Tokens per sequence; attention grows with it.
         dtype: The dtype of the forward pass.
     """
-    anatomy, item = dense.anatomy, torch.empty((), dtype=dtype).element_size()
+    anatomy = dense.anatomy
     probe = _probe(dense, seqlen, dtype)
     sites, block, narrow, broad = len(anatomy.sites), probe.block, probe.narrow, probe.broad
     share = anatomy.block_count * tokens / probe.tokens
@@ -98,35 +113,43 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     twin = block + 2 * sites * narrow + 2 * broad
     # Readers of neurons are fitted by products as large as their own, three for each gradient, and run again
     twin_with_readers = twin + (3 + CONJUGATE_GRADIENTS / curvature_stride(tokens) * 3 + 4) * probe.read
-    fit = more * share * (block + twin_with_readers) + anatomy.block_count * 2 * broad
+    fit = more * share * (block + twin_with_readers)
     plans = PLANS + (len(DROPS) if anatomy.can_drop_blocks else 0)
     tried = anatomy.block_count * min(more * tokens, TRIED_TOKENS) / probe.tokens
     trial = tried * (2 * block + plans * twin)
     trial += (_allocation(anatomy) + _depth(anatomy)) * anatomy.block_count * block / probe.tokens
-    weights = max(anatomy.block_sizes)
-    rss = psutil.Process().memory_info().rss
-    activations = activation_bytes(anatomy, tokens, dtype)
-    vocabulary = anatomy.shapes[anatomy.table.embeddings[0] + ".weight"]
-    running = 2 * weights * max(4, item) + 6 * anatomy.width**2 * 8
-    plain = rss + activations // 2 + max(running, torch.Size(vocabulary).numel() * item)
-    gram = max(anatomy.width, anatomy.neuron_count) ** 2 * 8
-    more_activations = activation_bytes(anatomy, tokens, dtype, refitted=True) - activations
-    refitted = plain + activations // 2 + more_activations + weights * 8 + 5 * gram // 2
-    if writes:
-        refitted = max(refitted, rss + whole)
+    # Readers at each site, and the writers of attention and of the MLP; in a trial, ridges aren't chosen
+    solves = anatomy.block_count * ((2 * sites - 1) * probe.narrow_fit + probe.broad_fit)
+    solving = solves * (1 + plans / (1 + len(RIDGES)))
+    need = memory_need(dense, tokens, dtype)
+    bus = _bus_seconds(dense, int(more * tokens), dtype, need)
     plain_seconds = measuring + write
-    healing = _healing_seconds(anatomy, probe)
+    rss = psutil.Process().memory_info().rss
     alone, shared = _healing_bytes(anatomy, whole, dtype)
     return Estimate(
-        tokens,
-        plain_seconds,
-        plain_seconds + text + trial + fit,
-        plain,
-        refitted,
-        healing,
-        rss + alone,
-        {n: rss + size for n, size in shared.items()},
+        tokens=tokens,
+        seconds=plain_seconds,
+        refitted_seconds=plain_seconds + text + trial + fit + solving + bus,
+        solving_seconds=solving,
+        bus_seconds=bus,
+        memory=need.plain,
+        refitted_memory=need.refitted,
+        advice=need.advice(dense.device),
+        healing_seconds=_healing_seconds(anatomy, probe),
+        healing_bytes=rss + alone,
+        shared_healing_bytes={n: rss + size for n, size in shared.items()},
     )
+
+
+def _bus_seconds(dense: DenseModel, tokens: int, dtype: torch.dtype, need: MemoryNeed) -> float:
+    """Return the time of copies to a GPU and back: weights in each pass, and activations that live on the host."""
+    if dense.device.type != "cuda":
+        return 0.0
+    piece = torch.empty(BUS_PROBE, dtype=torch.uint8)
+    rate = BUS_PROBE / _seconds(lambda: piece.to(dense.device), dense.device)
+    weights = PASSES * dense.anatomy.parameters * dense.dtype.itemsize
+    streams = 0 if need.place == "device" else tokens * dense.anatomy.width * dtype.itemsize
+    return (weights + STREAMS_OF_A_BLOCK * dense.anatomy.block_count * streams) / rate
 
 
 def _healing_seconds(anatomy: Anatomy, probe: "_Probe") -> float:
@@ -167,6 +190,8 @@ class _Probe:
         fold: Folding a block's weights.
         read: A product with the readers of an MLP.
         head: A product with the head.
+        narrow_fit, broad_fit: Choosing a ridge and solving a regression, with the stream and with the wider of stream
+            and neurons as inputs.
     """
 
     tokens: int
@@ -176,6 +201,8 @@ class _Probe:
     fold: float
     read: float
     head: float
+    narrow_fit: float
+    broad_fit: float
 
 
 def _probe(dense: DenseModel, seqlen: int, dtype: torch.dtype) -> _Probe:
@@ -206,7 +233,23 @@ def _probe(dense: DenseModel, seqlen: int, dtype: torch.dtype) -> _Probe:
         vocabulary = anatomy.shapes[anatomy.table.embeddings[0] + ".weight"][0]
         some = torch.randn(min(vocabulary, HEAD_ROWS), anatomy.width, device=dense.device)
         head = _seconds(lambda: rows @ some.T, dense.device) * vocabulary / len(some)
-    return _Probe(ids.numel(), block, narrow, broad, fold, read, head)
+        fits = [_fit_seconds(dense, size) for size in (anatomy.width, wide.shape[1])]
+    return _Probe(ids.numel(), block, narrow, broad, fold, read, head, *fits)
+
+
+def _fit_seconds(dense: DenseModel, inputs: int) -> float:
+    """Time the choice of a ridge and the solution of a regression without tokens; large ones grow by the cube."""
+    size = min(inputs, MOST_INPUTS)
+    outputs = max(1, dense.anatomy.width * size // inputs)
+    base = torch.zeros(outputs, size, dtype=torch.float64, device=dense.device)
+    dtype = choose_precision(dense.device).solve_dtype
+
+    def fit() -> None:
+        sums = NormalEquations.zeros(size, outputs, dense.device)
+        sums.gram.diagonal().fill_(1.0)
+        sums.solve(base, RidgeChoice().choose(sums, [], base), dtype)
+
+    return _seconds(fit, dense.device) * (inputs / size) ** 3
 
 
 def _seconds(work: Callable[[], object], device: torch.device) -> float:

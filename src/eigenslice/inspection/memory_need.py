@@ -1,0 +1,103 @@
+"""The memory that slicing takes, on the device and on the host, and the option that makes it fit."""
+
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from eigenslice.model.dense import DenseModel
+from eigenslice.runtime.offload import Place, choose_place, free_bytes
+from eigenslice.slicing.memory import activation_bytes, room_for_model, whole_bytes
+
+HOST = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory, in bytes.
+
+    Attributes:
+        host: Memory of the host, this process's included.
+        device: Memory of the GPU; 0 without one.
+    """
+
+    host: int
+    device: int
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """The memory of a run.
+
+    Attributes:
+        plain: Without refit: a block being run while the next one is read, the embeddings, or the activations.
+        refitted: With refit. It adds one Gram matrix in float64 and its factor, or the whole model, which writes text.
+        place: The place of the activations.
+        activations: Their bytes, with refit.
+    """
+
+    plain: Memory
+    refitted: Memory
+    place: Place
+    activations: int
+
+    def advice(self, device: torch.device) -> list[str]:
+        """Return what doesn't fit into the memory that is free now, and the option that makes it fit."""
+        lines = []
+        if device.type == "cuda" and self.refitted.device > (free := free_bytes(device)):
+            way = "--no-refit fits" if self.plain.device <= free else "a GPU with more memory, or --device cpu"
+            lines.append(f"{_gigabytes(self.refitted.device)} of device memory, {_gigabytes(free)} free: {way}")
+        free = free_bytes(HOST) + psutil.Process().memory_info().rss
+        if self.refitted.host > free:
+            on_host = self.place == "host" or (self.place == "device" and device.type != "cuda")
+            way = "--no-refit fits" if self.plain.host <= free else "a machine with more memory"
+            if on_host and self.refitted.host - self.activations <= free:
+                way = "--offload disk, or fewer --samples"
+            lines.append(f"{_gigabytes(self.refitted.host)} of host memory, {_gigabytes(free)} free: {way}")
+        return lines
+
+
+def memory_need(dense: DenseModel, tokens: int, dtype: torch.dtype) -> MemoryNeed:
+    """Count the memory of slicing on the model's device.
+
+    Args:
+        dense: The model.
+        tokens: Calibration tokens.
+        dtype: The dtype of the forward pass.
+    """
+    anatomy, device, on_gpu = dense.anatomy, dense.device, dense.device.type == "cuda"
+    weights, rss = max(anatomy.block_sizes), psutil.Process().memory_info().rss
+    activations = activation_bytes(anatomy, tokens, dtype)
+    all_activations = activation_bytes(anatomy, tokens, dtype, refitted=True)
+    place = choose_place("auto", all_activations, device)
+    vocabulary = torch.Size(anatomy.shapes[anatomy.table.embeddings[0] + ".weight"]).numel() * dtype.itemsize
+    gram = max(anatomy.width, anatomy.neuron_count) ** 2 * 8
+    whole = whole_bytes(dense, dtype)
+    writes = whole <= room_for_model(device)
+    computing = max(2 * weights * max(4, dtype.itemsize) + 6 * anatomy.width**2 * 8, vocabulary)
+    fitting = weights * 8 + 5 * gram // 2
+    held = {"plain": activations // 2, "refitted": all_activations}
+    if not on_gpu:
+        if place == "disk":
+            held = dict.fromkeys(held, 0)
+        refitted = rss + held["refitted"] + computing + fitting
+        return MemoryNeed(
+            Memory(rss + held["plain"] + computing, 0),
+            Memory(max(refitted, rss + whole if writes else 0), 0),
+            place,
+            held["refitted"],
+        )
+    reading = 2 * weights * dense.dtype.itemsize
+    there = {name: size if place == "device" else 0 for name, size in held.items()}
+    here = {name: size if place == "host" else 0 for name, size in held.items()}
+    refitted = max(computing + fitting + there["refitted"], whole if writes else 0)
+    return MemoryNeed(
+        Memory(rss + reading + here["plain"], computing + there["plain"]),
+        Memory(rss + reading + here["refitted"], refitted),
+        place,
+        held["refitted"],
+    )
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
