@@ -20,6 +20,7 @@ from tests.conftest import Folders
 Tuner = Callable[..., FinetuneResult]
 SHORT: dict[str, Any] = {
     "held_out": 4,
+    "batch": 4,
     "device": "cpu",
     "full": False,
     "learning_rate": 1e-2,
@@ -52,6 +53,7 @@ def tune(data: CalibrationOptions, tmp_path: Path) -> Tuner:
             "output": output,
             "data": data,
             "held_out": 4,
+            "batch": 4,
             "device": "cpu",
             "learning_rate": 1e-2,
             "full": False,

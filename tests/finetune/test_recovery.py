@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(
     expected = load_file(tune(sliced, **kwargs).output / "model.safetensors")
     output = tmp_path / "killed"
     options = FinetuneOptions(
-        model=str(sliced), output=output, data=data, held_out=4, device="cpu", learning_rate=1e-2, **kwargs
+        model=str(sliced), output=output, data=data, held_out=4, batch=4, device="cpu", learning_rate=1e-2, **kwargs
     )
     process = processes.call(train_and_die, options.model_dump_json(), 8, log=tmp_path / "log")
     process.join(300)
@@ -157,7 +157,7 @@ def test_two_processes_train_the_same_weights(
     """Gradients are averaged over processes as over the windows of one."""
     sliced = run_slice("llama", width=24).output
     expected = load_file(tune(sliced, full=True).output / "model.safetensors")
-    arguments = ["finetune", sliced, "-o", tmp_path / "two", "--full", "--held-out", 4]
+    arguments = ["finetune", sliced, "-o", tmp_path / "two", "--full", "--held-out", 4, "--batch", 4]
     arguments += ["--learning-rate", 1e-2, "--calibration", data.data[0], "--device", "cpu"]
     log = tmp_path / "log"
     for rank in processes.ranks(2, *arguments, log=log):

@@ -68,7 +68,13 @@ def options(data: CalibrationOptions, tmp_path: Path) -> Callable[..., FinetuneO
     """Options of a short training; keywords are options."""
 
     def make(model: Path, **more: Any) -> FinetuneOptions:
-        values: dict[str, Any] = {"model": str(model), "output": tmp_path / "two", "data": data, "held_out": 4}
+        values: dict[str, Any] = {
+            "model": str(model),
+            "output": tmp_path / "two",
+            "data": data,
+            "held_out": 4,
+            "batch": 4,
+        }
         values |= {"device": "cpu", "learning_rate": 1e-2, "shard": True}
         return FinetuneOptions(**values | more)
 

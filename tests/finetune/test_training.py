@@ -1,13 +1,13 @@
-"""The arguments of a training: how often it measures itself."""
+"""The arguments of a training: how often it measures itself, its batch and its rate."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from eigenslice.finetune.training import training_arguments
-from eigenslice.options.calibration_text import CalibrationOptions
-from eigenslice.options.finetuning import FinetuneOptions
+from eigenslice.options.finetuning import LORA_RATE, FinetuneOptions
 
 
 @pytest.mark.parametrize(
@@ -22,11 +22,31 @@ from eigenslice.options.finetuning import FinetuneOptions
 def test_measuring_takes_a_fifth_of_the_time_at_most(
     windows: int, measured: int, every: int | None, expected: int, tmp_path: Path
 ) -> None:
-    options = FinetuneOptions(
-        model="m", output=tmp_path / "o", evaluate_every=every, data=CalibrationOptions(data="builtin", samples=windows)
-    )
+    options = FinetuneOptions(model="m", output=tmp_path / "o", evaluate_every=every, batch=4, learning_rate=1e-4)
     train = [torch.zeros(8, dtype=torch.long)] * windows
-    arguments = training_arguments(options, tmp_path, train, measured, 1e-4, torch.device("cpu"))
+    arguments = training_arguments(options, tmp_path, train, measured, torch.device("cpu"))
     steps = windows // 4
     assert -(-steps // int(arguments.eval_steps)) == expected
     assert arguments.save_steps == arguments.eval_steps
+
+
+@pytest.mark.parametrize(
+    ("given", "windows", "processes", "batch", "rate"),
+    [
+        ({}, 200, 1, 4, 1e-3),  # 50 steps
+        ({}, 127, 1, 3, 1e-3 * 0.75**0.5),  # 42 steps
+        ({}, 10, 1, 1, 5e-4),  # as many steps as there are windows
+        ({}, 200, 8, 8, 1e-3),  # one window for each process
+        ({"micro_batch": 2}, 10, 1, 2, 1e-3 * 0.5**0.5),
+        ({"batch": 16}, 10, 1, 16, 1e-3),
+        ({"learning_rate": 0.5}, 10, 1, 1, 0.5),
+        ({"full": False}, 10, 1, 1, LORA_RATE),
+    ],
+)
+def test_short_trainings_take_small_steps(
+    given: dict[str, Any], windows: int, processes: int, batch: int, rate: float, tmp_path: Path
+) -> None:
+    options = FinetuneOptions(**{"model": "m", "output": tmp_path / "o", "full": True} | given)
+    decided = options.with_batch(windows, processes, width=50)
+    assert decided.batch == batch
+    assert decided.learning_rate == pytest.approx(rate)

@@ -135,10 +135,10 @@ def launched_by_accelerate(*arguments: str) -> None:
 
 def test_processes_of_accelerate_share_the_weights(healing: Callable[..., Any], tmp_path: Path) -> None:
     """A shared teacher writes text, too."""
-    options = healing("alone", refit=False, heal=600)
+    options = healing("alone", refit=False, heal=1100)
     alone = slice_model(options)
     text = options.calibration
-    arguments = ["slice", options.model, "-o", tmp_path / "two", "--width", 24, "--heal", 600, "--device", "cpu"]
+    arguments = ["slice", options.model, "-o", tmp_path / "two", "--width", 24, "--heal", 1100, "--device", "cpu"]
     arguments += ["--no-refit", "--calibration", text.data[0], "--samples", SAMPLES, "--seqlen", SEQLEN]
     log = tmp_path / "log"
     for rank in processes.ranks(2, *arguments, log=log, run=launched_by_accelerate):

@@ -34,6 +34,7 @@ from eigenslice.finetune.training import (
     check_logs,
     make_trainer,
     on_gpu_in_bfloat16,
+    passes_over,
     placed_teacher,
     training_arguments,
     with_adapters,
@@ -221,9 +222,10 @@ def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneRes
         state = RunState(work.state, ranks)
         windows = add_own_windows(windows, options, teacher, loaded.tokenizer, state, ranks, job.progress)
     model = loaded.model
-    rate = options.rate(model.config.get_text_config().hidden_size)
+    count = len(windows.train) * passes_over(windows.train, options)
+    options = options.with_batch(count, ranks.size, model.config.get_text_config().hidden_size)
     measured = sum(map(len, windows.held_out.windows))
-    arguments = training_arguments(options, work.state, windows.train, measured, rate, ranks.device)
+    arguments = training_arguments(options, work.state, windows.train, measured, ranks.device)
     start = _start(options, checkpoints, ranks, is_new)
     if not options.shard:
         teacher = None if teacher is None else placed_teacher(teacher, options, arguments.device)

@@ -127,28 +127,29 @@ class Reporter(TrainerCallback):
 
 
 def training_arguments(
-    options: FinetuneOptions, folder: Path, windows: list[Tensor], measured: int, rate: float, device: torch.device
+    options: FinetuneOptions, folder: Path, windows: list[Tensor], measured: int, device: torch.device
 ) -> TrainingArguments:
     """transformers' arguments.
 
     Args:
-        options: The options of the command.
+        options: The options of the command, with the batch and the learning rate decided.
         folder: The folder of checkpoints.
         windows: The windows to train on.
         measured: Number of held-out tokens.
-        rate: The highest learning rate.
         device: The device to train on.
 
     Raises:
         OptionsError: the batch can't be shared among the processes.
     """
     use_cpu = device.type != "cuda"
+    assert options.batch is not None
+    assert options.learning_rate is not None
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=options.micro_batch,
         per_device_eval_batch_size=options.micro_batch,
         num_train_epochs=options.epochs,
-        learning_rate=rate,
+        learning_rate=options.learning_rate,
         lr_scheduler_type=options.schedule,
         warmup_steps=options.warmup,
         weight_decay=options.weight_decay,
@@ -183,7 +184,7 @@ def training_arguments(
             next_step="change one of them",
         )
     arguments.gradient_accumulation_steps = options.batch // share
-    passes = options.epochs if options.tokens is None else options.tokens / sum(map(len, windows))
+    passes = passes_over(windows, options)
     steps = max(1, -(-int(len(windows) * passes) // options.batch))
     if options.tokens is not None:
         arguments.max_steps = steps
@@ -192,6 +193,11 @@ def training_arguments(
     every = options.evaluate_every or -(-steps // times)
     arguments.eval_steps = arguments.save_steps = min(every, steps)
     return arguments
+
+
+def passes_over(windows: list[Tensor], options: FinetuneOptions) -> float:
+    """Return how often each of these windows is trained on, as a mean."""
+    return options.epochs if options.tokens is None else options.tokens / sum(map(len, windows))
 
 
 def computes_in_bfloat16(options: FinetuneOptions, device: torch.device) -> bool:

@@ -17,8 +17,11 @@ LORA_RATE, FULL_RATE = 1e-3, 0.05
 """Default learning rates: of adapters; of all weights, times the hidden width.
 
 AdamW changes each weight by about the rate in a step, whatever the gradient. So an output changes by the rate times the
-number of inputs.
+number of inputs. The rate of all weights was measured with steps of `BATCH` windows; for fewer windows it falls as the
+root of their number, as the noise of their gradient grows.
 """
+BATCH, STEPS = 4, 32
+"""Default number of windows in a step, where the training then has so many steps."""
 DISTILL = 0.8
 """Share of the distillation beside a teacher. benchmarks/EXPERIMENTS.md compares it with smaller and larger shares."""
 LOGGERS = ("tensorboard", "trackio")
@@ -95,8 +98,10 @@ class FinetuneOptions(Options):
         1.0
     )
     batch: Annotated[
-        int, Option("Windows per step, over all devices.", TRAINING), Range(1, 10**6, "1 to 1000000 windows")
-    ] = 4
+        int | None,
+        Option("Windows per step, over all devices.", TRAINING, f"{BATCH}, fewer if there are not {STEPS} steps then"),
+        Range(1, 10**6, "1 to 1000000 windows"),
+    ] = None
     micro_batch: Annotated[
         int,
         Option("Windows at once on one device.", MACHINE),
@@ -105,7 +110,9 @@ class FinetuneOptions(Options):
     learning_rate: Annotated[
         float | None,
         Option(
-            "Highest learning rate.", TRAINING, f"{FULL_RATE} / hidden width for all weights, {LORA_RATE} for adapters"
+            "Highest learning rate.",
+            TRAINING,
+            f"{FULL_RATE} / hidden width for all weights, less for batches under {BATCH}; {LORA_RATE} for adapters",
         ),
         Range(1e-12, 1e3, "more than 0, at most 1000"),
     ] = None
@@ -182,7 +189,7 @@ class FinetuneOptions(Options):
                 allowed="one of them: full training has no adapter",
                 next_step="drop one of them",
             )
-        if self.batch % self.micro_batch:
+        if self.batch is not None and self.batch % self.micro_batch:
             raise OptionsError(
                 f"--batch {self.batch} --micro-batch {self.micro_batch}",
                 allowed="a batch that is a multiple of the micro-batch",
@@ -211,9 +218,19 @@ class FinetuneOptions(Options):
         """Share of the distillation in the loss."""
         return (DISTILL if self.distill is None else self.distill) if self.teacher else 0.0
 
-    def rate(self, width: int) -> float:
-        """Return the highest learning rate for a model of a hidden width, where `full` is decided."""
-        return self.learning_rate or (FULL_RATE / width if self.full else LORA_RATE)
+    def with_batch(self, windows: float, processes: int, width: int) -> "FinetuneOptions":
+        """Return the options with the batch and the learning rate decided, where `full` is.
+
+        Args:
+            windows: Windows in all steps together.
+            processes: Processes that share a step.
+            width: The model's hidden width.
+        """
+        share = self.micro_batch * processes
+        batch = self.batch or max(1, min(BATCH, int(windows) // STEPS) // share) * share
+        full_rate = FULL_RATE / width * min(1.0, math.sqrt(batch / BATCH))
+        rate = self.learning_rate or (full_rate if self.full else LORA_RATE)
+        return self.model_copy(update={"batch": batch, "learning_rate": rate})
 
     @property
     def own_share(self) -> float:
