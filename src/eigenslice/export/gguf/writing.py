@@ -62,8 +62,10 @@ def _write_parameters(writer: GGUFWriter, config: Any, arch: Architecture, kind:
     rope = rope_parameters(config)
     writer.add_rope_freq_base(rope["rope_theta"])
     if arch.windows:
+        period = window_period(dense)
+        assert period is not None  # others are refused, see arch.py
         writer.add_sliding_window(dense.sliding_window)
-        writer.add_sliding_window_pattern(window_period(dense))
+        writer.add_sliding_window_pattern(period)
         writer.add_rope_freq_base_swa(rope_parameters(config, SLIDING)["rope_theta"])
     if rope_type(config) == "linear":
         writer.add_rope_scaling_type(RopeScalingType.LINEAR)
