@@ -156,3 +156,19 @@ def test_added_tokens_without_a_row_are_passed_over() -> None:
     assert [token["content"] for token in rewrite_tokenizer(specification, {0: 0, 2: 1})["added_tokens"]] == ["<end>"]
     with pytest.raises(UnsupportedModelError, match="token 1, the embedding has 1 rows"):
         read_specification(content, rows=1)
+
+
+@pytest.mark.parametrize("names", [("<unused0>", "<unused12>"), ("<|reserved_special_token_7|>", "[unused3]")])
+def test_added_tokens_that_stand_for_nothing_stay_only_where_they_are_needed(names: tuple[str, str]) -> None:
+    model = models.BPE({"a": 0, "b": 1, "ab": 2, "ba": 3}, [("a", "b"), ("b", "a")])
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens([*names, "<end>"])
+    specification = specification_of(tokenizer)
+    assert choose_tokens(specification, {2: 1}, (), None) == [0, 1, 2, 6]
+    assert choose_tokens(specification, {5: 1}, (), None) == [0, 1, 5, 6]  # the texts have it
+    assert choose_tokens(specification, {}, {4}, None) == [0, 1, 4, 6]  # a config names it
+    likely = [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+    assert choose_tokens(specification, {}, (), 5, likely) == [0, 1, 2, 3, 6]
+    small = reduced(specification, [0, 1, 2, 6])
+    assert small.get_vocab() == {"a": 0, "b": 1, "ab": 2, "<end>": 3}
+    assert small.encode("ab<end>a").ids == [2, 3, 0]

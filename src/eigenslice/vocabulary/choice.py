@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from eigenslice.errors import OptionsError
-from eigenslice.vocabulary.specification import Specification, closed, merged_from
+from eigenslice.vocabulary.specification import RESERVED, Specification, closed, merged_from
 
 COMMON = 0.999
 """Share of a text's characters that are common. Tokens of other characters are for other scripts: measured on Gemma 3
@@ -25,9 +25,10 @@ def choose_tokens(
         counts: Number of times that each token occurs in the texts, by id.
         named: Ids that configs name, such as the end of a text.
         number: Number of tokens that stay; None keeps all tokens that occur. Tokens that the tokenizer can't do without
-            come first, then the most used tokens. Of two tokens with equal use, a token of common characters of the
-            texts is first, then the one that is more like used tokens, then the lower id, which is the earlier merge.
-            Each token brings the tokens that it is merged from, and is left out if these are too many.
+            come first, then the most used tokens. Of two tokens with equal use, one that stands for something is first,
+            then one of common characters of the texts, then the one that is more like used tokens, then the lower id,
+            which is the earlier merge. Each token brings the tokens that it is merged from, and is left out if these
+            are too many.
         likeness: A number for each id, higher for a token that is more like the used ones; empty if nothing is known.
 
     Raises:
@@ -47,8 +48,9 @@ def choose_tokens(
         )
     common = _common_characters(specification, counts)
 
-    def order(i: int) -> tuple[int, bool, float, int]:
-        return -counts.get(i, 0), not common.issuperset(tokens[i]), -likeness[i] if likeness else 0.0, i
+    def order(i: int) -> tuple[int, bool, bool, float, int]:
+        reserved, other = RESERVED.fullmatch(tokens[i]) is not None, not common.issuperset(tokens[i])
+        return -counts.get(i, 0), reserved, other, -likeness[i] if likeness else 0.0, i
 
     for i in sorted(tokens, key=order):
         more = merged_from(specification, tokens[i]) - kept

@@ -124,10 +124,16 @@ def _specification(source: Source, folder: Path) -> Specification:
 
 
 def _named(source: Source, specification: Specification, folder: Path) -> set[int]:
-    """Ids that the tokenizer's steps, the config and the generation config name."""
+    """Ids that the tokenizer's steps and lists of special tokens, the config and the generation config name."""
     found = ids_of_steps(specification.content) | named_ids(source.config.to_dict())
+    found |= {i for i in source.tokenizer.convert_tokens_to_ids(_listed(source.tokenizer)) if i is not None}
     path = folder / GENERATION
     return found | named_ids(read_json(path, folder, "a JSON object") if path.is_file() else {})
+
+
+def _listed(tokenizer: Any) -> list[str]:
+    """Special tokens that transformers adds from the tokenizer's own config, whatever tokenizer.json has."""
+    return [str(token) for token in getattr(tokenizer, "extra_special_tokens", None) or ()]
 
 
 def _rewrite(folder: Path, specification: Specification, ids: dict[int, int]) -> None:

@@ -33,10 +33,11 @@ def rewrite_tokenizer(specification: Specification, ids: Ids) -> dict[str, Any]:
     content = copy.copy(specification.content)
     content["model"] = _model(specification, ids)
     own = set(specification.model["vocab"]) if specification.kind == "BPE" else {p for p, _ in specification.pieces}
-    beside = sorted(ids[t["id"]] for t in specification.added if t["content"] not in own)
+    added = [token for token in specification.added if token["id"] in ids]
+    beside = sorted(ids[token["id"]] for token in added if token["content"] not in own)
     if beside != list(range(len(ids) - len(beside), len(ids))):
         raise refused("added tokens have ids before those of other tokens")
-    content["added_tokens"] = [token | {"id": ids[token["id"]]} for token in specification.added]
+    content["added_tokens"] = [token | {"id": ids[token["id"]]} for token in added]
     if content.get("padding"):
         content["padding"] = content["padding"] | {"pad_id": _known(content["padding"]["pad_id"], ids)}
     if content.get("post_processor"):

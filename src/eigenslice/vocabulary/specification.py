@@ -1,6 +1,7 @@
 """The content of a tokenizer.json: ids of tokens, merges, and tokens that must stay."""
 
 import itertools
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,6 +14,8 @@ BYTES = tuple(f"<0x{byte:02X}>" for byte in range(256))
 """Tokens that stand for single bytes, where a tokenizer falls back to bytes."""
 SPACE = "\u2581"
 """SentencePiece's mark of a space."""
+RESERVED = re.compile(r"[<\[]\|?(unused|reserved(_special)?(_token)?)_?\d+\|?[>\]]")
+"""Names of added tokens that stand for nothing yet: 6,242 of Gemma 3's tokens, 248 of Llama 3's."""
 SEPARATE_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
 
 
@@ -80,11 +83,12 @@ class Specification:
     def indispensable(self) -> frozenset[str]:
         """Return tokens without which some text has no encoding, or kept text has another encoding.
 
-        These are added tokens (special tokens among them), the unknown token, and the alphabet. The alphabet is the
+        These are added tokens (special tokens among them, but none that stand for nothing), the unknown token, and the
+        alphabet. The alphabet is the
         tokens of single bytes, or all tokens of one character if there are no tokens of bytes. Of Unigram, one piece of
         the least score stays, because the score of unknown characters is measured from the least score.
         """
-        found = {token["content"] for token in self.added}
+        found = {token["content"] for token in self.added if not RESERVED.fullmatch(token["content"])}
         singles = {token for token in self.ids if len(token) == 1}
         if self.falls_back_to_bytes:
             found |= {*BYTES} | {token for token in singles if token.isascii() or token == SPACE}
