@@ -15,7 +15,9 @@ from eigenslice.runtime.ranks import Ranks
 OWN_TEXT = "text of the model's own"
 """Name of the group of windows that the teacher wrote."""
 NOISE = 2.0
-"""Standard errors by which a group's loss may rise and still count as no worse."""
+"""Standard errors by which a group's loss may rise and still count as no worse, where they are known from many windows.
+
+Few windows know their standard error badly, and need more of them; see `standard_errors`."""
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,10 @@ class WindowLosses:
         worse = {}
         for name in dict.fromkeys(self.groups):
             of_group = rise[self._of(name)]
-            spread = float(of_group.std()) / math.sqrt(len(of_group)) if len(of_group) > 1 else 0.0
+            count = len(of_group)
+            spread = float(of_group.std()) / math.sqrt(count) if count > 1 else 0.0
             mean = float(of_group.mean())
-            if not mean <= NOISE * spread:  # NaN is worse, too
+            if not mean <= standard_errors(count) * spread:  # NaN is worse, too
                 worse[name] = mean
         return worse
 
@@ -100,6 +103,22 @@ class WindowLosses:
     def _only(self, chosen: Tensor) -> "WindowLosses":
         groups = [group for group, kept in zip(self.groups, chosen.tolist(), strict=True) if kept]
         return WindowLosses(groups, self.sums[chosen], self.distill)
+
+
+def standard_errors(count: int) -> float:
+    """Return the standard errors that a mean of so many windows exceeds as rarely as a normal one exceeds `NOISE`.
+
+    The quantile of Student's t with count - 1 degrees of freedom, by its expansion (Abramowitz and Stegun, 26.7.5).
+    """
+    x, freedom = NOISE, max(1, count - 1)
+    terms = (
+        x,
+        (x**3 + x) / 4,
+        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
+        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
+        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
+    )
+    return sum(term / freedom**power for power, term in enumerate(terms))
 
 
 @dataclass(frozen=True)
