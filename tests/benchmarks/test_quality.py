@@ -272,11 +272,13 @@ def test_an_interrupted_slicing_goes_on(command: list[str], tmp_path: Path, monk
     monkeypatch.setattr("candidates.slice_model", lambda options: slice_model(options, stop))
     with pytest.raises(KeyboardInterrupt):
         quality.main(command)
-    assert len(set(stages)) > 2
+    before = set(stages) - {"slicing", "hashing"}
+    assert len(before) > 1
     stages.clear()
     monkeypatch.setattr("candidates.slice_model", lambda options: slice_model(options, watch))
     quality.main(command)
-    assert set(stages) == {"slicing"}
+    assert "slicing" in stages
+    assert not before & set(stages), "what was done is not done again"
     (row,) = json.loads((tmp_path / "out" / "x.json").read_text())["rows"]
     assert row["seconds"] is None, "the time of the first part isn't known"
     assert row["kept"] <= 0.9

@@ -108,7 +108,7 @@ def test_places_and_bytes() -> None:
 
 @pytest.mark.parametrize("kind", SLICES)
 def test_slices_are_those_of_the_cpu(kind: str, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(slicing, "choose_precision", lambda device: EXACT)  # as on the CPU
+    monkeypatch.setattr(slicing, "choose_precision", lambda device, compute: EXACT)  # as on the CPU
     case, options = SLICES[kind]
     expected = run_slice(case, **options)
     with fake_device() as gpu:

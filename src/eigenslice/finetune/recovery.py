@@ -223,9 +223,9 @@ def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneRes
         windows = add_own_windows(windows, options, teacher, loaded.tokenizer, state, ranks, job.progress)
     model = loaded.model
     count = len(windows.train) * passes_over(windows.train, options)
-    options = options.with_batch(count, ranks.size, model.config.get_text_config().hidden_size)
+    decided = options.with_batch(count, ranks.size, model.config.get_text_config().hidden_size)
     measured = sum(map(len, windows.held_out.windows))
-    arguments = training_arguments(options, work.state, windows.train, measured, ranks.device)
+    arguments = training_arguments(decided, work.state, windows.train, measured, ranks.device)
     start = _start(options, checkpoints, ranks, is_new)
     if not options.shard:
         teacher = None if teacher is None else placed_teacher(teacher, options, arguments.device)
