@@ -80,7 +80,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> Any:
         raise _not_loaded(name, error) from error
 
 
-def stored_numbers(folder: Path, gguf: str | None) -> int:
+def count_numbers(folder: Path, gguf: str | None) -> int:
     """Return how many numbers the weights in a folder, or in a GGUF file in it, have."""
     if gguf:
         return check_gguf(folder / gguf).numbers
@@ -129,7 +129,7 @@ def _read(
         extra = extra | {"quantization_config": GgufConfig(dequantize=True)}
     elif not quantized:
         empty = empty_model(config, auto, trust_remote_code=trust_remote_code)
-        check_total(name, sum(p.numel() for p in empty.parameters()), stored_numbers(folder, None))
+        check_total(name, sum(p.numel() for p in empty.parameters()), count_numbers(folder, None))
     adapter = not gguf and (folder / ADAPTER_CONFIG).exists()
     place = place_model(name, _bytes(folder, gguf, dtype, quantized=quantized), device, spread=not adapter)
     loaded: Any = auto.from_pretrained(

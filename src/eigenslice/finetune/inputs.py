@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 from eigenslice.checkpoint.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from eigenslice.checkpoint.companions import copy_companions
 from eigenslice.checkpoint.files import LARGEST_JSON, check_file
-from eigenslice.checkpoint.loading import LoadedModel, load_model, stored_numbers
+from eigenslice.checkpoint.loading import LoadedModel, count_numbers, load_model
 from eigenslice.checkpoint.mapping import as_stored
 from eigenslice.checkpoint.names import CONFIG
 from eigenslice.checkpoint.source import locate
@@ -68,7 +68,7 @@ class Input:
     @cached_property
     def numbers(self) -> int:
         """How many numbers the weights have."""
-        return stored_numbers(self.folder, self.gguf)
+        return count_numbers(self.folder, self.gguf)
 
     @cached_property
     def hashes(self) -> dict[str, str]:

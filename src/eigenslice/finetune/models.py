@@ -3,13 +3,11 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from eigenslice.checkpoint.loading import LoadedModel, load_config
 from eigenslice.finetune.inputs import Input, Sliced, fit_teacher
 from eigenslice.finetune.sharding import make_mesh, shard, without_weights
 from eigenslice.finetune.trained_weights import Needs, with_weights_chosen
-from eigenslice.finetune.training import computes_in_bfloat16, on_gpu_in_bfloat16, with_adapters
+from eigenslice.finetune.training import computes_in_bfloat16, frozen, on_gpu_in_bfloat16, with_adapters
 from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.runtime.ranks import Ranks
 
@@ -69,9 +67,7 @@ def load_models(options: FinetuneOptions, base: Sliced, dense: Input | None, ran
         teacher = None
         if dense:
             teacher = _load_teacher(options, base, dense, trained)
-            half = torch.bfloat16 if on_gpu_in_bfloat16(options, ranks.device) else None
-            frozen = teacher.model.requires_grad_(False).to(dtype=half)
-            teacher = replace(teacher, model=shard(frozen, mesh))
+            teacher = replace(teacher, model=shard(frozen(teacher.model, options, ranks.device), mesh))
         done.append(Models(trained, teacher, skeleton))
 
     ranks.in_turns(load)

@@ -32,10 +32,10 @@ from eigenslice.finetune.training import (
     RecoveryTrainer,
     Reporter,
     check_logs,
+    frozen,
     make_trainer,
     on_gpu_in_bfloat16,
     passes_over,
-    placed_teacher,
     training_arguments,
     with_adapters,
 )
@@ -228,7 +228,7 @@ def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneRes
     arguments = training_arguments(decided, work.state, windows.train, measured, ranks.device)
     start = _start(options, checkpoints, ranks, is_new)
     if not options.shard:
-        teacher = None if teacher is None else placed_teacher(teacher, options, arguments.device)
+        teacher = None if teacher is None else frozen(teacher, options, arguments.device)
         model = model.to(arguments.device)
     job.progress("before", 0, 1)
     judge = Judge.of(model, windows.held_out, teacher, options.distilled, ranks)

@@ -212,10 +212,10 @@ def on_gpu_in_bfloat16(options: FinetuneOptions, device: torch.device) -> bool:
     return device.type != "cpu" and computes_in_bfloat16(options, device)
 
 
-def placed_teacher(teacher: Any, options: FinetuneOptions, device: torch.device) -> Any:
-    """The teacher on the device that is trained on, in bfloat16 on a GPU that computes in it."""
+def frozen(teacher: Any, options: FinetuneOptions, device: torch.device) -> Any:
+    """The teacher in its place, not trained; in bfloat16 if the training is on a GPU that computes in it."""
     dtype = torch.bfloat16 if on_gpu_in_bfloat16(options, device) else None
-    return teacher.requires_grad_(False).to(device=device, dtype=dtype)
+    return teacher.requires_grad_(False).to(dtype=dtype)
 
 
 def with_adapters(model: Any, options: FinetuneOptions, bfloat16: bool) -> Any:

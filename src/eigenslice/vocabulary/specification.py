@@ -84,9 +84,9 @@ class Specification:
         """Return tokens without which some text has no encoding, or kept text has another encoding.
 
         These are added tokens (special tokens among them, but none that stand for nothing), the unknown token, and the
-        alphabet. The alphabet is the
-        tokens of single bytes, or all tokens of one character if there are no tokens of bytes. Of Unigram, one piece of
-        the least score stays, because the score of unknown characters is measured from the least score.
+        alphabet. The alphabet is the tokens of single bytes, or all tokens of one character if there are no tokens of
+        bytes. Of Unigram, one piece of the least score stays, because the score of unknown characters is measured from
+        the least score.
         """
         found = {token["content"] for token in self.added if not RESERVED.fullmatch(token["content"])}
         singles = {token for token in self.ids if len(token) == 1}
