@@ -191,7 +191,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--test-samples", type=int, default=16, help="windows of each test text, from its start")
     add("--held-out", type=int, help="windows that training measures itself on [as finetune]")
     add("--learning-rate", type=float, help="[that of the way]")
-    add("--batch", type=int, default=4, help="windows a step")
+    add("--batch", type=int, help="windows a step [as finetune]")
     add("--seed", type=int, default=0)
     add("--device", help="torch device to measure on [a GPU if there is one]")
     add("--dtype", choices=["float32", "bfloat16"], help="[float32 on CPU]")

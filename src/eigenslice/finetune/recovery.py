@@ -47,6 +47,7 @@ from eigenslice.report.manifest import NAME, finished_manifest
 from eigenslice.runtime.device import resolve_device
 from eigenslice.runtime.out_of_memory import memory_errors
 from eigenslice.runtime.output import refuse_overlap
+from eigenslice.runtime.precision import choose_precision, products
 from eigenslice.runtime.ranks import Ranks, join_ranks
 from eigenslice.runtime.run_state import RunState
 from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, remove_finished, work_folder
@@ -185,7 +186,7 @@ def _run(job: _Job) -> FinetuneResult:
     with work_folder(options.output, resumable(job.identity), names, options.resume, ranks) as work:
         checkpoints = Checkpoints(work.state)
         try:
-            with storage_errors(ranks):
+            with storage_errors(ranks), products(choose_precision(ranks.device, options.dtype).forward):
                 ranks.on_first(lambda: _prepare(job, work))
                 result = _train(job, work, checkpoints)
         except BaseException:
@@ -193,7 +194,7 @@ def _run(job: _Job) -> FinetuneResult:
                 with suppress(OSError):  # the error that led here says more
                     checkpoints.remove_unsealed()
             raise
-    if not result.manifest["finetune"]["best_step"]:
+    if ranks.first and not result.manifest["finetune"]["best_step"]:
         warnings.warn(
             f"Training didn't help: at no step were all held-out texts as good as before. {options.output} has the "
             "weights that the training began with. More text may help, or a lower rate (finetune --learning-rate).",
@@ -233,7 +234,6 @@ def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneRes
     job.progress("before", 0, 1)
     judge = Judge.of(model, windows.held_out, teacher, options.distilled, ranks)
     job.progress("before", 1, 1)
-    before = as_perplexity(judge.before)
     if not (options.full or options.shard):
         model = with_adapters(model, options, on_gpu_in_bfloat16(options, arguments.device))
     ranks.on_first(lambda: _check_space(job, model, checkpoints))
@@ -253,11 +253,12 @@ def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneRes
         ranks.on_first(lambda: checkpoints.check_weights(best))
         tuned, save, losses = _trained_model(job, trainer, judge, checkpoints.path(best))
     job.progress("after", 1, 1)
-    content = base.manifest | section(options, base, windows, trained, (judge.before, losses)) | {"run": job.identity}
+    entries = section(options, base, windows, trained, (judge.before, losses), bfloat16=arguments.bf16)
+    content = base.manifest | entries | {"run": job.identity}
     if ranks.first:
         content = write_result(work, options, base, tuned, save, content)
         write_card(work.result, content, options.output.name, job.card)
-    return FinetuneResult(options.output, content, before, as_perplexity(losses))
+    return FinetuneResult(options.output, content, as_perplexity(judge.before), as_perplexity(losses))
 
 
 def _trained_model(

@@ -159,6 +159,8 @@ def section(
     windows: Windows,
     trained: TrainerState,
     measured: tuple[WindowLosses, WindowLosses],
+    *,
+    bfloat16: bool,
 ) -> dict[str, Any]:
     """Return the manifest's entries that the training adds or changes.
 
@@ -168,6 +170,7 @@ def section(
         windows: The windows, with the held-out windows.
         trained: Trainer's state behind the last step.
         measured: Losses on the held-out windows, before the training and of the result.
+        bfloat16: True if the training computed in bfloat16.
 
     Returns:
         The section `finetune`; and `loss`, if the dense model was the teacher.
@@ -184,6 +187,7 @@ def section(
             "trained": "all weights" if options.full else f"LoRA, r={options.rank}, alpha={options.alpha:g}",
             "data": windows.tokens.description
             | {"held_out": len(windows.held_out.windows), "own_sequences": windows.own},
+            "computed_in": "bfloat16" if bfloat16 else "float32",
             "steps": trained.global_step,
             "best_step": best,
             "perplexity": {

@@ -17,6 +17,7 @@ from eigenslice.finetune.held_out import Judge
 from eigenslice.finetune.objective import shifted_targets, summed_loss
 from eigenslice.options.finetuning import FinetuneOptions
 from eigenslice.runtime.output import refuse_overlap
+from eigenslice.runtime.precision import choose_precision
 from eigenslice.runtime.ranks import Ranks
 
 Progress = Callable[[str, int, int], None]
@@ -201,9 +202,13 @@ def passes_over(windows: list[Tensor], options: FinetuneOptions) -> float:
 
 
 def computes_in_bfloat16(options: FinetuneOptions, device: torch.device) -> bool:
-    """Return whether the training computes in bfloat16: by default on GPUs that have it."""
+    """Return whether the training computes in bfloat16: by default on GPUs and CPUs that multiply it.
+
+    The trained weights stay in float32, and so do the optimizer's numbers.
+    """
     if options.dtype is None:
-        return device.type == "cuda" and torch.cuda.is_bf16_supported()
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return on_gpu or choose_precision(device).forward == "bfloat16"
     return options.dtype == "bfloat16"
 
 

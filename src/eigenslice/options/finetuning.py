@@ -17,11 +17,12 @@ LORA_RATE, FULL_RATE = 1e-3, 0.05
 """Default learning rates: of adapters; of all weights, times the hidden width.
 
 AdamW changes each weight by about the rate in a step, whatever the gradient. So an output changes by the rate times the
-number of inputs. The rate of all weights was measured with steps of `BATCH` windows; for fewer windows it falls as the
-root of their number, as the noise of their gradient grows.
+number of inputs. Both rates were measured with steps of `BATCH` windows. For fewer windows they fall as the root of
+their number, as the noise of their gradient grows.
 """
-BATCH, STEPS = 4, 32
-"""Default number of windows in a step, where the training then has so many steps."""
+BATCH, STEPS = 4, 1024
+"""Default number of windows in a step, where the training then has so many steps. A step of one window at half the rate
+gains more per token than a step of four (benchmarks/EXPERIMENTS.md)."""
 DISTILL = 0.8
 """Share of the distillation beside a teacher. benchmarks/EXPERIMENTS.md compares it with smaller and larger shares."""
 LOGGERS = ("tensorboard", "trackio")
@@ -99,7 +100,7 @@ class FinetuneOptions(Options):
     )
     batch: Annotated[
         int | None,
-        Option("Windows per step, over all devices.", TRAINING, f"{BATCH}, fewer if there are not {STEPS} steps then"),
+        Option("Windows per step, over all devices.", TRAINING, f"{BATCH}, or fewer, so that there are {STEPS} steps"),
         Range(1, 10**6, "1 to 1000000 windows"),
     ] = None
     micro_batch: Annotated[
@@ -112,7 +113,7 @@ class FinetuneOptions(Options):
         Option(
             "Highest learning rate.",
             TRAINING,
-            f"{FULL_RATE} / hidden width for all weights, less for batches under {BATCH}; {LORA_RATE} for adapters",
+            f"{FULL_RATE} / hidden width for all weights, {LORA_RATE} for adapters; less for batches under {BATCH}",
         ),
         Range(1e-12, 1e3, "more than 0, at most 1000"),
     ] = None
@@ -147,7 +148,7 @@ class FinetuneOptions(Options):
     ] = None
     dtype: Annotated[
         Literal["float32", "bfloat16"] | None,
-        Option("Dtype to compute in.", MACHINE, "float32 on CPU, bfloat16 on a GPU that has it"),
+        Option("Dtype to compute in.", MACHINE, "bfloat16 on GPUs and CPUs that multiply it, else float32"),
     ] = None
     device: Annotated[Literal["cpu", "cuda"] | None, Option("Device to train on.", MACHINE, GPU)] = None
     shard: Annotated[
@@ -228,8 +229,8 @@ class FinetuneOptions(Options):
         """
         share = self.micro_batch * processes
         batch = self.batch or max(1, min(BATCH, int(windows) // STEPS) // share) * share
-        full_rate = FULL_RATE / width * min(1.0, math.sqrt(batch / BATCH))
-        rate = self.learning_rate or (full_rate if self.full else LORA_RATE)
+        usual = FULL_RATE / width if self.full else LORA_RATE
+        rate = self.learning_rate or usual * min(1.0, math.sqrt(batch / BATCH))
         return self.model_copy(update={"batch": batch, "learning_rate": rate})
 
     @property
