@@ -40,6 +40,22 @@ def test_solves_are_counted(dense_folder: Folders, monkeypatch: pytest.MonkeyPat
     assert estimate(dense, 1_000, 16).solving_seconds == pytest.approx(12 * (1 + plans / 7))
 
 
+@pytest.mark.parametrize(("features", "operands"), [({}, "highest"), ({"avx512_bf16": True}, "medium")])
+def test_products_are_timed_as_the_run_makes_them(
+    features: dict[str, bool], operands: str, dense_folder: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def seconds(work: object, device: torch.device) -> float:
+        seen.append(torch.get_float32_matmul_precision())
+        return 1.0
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
+    monkeypatch.setattr(module, "_seconds", seconds)
+    estimate(DenseModel(open_source(str(dense_folder("llama")))), 1_000, 16)
+    assert seen == [operands] * len(seen)
+
+
 def test_a_gpu_s_memory_and_bus_are_apart(dense_folder: Folders) -> None:
     with fake_device() as gpu:
         dense = DenseModel(open_source(str(dense_folder("llama"))), gpu.device)

@@ -21,7 +21,7 @@ from eigenslice.options.slicing import OWN_SHARE, RANDOM_SHARE
 from eigenslice.plan.candidates import DROPS
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Sizes
-from eigenslice.runtime.precision import choose_precision
+from eigenslice.runtime.precision import choose_precision, products
 from eigenslice.search.choose import CANDIDATES
 from eigenslice.search.parted import TOKENS as ALLOCATION_TOKENS
 from eigenslice.slicing.memory import (
@@ -225,14 +225,17 @@ def _probe(dense: DenseModel, seqlen: int, dtype: torch.dtype) -> _Probe:
         for _ in dense.block(0).values():
             pass
 
-    with torch.no_grad():
+    precision = choose_precision(dense.device)
+    with torch.no_grad(), products(precision.forward):
         block = _seconds(run_block, dense.device)
-        narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
         fold = _seconds(fold_block, dense.device)
-        read = _seconds(lambda: rows @ readers.T, dense.device)
         vocabulary = anatomy.shapes[anatomy.table.embeddings[0] + ".weight"][0]
         some = torch.randn(min(vocabulary, HEAD_ROWS), anatomy.width, device=dense.device)
         head = _seconds(lambda: rows @ some.T, dense.device) * vocabulary / len(some)
+        with products(precision.gram):
+            narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
+        with products(precision.neurons):
+            read = _seconds(lambda: rows @ readers.T, dense.device)
         fits = [_fit_seconds(dense, size) for size in (anatomy.width, wide.shape[1])]
     return _Probe(ids.numel(), block, narrow, broad, fold, read, head, *fits)
 
