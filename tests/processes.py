@@ -14,7 +14,13 @@ from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
-    ["eigenslice.slicing", "eigenslice.cli", "transformers.models.llama.modeling_llama", "torch.distributed"]
+    [
+        "eigenslice.slicing",
+        "eigenslice.finetune",
+        "eigenslice.cli",
+        "transformers.models.llama.modeling_llama",
+        "torch.distributed",
+    ]
 )
 
 

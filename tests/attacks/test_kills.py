@@ -49,7 +49,7 @@ VERBS = {
         "out",
         lambda folder: [
             *["finetune", folder / "sliced", "--teacher", folder / "dense", "--calibration", folder / "text.txt"],
-            *["--samples", "16", "--held-out", "4", "--seqlen", "16", "--epochs", "3", "--rank", "2"],
+            *["--samples", "16", "--held-out", "4", "--seqlen", "16", "--epochs", "3", "--batch", "4"],
         ],
         ("--resume",),
         ("model.safetensors", "config.json"),
