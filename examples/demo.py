@@ -14,7 +14,7 @@ from pathlib import Path
 
 TEXT = ["--calibration", "builtin", "--seqlen", "512"]
 LITTLE, SHORT = ["--samples", "16"], ["--tokens", "8192", "--own-text", "0"]
-"""Text to slice on, and to train on: little, so that the demo takes minutes. Real runs take ten times as much or more."""
+"""Text to slice on and to train on: little, so that the demo takes minutes. Real runs take ten times as much."""
 
 
 def run(*arguments: object) -> None:
