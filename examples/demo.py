@@ -1,7 +1,7 @@
-"""The run of `make demo`: slice a real model, heal the result, and compare size and perplexity.
+"""The run of `make demo`: slice a real model, and compare size and perplexity.
 
-Each step is a command of eigenslice, printed before it runs. Text to calibrate and to train on is the reference of the
-Python language. The perplexity is measured on other text, the docstrings of Python's standard library.
+Each step is a command of eigenslice, printed before it runs. Calibration text is the reference of the Python language.
+The perplexity is measured on other text, the docstrings of Python's standard library.
 """
 
 import argparse
@@ -12,9 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-TEXT = ["--calibration", "builtin", "--seqlen", "512"]
-LITTLE, SHORT = ["--samples", "16"], ["--tokens", "8192", "--own-text", "0"]
-"""Text to slice on and to train on: little, so that the demo takes minutes. Real runs take ten times as much."""
+TEXT = ["--calibration", "builtin", "--samples", "16", "--seqlen", "512"]
+"""Little text, so that the demo takes minutes. Real runs take ten times as much or more."""
 
 
 def run(*arguments: object) -> None:
@@ -35,16 +34,14 @@ def main() -> None:
     parser.add_argument("model", help="a folder, a hub id or a .gguf file")
     parser.add_argument("--keep", type=float, default=0.85, help="share of the parameters to keep")
     arguments = parser.parse_args()
-    model, folder = arguments.model, Path(tempfile.mkdtemp(prefix="eigenslice-demo-"))
-    sliced, healed = folder / "sliced", folder / "healed"
-    run("slice", model, "-o", sliced, "--keep", arguments.keep, "--effort", "fast", *TEXT, *LITTLE)
-    run("finetune", sliced, "-o", healed, "--teacher", model, "--distill", 1, *TEXT, *SHORT)
-    run("eval", model, sliced, healed, "--data", "builtin", "--samples", 8, "--seqlen", 512)
+    model, sliced = arguments.model, Path(tempfile.mkdtemp(prefix="eigenslice-demo-")) / "sliced"
+    run("slice", model, "-o", sliced, "--keep", arguments.keep, "--effort", "fast", *TEXT)
+    run("eval", model, sliced, "--data", "builtin", "--samples", 8, "--seqlen", 512)
     manifest = json.loads((sliced / "eigenslice.json").read_text(encoding="utf-8"))
     print(
-        f"\nBoth results are ordinary {manifest['model_type']} checkpoints with {manifest['plan']['neurons']} of "
-        f"{manifest['dense_neurons']} neurons in each MLP:\n  {sliced}\n  {healed}\n"
-        "More calibration text and the default effort lose less. slice --heal does both steps in one (README.md)."
+        f"\nThe result is an ordinary {manifest['model_type']} checkpoint with {manifest['plan']['neurons']} of "
+        f"{manifest['dense_neurons']} neurons in each MLP:\n  {sliced}\n"
+        "More calibration text and the default effort lose less; --heal trains afterwards (README.md)."
     )
 
 
