@@ -11,8 +11,10 @@ import torch
 
 import eigenslice
 from eigenslice.errors import OptionsError, OutputError
+from eigenslice.finetune import FinetuneResult, finetune
 from eigenslice.finetune.held_out import HeldOut, WindowLosses
 from eigenslice.healing import slice_model
+from eigenslice.healing.heal import training_options
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.report.story import finetune_commands, slice_command
@@ -75,7 +77,7 @@ def test_healing_comes_nearer_to_the_dense_model(healing: Callable[..., SliceOpt
     assert finetune_commands(manifest) == [], "the command that slices trains, too"
     section = manifest["finetune"]
     assert section["objective"] == {"distillation": 1.0, "next_token": 0.0}
-    assert section["steps"] == pytest.approx(HEAL / (4 * SEQLEN), abs=1)
+    assert section["steps"] == pytest.approx(HEAL / SEQLEN, abs=1)
     kinds = {text["text"]: text for text in section["texts"]}
     assert list(kinds) == ["words.txt", "text of the model's own"]
     assert all(text["after"] < text["before"] for text in kinds.values())
@@ -109,10 +111,16 @@ def test_a_complete_run_is_complete(healing: Callable[..., Any]) -> None:
         slice_model(options)
 
 
+def alone_in_steps_of_two(options: SliceOptions) -> FinetuneResult:
+    """What two processes make together, with a window each in a step, made by one process."""
+    plain = slice_model(options.model_copy(update={"heal": None, "output": unhealed_path(options.output)}))
+    return finetune(training_options(options, plain.output).model_copy(update={"batch": 2}))
+
+
 def test_two_processes(healing: Callable[..., Any], tmp_path: Path) -> None:
     """The sums of two processes differ by rounding, and training repeats the difference."""
     options = healing("alone")
-    alone = slice_model(options)
+    alone = alone_in_steps_of_two(options)
     text = options.calibration
     arguments = ["slice", options.model, "-o", tmp_path / "two", "--width", 24, "--heal", HEAL, "--device", "cpu"]
     arguments += ["--calibration", text.data[0], "--samples", SAMPLES, "--seqlen", SEQLEN]
@@ -136,7 +144,7 @@ def launched_by_accelerate(*arguments: str) -> None:
 def test_processes_of_accelerate_share_the_weights(healing: Callable[..., Any], tmp_path: Path) -> None:
     """A shared teacher writes text, too."""
     options = healing("alone", refit=False, heal=1100)
-    alone = slice_model(options)
+    alone = alone_in_steps_of_two(options)
     text = options.calibration
     arguments = ["slice", options.model, "-o", tmp_path / "two", "--width", 24, "--heal", 1100, "--device", "cpu"]
     arguments += ["--no-refit", "--calibration", text.data[0], "--samples", SAMPLES, "--seqlen", SEQLEN]
