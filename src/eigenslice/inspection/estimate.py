@@ -236,16 +236,15 @@ def _probe(dense: DenseModel, seqlen: int, dtype: torch.dtype) -> _Probe:
             narrow, broad = (_seconds(lambda x=x: gram_matrix(x), dense.device) for x in (rows, wide))
         with products(precision.neurons):
             read = _seconds(lambda: rows @ readers.T, dense.device)
-        fits = [_fit_seconds(dense, size) for size in (anatomy.width, wide.shape[1])]
+        fits = [_fit_seconds(dense, size, precision.solve_dtype) for size in (anatomy.width, wide.shape[1])]
     return _Probe(ids.numel(), block, narrow, broad, fold, read, head, *fits)
 
 
-def _fit_seconds(dense: DenseModel, inputs: int) -> float:
+def _fit_seconds(dense: DenseModel, inputs: int, dtype: torch.dtype) -> float:
     """Time the choice of a ridge and the solution of a regression without tokens; large ones grow by the cube."""
     size = min(inputs, MOST_INPUTS)
     outputs = max(1, dense.anatomy.width * size // inputs)
     base = torch.zeros(outputs, size, dtype=torch.float64, device=dense.device)
-    dtype = choose_precision(dense.device).solve_dtype
 
     def fit() -> None:
         sums = NormalEquations.zeros(size, outputs, dense.device)
