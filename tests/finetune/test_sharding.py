@@ -41,7 +41,7 @@ def train(options: str, die_at: str = "-1") -> None:
                 parameters = list(loaded.model.parameters())
                 assert all(isinstance(p, DTensor) for p in parameters)
                 held = sum(local(p).numel() for p in parameters) / sum(p.numel() for p in parameters)
-                print(f"{name} {held:.3f}", file=sys.stderr)
+                sys.stderr.write(f"{name} {held:.3f}\n")  # at once: two processes write into one log
         return models
 
     def progress(stage: str, done: int, total: int) -> None:
@@ -50,7 +50,7 @@ def train(options: str, die_at: str = "-1") -> None:
 
     recovery.load_models = spied
     result = finetune(FinetuneOptions.model_validate_json(options), progress)
-    print(f"losses {result.before.loss:.6f} {result.after.loss:.6f}", file=sys.stderr)
+    sys.stderr.write(f"losses {result.before.loss:.6f} {result.after.loss:.6f}\n")
 
 
 def train_together(options: FinetuneOptions, folder: Path, die_at: int = -1) -> str:
