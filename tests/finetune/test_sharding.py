@@ -1,4 +1,4 @@
-"""Weights that two processes share: trained to the weights of one process, resumed, measured, and stored as ever."""
+"""Weights that processes share, or that lie on the host: trained to the weights of one process that has them whole."""
 
 import json
 import os
@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.distributed.tensor import DTensor
 
-from eigenslice.finetune import FinetuneOptions, finetune, recovery
+from eigenslice.finetune import FinetuneOptions, finetune, recovery, sharding
 from eigenslice.finetune.models import Models
 from eigenslice.finetune.sharding import local
 from eigenslice.options.calibration_text import CalibrationOptions
@@ -75,7 +76,7 @@ def options(data: CalibrationOptions, tmp_path: Path) -> Callable[..., FinetuneO
             "held_out": 4,
             "batch": 4,
         }
-        values |= {"device": "cpu", "learning_rate": 1e-2, "shard": True}
+        values |= {"device": "cpu", "learning_rate": 1e-2, "place": "shared"}
         return FinetuneOptions(**values | more)
 
     return make
@@ -107,19 +108,70 @@ def test_two_processes_that_share_the_weights_train_those_of_one(
     shares = [float(line.split()[1]) for line in log.splitlines() if line.startswith(("trained", "teacher"))]
     assert len(shares) == 4
     assert max(shares) < HALF
-    weights = "adapter_model.safetensors" if more.get("keep_adapter") else "model.safetensors"
-    expected, actual = (load_file(folder / weights) for folder in (alone.output, tmp_path / "two"))
-    before = load_file(sliced / "model.safetensors")
-    assert actual.keys() == expected.keys()
-    for key, tensor in expected.items():
-        torch.testing.assert_close(actual[key], tensor, rtol=0, atol=2e-4)
-    assert not all(key in before and torch.equal(tensor, before[key]) for key, tensor in expected.items())
-    assert stored_tensors(tmp_path / "two") == stored_tensors(alone.output)
+    check_same(tmp_path / "two", alone.output, bool(more.get("keep_adapter")))
+    assert alone.after.loss < alone.before.loss
     assert contents(tmp_path / "two").keys() == contents(alone.output).keys()
     section = json.loads((tmp_path / "two" / "eigenslice.json").read_text())["finetune"]
     for when in ("before", "after"):
         assert section["perplexity"][when] == pytest.approx(alone.manifest["finetune"]["perplexity"][when], rel=1e-4)
     assert not partial_path(tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("name", ["custom", "mixture", "kept adapters"])
+def test_weights_on_the_host_are_trained_to_those_on_the_device(
+    name: str, dense_folder: Folders, run_slice: Slicer, tune: Tuner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process, which has a group of its own only while it trains."""
+    offloaded = list[bool]()
+    fully_shard = sharding.fully_shard
+
+    def watched(module: Any, **ways: Any) -> Any:
+        offloaded.append(isinstance(ways["offload_policy"], CPUOffloadPolicy))
+        return fully_shard(module, **ways)
+
+    monkeypatch.setattr(sharding, "fully_shard", watched)
+    case, form, more = CASES[name]
+    sliced = run_slice(case, width=24, **form).output
+    more = more | {"teacher": str(dense_folder(case))}
+    expected = tune(sliced, **more, place="device")
+    assert not offloaded
+    found = tune(sliced, **more, place="host")
+    assert len(offloaded) > 2
+    assert all(offloaded)
+    assert not torch.distributed.is_initialized()
+    check_same(found.output, expected.output, bool(more.get("keep_adapter")))
+    assert (found.before.loss, found.after.loss) == pytest.approx((expected.before.loss, expected.after.loss), rel=1e-5)
+
+
+def test_a_run_on_the_host_goes_on_to_the_same_bytes(
+    dense_folder: Folders, run_slice: Slicer, options: Callable[..., FinetuneOptions], tmp_path: Path
+) -> None:
+    sliced = run_slice("llama", width=24).output
+    values = {"full": True, "teacher": str(dense_folder("llama")), "place": "host", "evaluate_every": 2}
+    undisturbed, stopped = (options(sliced, output=tmp_path / name, **values) for name in ("undisturbed", "stopped"))
+    finetune(undisturbed)
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("training", 5):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        finetune(stopped, stop)
+    checkpoint = partial_path(stopped.output) / "state" / "checkpoint-4"
+    assert not list(checkpoint.glob("model*"))
+    finetune(stopped.model_copy(update={"resume": True}))
+    expected, actual = (load_file(one.output / "model.safetensors") for one in (undisturbed, stopped))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+
+
+def check_same(found: Path, expected: Path, adapter: bool) -> None:
+    """Both trainings made the same weights, of the same names and sizes."""
+    name = "adapter_model.safetensors" if adapter else "model.safetensors"
+    tensors, others = (load_file(folder / name) for folder in (found, expected))
+    assert tensors.keys() == others.keys()
+    for key, tensor in others.items():
+        torch.testing.assert_close(tensors[key], tensor, rtol=0, atol=2e-4)
+    assert stored_tensors(found) == stored_tensors(expected)
 
 
 @pytest.mark.parametrize("full", [True, False], ids=["full", "adapters"])

@@ -5,20 +5,21 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from eigenslice.errors import OptionsError
 from eigenslice.finetune import FinetuneOptions, trained_weights
-from eigenslice.finetune.trained_weights import Needs, with_weights_chosen
+from eigenslice.finetune.trained_weights import Needs, Way, with_weights_chosen
 from eigenslice.runtime.ranks import ALONE, Ranks
 from tests.messages import check_message
 
 NEEDS = Needs(all_weights=1000, adapters=400, passing=10, gathered=20)
 FREE = {
-    "all weights, whole": (1270, (True, False)),
-    "all weights, shared": (1250, (True, True)),
-    "adapters, whole": (600, (False, False)),
-    "adapters, shared": (500, (False, True)),
-    "hardly": (240, (False, True)),
+    "all weights, whole": (1270, (True, "device")),
+    "all weights, shared": (1250, (True, "shared")),
+    "adapters, whole": (600, (False, "device")),
+    "adapters, shared": (500, (False, "shared")),
+    "hardly": (240, (False, "shared")),
 }
 """Free bytes of each of two devices, and whether all weights are trained, and shared."""
 
@@ -49,33 +50,33 @@ def test_what_recovers_most_is_trained_where_it_fits(kind: str, pair: Two, monke
     count, expected = FREE[kind]
     free(monkeypatch, count)
     chosen = with_weights_chosen(options(), NEEDS, pair)
-    assert (chosen.full, chosen.shard) == expected
+    assert (chosen.full, chosen.place) == expected
 
 
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"full": False}, (False, False)),
-        ({"keep_adapter": True}, (False, False)),
-        ({"shard": True}, (True, True)),
-        ({"full": False, "shard": True}, (False, True)),
-        ({"full": True, "shard": False}, (True, False)),
+        ({"full": False}, (False, "device")),
+        ({"keep_adapter": True}, (False, "device")),
+        ({"place": "shared"}, (True, "shared")),
+        ({"full": False, "place": "shared"}, (False, "shared")),
+        ({"full": True, "place": "device"}, (True, "device")),
     ],
     ids=str,
 )
 def test_what_was_asked_for_is_done(
-    given: dict[str, Any], expected: tuple[bool, bool], pair: Two, monkeypatch: pytest.MonkeyPatch
+    given: dict[str, Any], expected: Way, pair: Two, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free(monkeypatch, 10**6)
     chosen = with_weights_chosen(options(**given), NEEDS, pair)
-    assert (chosen.full, chosen.shard) == expected
+    assert (chosen.full, chosen.place) == expected
 
 
 def test_processes_of_a_machine_share_its_memory(pair: Two, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     free(monkeypatch, 2 * 600)
     chosen = with_weights_chosen(options(), NEEDS, pair)
-    assert (chosen.full, chosen.shard) == (False, False)
+    assert (chosen.full, chosen.place) == (False, "device")
 
 
 def test_what_fits_nowhere_is_refused_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,9 +96,36 @@ def test_what_fits_nowhere_is_refused_before_the_work(monkeypatch: pytest.Monkey
     assert "lower --seqlen or --micro-batch" in caught.value.next_step
 
 
+ON_GPU = {
+    "all weights": (1270, 10**6, {}, (True, "device")),
+    "adapters": (600, 10**6, {}, (False, "device")),
+    "adapters from the host": (50, 600, {}, (False, "host")),
+    "not all weights from the host": (50, 10**6, {}, (False, "host")),
+    "all weights from the host": (50, 1250, {"full": True}, (True, "host")),
+    "asked for, all weights": (10**6, 1250, {"place": "host"}, (True, "host")),
+    "asked for, adapters": (10**6, 1240, {"place": "host"}, (False, "host")),
+}
+"""Free bytes of a GPU and of the host, options, and what one process trains."""
+
+
+@pytest.mark.parametrize("kind", ON_GPU)
+def test_weights_lie_on_the_host_where_a_gpu_is_too_small(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, host, given, expected = ON_GPU[kind]
+    monkeypatch.setattr(trained_weights, "free_bytes", lambda place: device if place.type == "cuda" else host)
+    chosen = with_weights_chosen(options(**given), NEEDS, Ranks(device=torch.device("cuda")))
+    assert (chosen.full, chosen.place) == expected
+
+
+def test_what_fits_neither_a_gpu_nor_the_host_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trained_weights, "free_bytes", lambda place: 50 if place.type == "cuda" else 300)
+    with pytest.raises(OptionsError, match="GiB on the host, where") as caught:
+        with_weights_chosen(options(), NEEDS, Ranks(device=torch.device("cuda")))
+    check_message(caught.value)
+
+
 def test_one_process_has_nobody_to_share_with() -> None:
-    with pytest.raises(OptionsError, match="--shard in one process") as caught:
-        with_weights_chosen(options(shard=True), NEEDS, ALONE)
+    with pytest.raises(OptionsError, match="--place shared in one process") as caught:
+        with_weights_chosen(options(place="shared"), NEEDS, ALONE)
     check_message(caught.value)
 
 
@@ -110,4 +138,4 @@ def test_needs_of_a_model_on_a_gpu() -> None:
     assert needs.adapters == 2 * 15 * 10**9
     assert needs.passing == 12 * 2 * 1024 * 128_256
     assert needs.gathered == 2 * (5 * 250_000_000 + 3 * 2 * 128_256 * 4096)
-    assert needs.in_each(False, 4) == needs.adapters // 4 + needs.passing + needs.gathered
+    assert needs.on_device(False, "shared", 4) == needs.adapters // 4 + needs.passing + needs.gathered

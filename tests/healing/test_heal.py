@@ -153,7 +153,8 @@ def test_processes_of_accelerate_share_the_weights(healing: Callable[..., Any], 
         rank.join(300)
         assert rank.exitcode == 0, log.read_text()
     manifest = json.loads((tmp_path / "two" / "eigenslice.json").read_text())
-    assert (alone.manifest["finetune"]["options"]["shard"], manifest["finetune"]["options"]["shard"]) == (False, True)
+    assert alone.manifest["finetune"]["options"]["place"] == "device"
+    assert manifest["finetune"]["options"]["place"] == "shared"
     losses = [[text["after"] for text in content["finetune"]["texts"]] for content in (alone.manifest, manifest)]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
     ids = tiny.structured_ids(4, SEQLEN, seed=91)

@@ -9,6 +9,7 @@ import torch
 from eigenslice.checkpoint.source import open_source
 from eigenslice.inspection import estimate as module
 from eigenslice.inspection.estimate import estimate
+from eigenslice.inspection.healing_need import healing_memory
 from eigenslice.inspection.memory_need import Memory, MemoryNeed, memory_need
 from eigenslice.model.dense import DenseModel
 from eigenslice.runtime.offload import Place
@@ -133,8 +134,7 @@ def test_healing_takes_four_passes_and_the_text(dense_folder: Folders, monkeypat
     guess, blocks = estimate(dense, 1_000, 16), dense.anatomy.block_count
     written = WRITING / 3 * blocks  # a third of the tokens
     assert guess.healing_seconds == pytest.approx(100_000 / module.PROBE_TOKENS * (4 * (blocks + 1) + written))
-    assert guess.healing_bytes > 16 * dense.anatomy.parameters
-    assert list(guess.shared_healing_bytes) == [2, 4, 8]
+    assert guess.healing_memory.whole > 16 * dense.anatomy.parameters
 
 
 def test_bytes_of_a_training() -> None:
@@ -149,11 +149,14 @@ def test_bytes_of_a_shared_training() -> None:
     assert gathered_numbers(200, 1000) == 5 * 200 + 3 * 1000
 
 
-def test_a_large_model_is_healed_on_several_devices() -> None:
-    """A Llama 3 8B's sizes: 145 GB on one device, and less than 50 on each of 4."""
+def test_a_large_model_is_healed_on_several_devices_or_from_the_host() -> None:
+    """A Llama 3 8B's sizes: 145 GB on one device, and less than 50 on each of 4; with adapters a GPU of 24 GB."""
     sizes = {"parameters": 8_030_000_000, "tokens": 128_256, "block_sizes": [218_000_000] * 32}
     outside = {"model.embed_tokens.weight": 128_256 * 4096, "lm_head.weight": 128_256 * 4096}
     anatomy: Any = SimpleNamespace(**sizes, vocabulary_parameters=outside)
-    alone, shared = module._healing_bytes(anatomy, 2 * 8_030_000_000, torch.bfloat16)
-    assert alone == pytest.approx(145e9, rel=0.01)
-    assert shared == pytest.approx({2: 82e9, 4: 45e9, 8: 27e9}, rel=0.02)
+    memory = healing_memory(anatomy, 2 * 8_030_000_000, torch.bfloat16)
+    assert memory.whole == pytest.approx(146e9, rel=0.01)
+    assert memory.shared == pytest.approx({2: 82e9, 4: 46e9, 8: 28e9}, rel=0.02)
+    assert memory.adapters == pytest.approx(33e9, rel=0.03)
+    assert memory.on_host.host == pytest.approx(33e9, rel=0.03)
+    assert memory.on_host.device == pytest.approx(0.8e9 + 2 * (5 * 218e6 + 3 * 1.05e9), rel=0.01)

@@ -56,14 +56,17 @@ def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: As
         )
     output.print(sizes)
     guess = result.estimate
+    healing = guess.healing_memory
     output.print(
         f"Slicing with {guess.tokens:,} calibration tokens (--samples {samples} --seqlen {seqlen}) takes about "
         f"{_duration(guess.seconds)} and {_memory(guess.memory)} here without refit, "
         f"{_duration(guess.refitted_seconds)} and {_memory(guess.refitted_memory)} with --keep and refit, of which "
         f"{_duration(guess.solving_seconds)} to solve regressions and {_duration(guess.bus_seconds)} on the bus. "
         f"Healing (--heal) takes {_duration(guess.healing_seconds)} more for each {HEALED_TOKENS:,} tokens, and "
-        f"{guess.healing_bytes / 1e9:.1f} GB on one device. torchrun --nproc-per-node N shares the weights among N: "
-        + ", ".join(f"{size / 1e9:.1f} GB on each of {n}" for n, size in guess.shared_healing_bytes.items())
+        f"{healing.whole / 1e9:.1f} GB on one device. torchrun --nproc-per-node N shares the weights among N: "
+        + ", ".join(f"{size / 1e9:.1f} GB on each of {n}" for n, size in healing.shared.items())
+        + f". LoRA adapters (finetune --no-full) take {healing.adapters / 1e9:.1f} GB on one device"
+        + (f", and with the other weights on the host {_memory(healing.on_host)}" if healing.on_host.device else "")
         + ".",
         highlight=False,
         soft_wrap=True,

@@ -19,6 +19,7 @@ from eigenslice.data.tokens import longest_sequence, ordinary_tokens
 from eigenslice.errors import OptionsError
 from eigenslice.options.paths import expanded
 from eigenslice.options.sampling import SampleOptions
+from eigenslice.runtime.device import device_of
 from eigenslice.runtime.durable import write_whole
 from eigenslice.runtime.output import check_output
 from eigenslice.runtime.progress import Progress, no_progress
@@ -133,7 +134,7 @@ def draw(model: Any, tokenizer: Any, texts: Drawing, progress: Progress = no_pro
     drawn: list[Tensor] = []
     for prompt in prompts.split(texts.batch):
         progress(SAMPLING_STAGE, sum(map(len, drawn)), texts.samples)
-        prompt = prompt.to(model.device)
+        prompt = prompt.to(device_of(model))
         with torch.no_grad():
             ids = model.generate(
                 prompt,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eigenslice.finetune.objective import parts
 from eigenslice.measure.loss import Loss
+from eigenslice.runtime.device import device_of
 from eigenslice.runtime.ranks import Ranks
 
 OWN_TEXT = "text of the model's own"
@@ -165,7 +166,7 @@ def measure_windows(model: Any, teacher: Any, held_out: HeldOut, distill: float,
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     sums = torch.zeros(len(held_out.windows), 4, dtype=torch.float64, device=device)
     for number in _share(len(held_out.windows), ranks):
         place = min(number, len(held_out.windows) - 1)

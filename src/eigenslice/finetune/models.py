@@ -38,11 +38,11 @@ def choose_weights(options: FinetuneOptions, base: Sliced, dense: Input | None, 
 def load_models(options: FinetuneOptions, base: Sliced, dense: Input | None, ranks: Ranks) -> Models:
     """Read the models.
 
-    Where they are shared, the processes of a machine read one after the other. So its memory holds one whole model at a
-    time, and the parts.
+    Where they are shared or lie on the host, the processes of a machine read one after the other. So its memory holds
+    one whole model at a time, and the parts.
 
     Args:
-        options: The options of the command, with `full` and `shard` decided.
+        options: The options of the command, with `full` and `place` decided.
         base: The sliced model.
         dense: The dense model, or None.
         ranks: The processes.
@@ -51,7 +51,7 @@ def load_models(options: FinetuneOptions, base: Sliced, dense: Input | None, ran
         CheckpointError: a model can't be loaded, or not be saved again.
         OptionsError: the dense model isn't the one that was sliced.
     """
-    if not options.shard:
+    if options.place == "device":
         trained = _load_trained(options, base)
         return Models(trained, _load_teacher(options, base, dense, trained) if dense else None)
     mesh, done = make_mesh(ranks), list[Models]()
@@ -63,11 +63,13 @@ def load_models(options: FinetuneOptions, base: Sliced, dense: Input | None, ran
             model = with_adapters(model, options, on_gpu_in_bfloat16(options, ranks.device))
         if ranks.first:
             skeleton = without_weights(model)
-        trained = replace(trained, model=shard(model, mesh, computes_in_bfloat16(options, ranks.device)))
+        bfloat16, on_host = computes_in_bfloat16(options, ranks.device), options.place == "host"
+        trained = replace(trained, model=shard(model, mesh, bfloat16=bfloat16, on_host=on_host))
         teacher = None
         if dense:
             teacher = _load_teacher(options, base, dense, trained)
-            teacher = replace(teacher, model=shard(frozen(teacher.model, options, ranks.device), mesh))
+            still = frozen(teacher.model, options, ranks.device)
+            teacher = replace(teacher, model=shard(still, mesh, on_host=on_host))
         done.append(Models(trained, teacher, skeleton))
 
     ranks.in_turns(load)

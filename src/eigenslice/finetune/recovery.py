@@ -4,7 +4,7 @@ import math
 import os
 import shutil
 import warnings
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,7 +48,7 @@ from eigenslice.runtime.device import resolve_device
 from eigenslice.runtime.out_of_memory import memory_errors
 from eigenslice.runtime.output import refuse_overlap
 from eigenslice.runtime.precision import choose_precision, products
-from eigenslice.runtime.ranks import Ranks, join_ranks
+from eigenslice.runtime.ranks import Ranks, join_ranks, process_group
 from eigenslice.runtime.run_state import RunState
 from eigenslice.runtime.work_folder import WorkFolder, check_work_folder, remove_finished, work_folder
 
@@ -125,8 +125,8 @@ def finetune(
         device = torch.device("cuda", torch.cuda.current_device())
     memory = memory_errors(progress, lambda stage: advice(options), options.output)
     with memory as watched, join_ranks(device) as ranks, own_sharding() as asked:
-        if asked and options.shard is None:
-            options = options.model_copy(update={"shard": True})
+        if asked and options.place is None:
+            options = options.model_copy(update={"place": "shared"})
         return _finetune(options, ranks, watched, slicing)
 
 
@@ -142,13 +142,14 @@ def _finetune(
     refuse_overlap(options.output, [one.path for one in inputs])
     check_logs(options, [one.path for one in inputs])
     stamps = [one.stamp for one in inputs]
-    with TemporaryDirectory(prefix="eigenslice-") as folder:
+    with TemporaryDirectory(prefix="eigenslice-") as folder, ExitStack() as together:
         companions = Path(folder)
         card = ranks.on_first(lambda: base.stage(companions, options.trust_remote_code))
         options = choose_weights(options, base, dense, ranks)
+        if options.place != "device":
+            together.enter_context(process_group(ranks.device))
         models = load_models(options, base, dense, ranks)
-        loaded = models.trained
-        windows = text_windows(options, loaded.tokenizer, loaded.model.config.get_text_config())
+        windows = text_windows(options, models.trained.tokenizer, models.trained.model.config.get_text_config())
         identity = ranks.on_first(lambda: run_identity(options, inputs, windows.tokens, ranks))
         for one, stamp in zip(inputs, stamps, strict=True):
             one.refuse_changed(stamp)
@@ -219,7 +220,7 @@ def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneRes
     is_new = ranks.on_first(lambda: not work.began)
     loaded, teacher, windows = job.models.trained, job.models.teacher and job.models.teacher.model, job.windows
     if teacher is not None:
-        teacher = teacher if options.shard else teacher.to(ranks.device)
+        teacher = teacher.to(ranks.device) if options.place == "device" else teacher
         state = RunState(work.state, ranks)
         windows = add_own_windows(windows, options, teacher, loaded.tokenizer, state, ranks, job.progress)
     model = loaded.model
@@ -228,17 +229,17 @@ def _train(job: _Job, work: WorkFolder, checkpoints: Checkpoints) -> FinetuneRes
     measured = sum(map(len, windows.held_out.windows))
     arguments = training_arguments(decided, work.state, windows.train, measured, ranks.device)
     start = _start(options, checkpoints, ranks, is_new)
-    if not options.shard:
+    if options.place == "device":
         teacher = None if teacher is None else frozen(teacher, options, arguments.device)
         model = model.to(arguments.device)
     job.progress("before", 0, 1)
     judge = Judge.of(model, windows.held_out, teacher, options.distilled, ranks)
     job.progress("before", 1, 1)
-    if not (options.full or options.shard):
+    if options.place == "device" and not options.full:
         model = with_adapters(model, options, on_gpu_in_bfloat16(options, arguments.device))
     ranks.on_first(lambda: _check_space(job, model, checkpoints))
     reporter = Reporter(job.progress, checkpoints, ranks)
-    kind = ShardedTrainer if options.shard else RecoveryTrainer
+    kind = RecoveryTrainer if options.place == "device" else ShardedTrainer
     trainer = make_trainer(kind, options, arguments, model, windows.train, judge, reporter)
     if start is not None and start["last"]:
         trained = TrainerState.load_from_json(str(checkpoints.path(start["step"]) / TRAINER_STATE_NAME))
@@ -269,7 +270,7 @@ def _trained_model(
     Of a shared model, the first process alone has the whole.
     """
     trainer.load(folder)
-    if job.options.shard:
+    if job.options.place != "device":
         tuned, save = merged_parts(trainer.model, job.models.skeleton, job.base, job.ranks)
         return tuned, save, judge.measure(trainer.model)
     tuned, save = merged(trainer.model, job.base)

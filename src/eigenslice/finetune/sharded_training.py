@@ -5,6 +5,7 @@ that it can be measured, and on CPUs, too. So Trainer takes it as a model that i
 writes its own part of a checkpoint. No process ever holds all weights and the optimizer.
 """
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,12 @@ class ShardedTrainer(RecoveryTrainer):
         super().__init__(args=args, **kwargs)
         # Trainer's word for a model that places itself and sums its gradients by itself
         self.is_distributed_loading_by_transformers = True
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As ever, without torch's warning of logits that are views: nothing here changes them in place."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)
+            return super().compute_loss(*args, **kwargs)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """It is there."""

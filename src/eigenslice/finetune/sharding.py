@@ -1,7 +1,9 @@
 """Models whose weights are shared among the processes (FSDP2): each process holds a part of every tensor.
 
 A process gathers the weights of a block when the block runs, and frees them afterwards. Gradients are summed and parted
-in the same way. So the weights, their gradients and the optimizer take 1/n of the memory on each of n devices.
+in the same way. So the weights, their gradients and the optimizer take 1/n of the memory on each of n devices. The
+parts may also lie on the host, where the optimizer then runs. One process alone can do this, too: its part is the
+whole, and its device holds no more than a few blocks.
 """
 
 import copy
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from eigenslice.runtime.ranks import Ranks
@@ -43,8 +45,8 @@ def make_mesh(ranks: Ranks) -> DeviceMesh:
     return init_device_mesh(ranks.device.type, (ranks.size,))
 
 
-def shard(model: Any, mesh: DeviceMesh, bfloat16: bool = False) -> Any:
-    """Keep this process's part of each weight, on the mesh's device. No process waits for another one here.
+def shard(model: Any, mesh: DeviceMesh, *, bfloat16: bool = False, on_host: bool = False) -> Any:
+    """Keep this process's part of each weight, on the mesh's device or on the host. Nobody waits for another one here.
 
     The blocks are gathered one by one; what is outside of them (the vocabulary's matrices) during a whole pass.
 
@@ -52,12 +54,15 @@ def shard(model: Any, mesh: DeviceMesh, bfloat16: bool = False) -> Any:
         model: The model on the CPU, whole.
         mesh: The processes.
         bfloat16: Gather and compute in bfloat16. The parts stay as they are, and gradients are summed in float32.
+        on_host: Keep the parts on the host, and the gradients and the optimizer with them.
     """
     kind = torch.bfloat16 if bfloat16 else None
     policy = MixedPrecisionPolicy(param_dtype=kind, reduce_dtype=torch.float32 if bfloat16 else None)
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if on_host else OffloadPolicy()
+    ways: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "offload_policy": offload, "reshard_after_forward": True}
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        fully_shard(block, **ways)
+    return fully_shard(model, **ways)
 
 
 def blocks(model: Any) -> list[nn.Module]:

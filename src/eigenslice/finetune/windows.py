@@ -112,7 +112,7 @@ def add_own_windows(
             rows = write_rows(teacher, tokenizer(), train + judge, description["seqlen"], seed, without_tokens)
             return rows.tolist()
 
-        written = write() if options.shard else None
+        written = None if options.place == "device" else write()
         ids = torch.tensor(ranks.on_first(write if written is None else lambda: written), dtype=torch.long)
         state.finish(SAMPLING_STAGE, {"ids": ids}, {})
     else:

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from eigenslice.algebra.covariance import gram_matrix
@@ -14,6 +13,7 @@ from eigenslice.data.extra_sequences import BEGINNINGS_SHARE
 from eigenslice.data.holdout import FIT_TOKENS, TRIAL_TOKENS
 from eigenslice.data.tokens import longest_sequence
 from eigenslice.fit.neuron_readers import CONJUGATE_GRADIENTS, curvature_stride
+from eigenslice.inspection.healing_need import HealingMemory, healing_memory
 from eigenslice.inspection.memory_need import Memory, MemoryNeed, memory_need
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
@@ -26,10 +26,7 @@ from eigenslice.search.choose import CANDIDATES
 from eigenslice.search.parted import TOKENS as ALLOCATION_TOKENS
 from eigenslice.slicing.memory import (
     WRITING,
-    gathered_numbers,
     room_for_model,
-    shared_training_bytes,
-    training_bytes,
     whole_bytes,
 )
 from eigenslice.stream.walk import Stream
@@ -41,10 +38,6 @@ HEALED_TOKENS = 100_000
 """Tokens of the healing that is estimated."""
 HEAD_ROWS = 4096
 """Tokens of the vocabulary that the head is timed on."""
-HEALED_WINDOW = 512
-"""Tokens of its windows."""
-DEVICES = (2, 4, 8)
-"""Numbers of devices that the weights of a healing may be shared among."""
 MOST_INPUTS = 1024
 """Inputs of a regression that is timed; larger ones are computed from it."""
 BUS_PROBE = 64 * 1024**2
@@ -72,8 +65,7 @@ class Estimate:
         refitted_memory: Peak memory with refit.
         advice: What doesn't fit into the free memory, and which option makes it fit.
         healing_seconds: Time of healing on `HEALED_TOKENS` tokens, with all weights.
-        healing_bytes: Peak memory of healing on one device, without the activations.
-        shared_healing_bytes: The same on each of several devices that share the weights, by their number.
+        healing_memory: Peak memory of healing.
     """
 
     tokens: int
@@ -85,8 +77,7 @@ class Estimate:
     refitted_memory: Memory
     advice: list[str]
     healing_seconds: float
-    healing_bytes: int
-    shared_healing_bytes: dict[int, int]
+    healing_memory: HealingMemory
 
 
 def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = torch.float32) -> Estimate:
@@ -124,8 +115,6 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     need = memory_need(dense, tokens, dtype)
     bus = _bus_seconds(dense, int(more * tokens), dtype, need)
     plain_seconds = measuring + write
-    rss = psutil.Process().memory_info().rss
-    alone, shared = _healing_bytes(anatomy, whole, dtype)
     return Estimate(
         tokens=tokens,
         seconds=plain_seconds,
@@ -136,8 +125,7 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
         refitted_memory=need.refitted,
         advice=need.advice(dense.device),
         healing_seconds=_healing_seconds(anatomy, probe),
-        healing_bytes=rss + alone,
-        shared_healing_bytes={n: rss + size for n, size in shared.items()},
+        healing_memory=healing_memory(anatomy, whole, dtype),
     )
 
 
@@ -160,23 +148,6 @@ def _healing_seconds(anatomy: Anatomy, probe: "_Probe") -> float:
     forward = anatomy.block_count * probe.block
     written = OWN_SHARE / (1 + OWN_SHARE) * WRITING * forward
     return HEALED_TOKENS / probe.tokens * (4 * (forward + probe.head) + written)
-
-
-def _healing_bytes(anatomy: Anatomy, teacher: int, dtype: torch.dtype) -> tuple[int, dict[int, int]]:
-    """Return the bytes of healing on one device, and on each of several devices by their number.
-
-    Args:
-        anatomy: The dense model's anatomy.
-        teacher: Bytes of the dense model.
-        dtype: The dtype of the forward pass.
-    """
-    outside = sum(anatomy.vocabulary_parameters.values())
-    sizes = (
-        training_bytes(anatomy.parameters, teacher, 0, 0),
-        training_bytes(0, 0, HEALED_WINDOW, anatomy.tokens),
-        gathered_numbers(max(anatomy.block_sizes), outside) * dtype.itemsize,
-    )
-    return shared_training_bytes(*sizes, 1), {n: shared_training_bytes(*sizes, n) for n in DEVICES}
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,9 @@ gains more per token than a step of four (benchmarks/EXPERIMENTS.md)."""
 DISTILL = 0.8
 """Share of the distillation beside a teacher. benchmarks/EXPERIMENTS.md compares it with smaller and larger shares."""
 LOGGERS = ("tensorboard", "trackio")
+WeightsPlace = Literal["device", "shared", "host"]
+"""Where weights lie in a training: whole on each device; shared among the devices; or on the host, from which a block
+comes to the device when it runs."""
 HELD_OUT = 16
 """Default number of windows of texts that are held out."""
 TRAINING_TEXT: dict[str, Option | None] = {
@@ -151,12 +154,13 @@ class FinetuneOptions(Options):
         Option("Dtype to compute in.", MACHINE, "bfloat16 on GPUs and CPUs that multiply it, else float32"),
     ] = None
     device: Annotated[Literal["cpu", "cuda"] | None, Option("Device to train on.", MACHINE, GPU)] = None
-    shard: Annotated[
-        bool | None,
+    place: Annotated[
+        WeightsPlace | None,
         Option(
-            "Share the weights among the processes (FSDP2): each device holds a part. --no-shard: each holds all.",
+            "Where the weights lie: on each `device` as a whole, `shared` among the processes' devices (FSDP2), or on "
+            "the `host`, from which each block comes when it runs.",
             MACHINE,
-            "where they don't fit on one device",
+            "the first of these that they fit into",
         ),
     ] = None
     checkpoint_activations: Annotated[

@@ -5,6 +5,7 @@ import gc
 import os
 import sys
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,15 @@ def _own_gpu(name: str, rank: int, gpus: int) -> str:
         )
     torch.cuda.set_device(rank)
     return f"cuda:{rank}"
+
+
+def device_of(model: Any) -> torch.device:
+    """The device that a model computes on. Weights that processes share (FSDP2) may lie elsewhere, on the host."""
+    first = next(iter(model.parameters()))
+    mesh = getattr(first, "device_mesh", None)
+    if mesh is None or mesh.device_type != "cuda":
+        return first.device
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def moved(tensor: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -30,6 +30,8 @@ from eigenslice.errors import (
 
 CPU = torch.device("cpu")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")
+BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+"""torch's backends by the kind of device. Weights of a training may lie on the host beside a GPU."""
 LONGEST_WAIT = timedelta(hours=24)
 """Time that ranks wait for each other: the first one hashes files, writes text and checks results alone."""
 
@@ -201,11 +203,33 @@ def join_ranks(device: torch.device) -> Iterator[Ranks]:
     if dist.is_initialized():  # by a run that this one is a part of
         yield _joined(device)
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
+    dist.init_process_group(_backend(device), timeout=LONGEST_WAIT)
     try:
         yield _joined(device)
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """torch's group of processes, which a process without peers has inside of this context alone.
+
+    Args:
+        device: Where this process computes.
+    """
+    if dist.is_initialized():
+        yield
+        return
+    store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]: documented, and not in torch's list
+    dist.init_process_group(_backend(device), store=store, rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _backend(device: torch.device) -> str:
+    return BACKENDS.get(device.type, "gloo")
 
 
 def _joined(device: torch.device) -> Ranks:
