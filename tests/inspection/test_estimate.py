@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from eigenslice.checkpoint.source import open_source
-from eigenslice.inspection import estimate as module
+from eigenslice.inspection import probe as probing
 from eigenslice.inspection.estimate import estimate
 from eigenslice.inspection.healing_need import healing_memory
 from eigenslice.inspection.memory_need import Memory, MemoryNeed, memory_need
+from eigenslice.inspection.probe import PROBE_TOKENS, Probe
+from eigenslice.inspection.work import Work
 from eigenslice.model.dense import DenseModel
 from eigenslice.runtime.offload import Place
 from eigenslice.slicing.memory import WRITING, activation_bytes, gathered_numbers, shared_training_bytes, training_bytes
@@ -21,7 +23,7 @@ from tests.fake_device import fake_device
 def test_more_tokens_take_longer_and_refitting_more_still(
     dense_folder: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_seconds", lambda work, device: 1.0)  # a busy machine tells nothing
+    monkeypatch.setattr(probing, "faster_of_two", lambda work, device: 1.0)  # a busy machine tells nothing
     for case in ("llama", "opt", "gpt_neox"):
         dense = DenseModel(open_source(str(dense_folder(case))))
         few, many = (estimate(dense, tokens, 16) for tokens in (1_000, 1_000_000))
@@ -33,12 +35,29 @@ def test_more_tokens_take_longer_and_refitting_more_still(
         assert many.memory.host - few.memory.host == pytest.approx(grown, rel=0.05)
 
 
-def test_solves_are_counted(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fit takes a second: four of three blocks, and in trials a seventh of that for each plan."""
-    monkeypatch.setattr(module, "_seconds", lambda work, device: 1.0)
-    dense = DenseModel(open_source(str(dense_folder("llama"))))
-    plans = module.PLANS + len(module.DROPS)
-    assert estimate(dense, 1_000, 16).solving_seconds == pytest.approx(12 * (1 + plans / 7))
+def test_seconds_are_times_of_parts() -> None:
+    """Seconds of tokens are those of the probe's two tokens; a regression is one of its own."""
+    probe = Probe(2, *(float(10**power) for power in range(7)), narrow_fit=0.5, broad_fit=0.25)
+    each = {
+        "blocks": 1.0,
+        "written": WRITING,
+        "narrow": 10.0,
+        "broad": 100.0,
+        "squares": 1e3,
+        "neurons": 1e4,
+        "head": 1e5,
+    }
+    for name, seconds in each.items():
+        assert probe.seconds(Work(**{name: 6.0})) == pytest.approx(3 * seconds), name
+    assert probe.seconds(Work(narrow_fits=2, broad_fits=8)) == 3.0
+
+
+def test_the_stages_are_the_whole_time(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probing, "faster_of_two", lambda work, device: 1.0)
+    guess = estimate(DenseModel(open_source(str(dense_folder("llama")))), 1_000, 16)
+    assert list(guess.stage_seconds) == ["sampling", "measuring", "depth", "allocating", "planning", "slicing", "head"]
+    writing = 3 * 3  # each of three blocks is folded three times
+    assert guess.refitted_seconds == pytest.approx(sum(guess.stage_seconds.values()) + writing)
 
 
 @pytest.mark.parametrize(("features", "operands"), [({}, "highest"), ({"avx512_bf16": True}, "medium")])
@@ -52,7 +71,7 @@ def test_products_are_timed_as_the_run_makes_them(
         return 1.0
 
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features)
-    monkeypatch.setattr(module, "_seconds", seconds)
+    monkeypatch.setattr(probing, "faster_of_two", seconds)
     estimate(DenseModel(open_source(str(dense_folder("llama")))), 1_000, 16)
     assert set(seen) == {operands}
 
@@ -119,7 +138,7 @@ def test_fitting_experts_keeps_their_ends(case: str, shared: int, dense_folder: 
 
 
 def test_results_in_the_custom_class_take_a_pass_more(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_seconds", lambda work, device: 1.0)
+    monkeypatch.setattr(probing, "faster_of_two", lambda work, device: 1.0)
     stock, custom = (
         estimate(DenseModel(open_source(str(dense_folder(case)))), 1_000, 16).refitted_seconds
         for case in ("llama", "bloom")
@@ -129,11 +148,11 @@ def test_results_in_the_custom_class_take_a_pass_more(dense_folder: Folders, mon
 
 def test_healing_takes_four_passes_and_the_text(dense_folder: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every part takes a second: 64 windows of 16 tokens pass 3 blocks and the head (vocabulary 96, timed whole)."""
-    monkeypatch.setattr(module, "_seconds", lambda work, device: 1.0)
+    monkeypatch.setattr(probing, "faster_of_two", lambda work, device: 1.0)
     dense = DenseModel(open_source(str(dense_folder("llama"))))
     guess, blocks = estimate(dense, 1_000, 16), dense.anatomy.block_count
     written = WRITING / 3 * blocks  # a third of the tokens
-    assert guess.healing_seconds == pytest.approx(100_000 / module.PROBE_TOKENS * (4 * (blocks + 1) + written))
+    assert guess.healing_seconds == pytest.approx(100_000 / PROBE_TOKENS * (4 * (blocks + 1) + written))
     assert guess.healing_memory.whole > 16 * dense.anatomy.parameters
 
 

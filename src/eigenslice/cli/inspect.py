@@ -60,8 +60,13 @@ def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: As
     output.print(
         f"Slicing with {guess.tokens:,} calibration tokens (--samples {samples} --seqlen {seqlen}) takes about "
         f"{_duration(guess.seconds)} and {_memory(guess.memory)} here without refit, "
-        f"{_duration(guess.refitted_seconds)} and {_memory(guess.refitted_memory)} with --keep and refit, of which "
-        f"{_duration(guess.solving_seconds)} to solve regressions and {_duration(guess.bus_seconds)} on the bus. "
+        f"{_duration(guess.refitted_seconds)} and {_memory(guess.refitted_memory)} with --keep and refit ("
+        + ", ".join(f"{stage} {_duration(seconds)}" for stage, seconds in _parts(guess).items())
+        + ").",
+        highlight=False,
+        soft_wrap=True,
+    )
+    output.print(
         f"Healing (--heal) takes {_duration(guess.healing_seconds)} more for each {HEALED_TOKENS:,} tokens, and "
         f"{healing.whole / 1e9:.1f} GB on one device. torchrun --nproc-per-node N shares the weights among N: "
         + ", ".join(f"{size / 1e9:.1f} GB on each of {n}" for n, size in healing.shared.items())
@@ -73,6 +78,12 @@ def inspect(given: Given[InspectOptions], revision: Revision = None, as_json: As
     )
     for line in guess.advice:
         errors.print(f"It doesn't fit: {line}.", style="yellow", highlight=False, soft_wrap=True)
+
+
+def _parts(guess: Any) -> dict[str, float]:
+    """Return the parts of the time with --keep and refit that take a second or more, by the stage of the run."""
+    parts = guess.stage_seconds | {"bus": guess.bus_seconds}
+    return {stage: seconds for stage, seconds in parts.items() if seconds >= 1}
 
 
 def _memory(need: Any) -> str:
