@@ -22,7 +22,7 @@ def solve(steps: int, right: Tensor) -> Tensor:
     def times(m: Tensor, x: Tensor) -> Tensor:
         return (m @ x.flatten()).view(SIZE)
 
-    return conjugate_gradients(lambda x: times(matrix, x), right, lambda x: times(inverse, x), steps)
+    return conjugate_gradients(lambda x: times(matrix, x), right.clone(), lambda x: times(inverse, x), steps)
 
 
 RIGHT = torch.randn(SIZE, dtype=torch.float64, generator=torch.Generator().manual_seed(3))

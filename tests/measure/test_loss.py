@@ -129,7 +129,8 @@ def test_a_loss_of_many_tokens_is_the_mean_over_tokens(monkeypatch: pytest.Monke
     """In parts of three tokens, whatever batch they are in; by the formula in float64."""
     monkeypatch.setattr(loss_module, "ROWS", 3)
     torch.manual_seed(0)
-    whole, head = Head(torch.randn(9, 4), torch.randn(9), 0.7, 2.0), Head(torch.randn(9, 2), None, 0.7, 2.0)
+    weight, reading = torch.randn(9, 4), torch.randn(4, 2)
+    whole, head = Head(weight, torch.ones(4), torch.randn(9), 0.7, 2.0), Head(weight, reading, None, 0.7, 2.0)
     parts = [(torch.randn(n, 4), torch.randn(n, 2), torch.randint(9, (n,))) for n in (5, 1, 7)]
     loss = measure_loss(whole, head, parts, ALONE)
     rows, others, targets = (torch.cat(kind) for kind in zip(*parts, strict=True))
@@ -138,7 +139,7 @@ def test_a_loss_of_many_tokens_is_the_mean_over_tokens(monkeypatch: pytest.Monke
         return (2 * torch.tanh(0.7 * logits.double() / 2)).log_softmax(-1)
 
     assert whole.bias is not None
-    p, q = bounded(rows @ whole.weight.T + whole.bias), bounded(others @ head.weight.T)
+    p, q = bounded(rows @ whole.weight.T + whole.bias), bounded(others @ (weight @ reading).T)
     assert loss is not None
     assert loss.tokens == 13
     assert loss.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)

@@ -51,9 +51,9 @@ def fit_gain(run: Run, site: Site, streams: OffloadedTensors, whole: Head, head:
     """Fit the gain that brings a sliced model's logits nearest to the dense one's on held-out tokens.
 
     The loss of slicing acts as noise in the stream. A head that ignores this noise is too sure of itself. The gain g
-    minimizes mean KL(dense || softmax(scale * ((x * g) W^T + b))) + PULL * |g - mean(g)|^2. This is a convex problem
-    with one unknown for each dimension of the stream. The KL depends on the dense probabilities P only by P W, so a
-    step costs two products with W.
+    minimizes mean KL(dense || softmax(scale * ((x * g) R^T W^T + b))) + PULL * |g - mean(g)|^2, with the head's map R
+    and weight W. This is a convex problem with one unknown for each dimension of the stream. The KL depends on the
+    dense probabilities P only by P W, so a step costs two products with W.
 
     Args:
         run: The run.
@@ -68,7 +68,7 @@ def fit_gain(run: Run, site: Site, streams: OffloadedTensors, whole: Head, head:
     objective = _Objective(run, site, streams, whole, head)
     if not objective.tokens:
         return None
-    gain = torch.ones(head.weight.shape[1], dtype=torch.float32, device=run.dense.device, requires_grad=True)
+    gain = torch.ones(head.reading.shape[1], dtype=torch.float32, device=run.dense.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([gain], max_iter=LBFGS_ITERATIONS, line_search_fn="strong_wolfe")
     losses: list[float] = []
 
@@ -97,7 +97,7 @@ class _Objective:
         """Compute what the gain doesn't change; for the arguments, see `fit_gain`."""
         self._run, self._head, self._passes = run, head, 1
         self._batches = sum(batch.group == HELD_OUT_GROUP for batch in site.activations)
-        self._kept: list[tuple[Tensor, Tensor]] = []  # x and P W
+        self._kept: list[tuple[Tensor, Tensor]] = []  # x and scale * P W R
         fixed = torch.zeros(2, dtype=torch.float64, device=run.dense.device)  # the KL's part without g; tokens
         self.report(0)
         for rows, (sliced,) in held_out_rows(site, [streams]):
@@ -135,28 +135,30 @@ def _expected(whole: Head, rows: Tensor, head: Head) -> tuple[Tensor, float]:
         head: The sliced model's head, with the weight W.
 
     Returns:
-        scale * P W, (n, width); and the sum over the rows of P log P - scale * P b.
+        scale * P W R, (n, width); and the sum over the rows of P log P - scale * P b.
     """
+    rows = whole.read(rows)
     total, known = whole.log_total(rows, bounded=False), 0.0
-    target = rows.new_zeros(len(rows), head.weight.shape[1])
+    target = torch.zeros_like(rows)
     for part in whole.parts(len(rows)):
         log_p = whole.logits(rows, part, bounded=False) - total[:, None]
         p = log_p.exp()
         target.addmm_(p, head.weight[part], alpha=head.scale)
         known += float(torch.linalg.vecdot(p, log_p).double().sum())
         known -= 0.0 if head.bias is None else head.scale * float((p @ head.bias[part]).double().sum())
-    return target, known
+    return head.read_back(target), known
 
 
 def _mean_weight(head: Head, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the logarithm of the sum of exp(logits), (n,), and softmax(logits) W, (n, width), in one pass over W.
+    """Return the logarithm of the sum of exp(logits), (n,), and softmax(logits) W R, (n, width), in one pass over W.
 
     The sums so far are scaled down whenever a larger logit comes (online softmax, arXiv 1805.02867).
 
     Args:
-        head: The head, with the weight W; its bound doesn't count.
+        head: The head, with the map R and the weight W; its bound doesn't count.
         rows: The rows, (n, width).
     """
+    rows = head.read(rows)
     largest = rows.new_full((len(rows), 1), -torch.inf)
     total, weighted = torch.zeros_like(largest), torch.zeros_like(rows)
     for part in head.parts(len(rows)):
@@ -167,4 +169,4 @@ def _mean_weight(head: Head, rows: Tensor) -> tuple[Tensor, Tensor]:
         total = total * shrink + p.sum(-1, keepdim=True)
         weighted = torch.addmm(weighted * shrink, p, head.weight[part])
         largest = larger
-    return (largest + total.log())[:, 0], weighted / total
+    return (largest + total.log())[:, 0], head.read_back(weighted / total)

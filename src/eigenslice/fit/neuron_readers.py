@@ -140,7 +140,8 @@ def fit_readers(
         stride: Distance of the tokens that the curvature is computed on.
 
     Returns:
-        The change of each reader's weight by name, out x in, float64; and the sum of |missing|^2 without the change.
+        The change of each reader's weight by name, out x in, in at least float32; and the sum of |missing|^2 without
+        the change.
     """
     neurons, device, ranks = writer.shape[1], writer.device, run.ranks
     curved = run.offload.tensors(), run.offload.tensors()  # slopes times weight, and the readers' input
@@ -163,6 +164,8 @@ def fit_readers(
             tensors.append(tensor[-passed % stride :: stride].to(dtype, copy=True))
         passed += len(read)
     gradient, moment, curvature = map(ranks.sum, sums)
+    gradient = gradient.to(columns.dtype)  # the unknowns may be the largest numbers of a run, and few steps are taken
+    sums.clear()
     tokens, some = ranks.sum(torch.tensor([passed, -(-passed // stride)], dtype=torch.float64, device=device))
     share = some / tokens
 
@@ -171,12 +174,12 @@ def fit_readers(
 
     def product(change: Tensor) -> Tensor:
         trim_memory()
-        total = torch.zeros_like(change)
+        total = torch.zeros_like(change, dtype=torch.float64)
         for slopes, read in zip(*curved, strict=True):
             slopes, read = slopes.to(columns.dtype), read.to(columns.dtype)
-            given = (read @ change.T.to(columns.dtype)).mul_(slopes).unflatten(1, (-1, neurons)).sum(1)
+            given = (read @ change.T).mul_(slopes).unflatten(1, (-1, neurons)).sum(1)
             _add_backward(total, slopes, read, given @ columns.T @ columns)
-        return ranks.sum(total) / share + level * change
+        return ranks.sum(total).div_(share).to(change.dtype).add_(change, alpha=float(level))
 
     change = conjugate_gradients(product, gradient, _preconditioner(kinds, moment), CONJUGATE_GRADIENTS)
     for tensors in curved:
@@ -195,7 +198,7 @@ def _preconditioner(kinds: Tensor, moment: Tensor) -> Callable[[Tensor], Tensor]
     curvature = (kinds + FLOOR * kinds.mean(1, keepdim=True)).clamp_min(SMALLEST).view(-1, 1)
     mean = moment.diagonal().mean().clamp_min(SMALLEST)
     inverse = torch.linalg.inv(moment / mean + torch.eye(len(moment), dtype=torch.float64, device=moment.device))
-    return lambda change: change @ inverse / curvature
+    return lambda change: (change @ inverse.to(change.dtype)).div_(curvature.to(change.dtype))
 
 
 def take_largest_step(

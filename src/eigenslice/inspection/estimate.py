@@ -68,8 +68,9 @@ def estimate(dense: DenseModel, tokens: int, seqlen: int, dtype: torch.dtype = t
     writes = whole <= room_for_model(dense.device)
     stages = work_by_stage(anatomy, tokens, writes=writes)
     seconds = {stage: probe.seconds(work) for stage, work in stages.items()}
-    need = memory_need(dense, tokens, dtype)
-    bus = _bus_seconds(dense, passing_tokens(tokens, writes=writes), dtype, need)
+    passing = passing_tokens(tokens, writes=writes)
+    need = memory_need(dense, tokens, dtype, passing)
+    bus = _bus_seconds(dense, passing, dtype, need)
     return Estimate(
         tokens=tokens,
         seconds=probe.seconds(measuring_work(anatomy, tokens)) + write,

@@ -31,7 +31,8 @@ class MemoryNeed:
 
     Attributes:
         plain: Without refit: a block being run while the next one is read, the embeddings, or the activations.
-        refitted: With refit. It adds one Gram matrix in float64 and its factor, or the whole model, which writes text.
+        refitted: With refit. It adds one Gram matrix in float64 and its factor; or the whole model, which writes text;
+            or the head in float32, beside two streams.
         place: The place of the activations.
         activations: Their bytes, with refit.
     """
@@ -57,40 +58,45 @@ class MemoryNeed:
         return lines
 
 
-def memory_need(dense: DenseModel, tokens: int, dtype: torch.dtype) -> MemoryNeed:
+def memory_need(dense: DenseModel, tokens: int, dtype: torch.dtype, passing: int | None = None) -> MemoryNeed:
     """Count the memory of slicing on the model's device.
 
     Args:
         dense: The model.
-        tokens: Calibration tokens.
+        tokens: Tokens of the calibration texts.
         dtype: The dtype of the forward pass.
+        passing: Tokens that pass with refit, the model's own text and beginnings included; None is `tokens`.
     """
+    passing = passing or tokens
     anatomy, device, on_gpu = dense.anatomy, dense.device, dense.device.type == "cuda"
     weights, rss = max(anatomy.block_sizes), psutil.Process().memory_info().rss
     activations = activation_bytes(anatomy, tokens, dtype)
-    all_activations = activation_bytes(anatomy, tokens, dtype, refitted=True)
+    all_activations = activation_bytes(anatomy, passing, dtype, refitted=True)
     place = choose_place("auto", all_activations, device)
-    vocabulary = torch.Size(anatomy.shapes[anatomy.table.embeddings[0] + ".weight"]).numel() * dtype.itemsize
+    vocabulary = torch.Size(anatomy.shapes[anatomy.table.embeddings[0] + ".weight"]).numel()
+    streams = 2 * passing * anatomy.width * dtype.itemsize
     gram = max(anatomy.width, anatomy.neuron_count) ** 2 * 8
     whole = whole_bytes(dense, dtype)
     writes = whole <= room_for_model(device)
-    computing = max(2 * weights * max(4, dtype.itemsize) + 6 * anatomy.width**2 * 8, vocabulary)
+    computing = max(2 * weights * max(4, dtype.itemsize) + 6 * anatomy.width**2 * 8, vocabulary * dtype.itemsize)
     fitting = weights * 8 + 5 * gram // 2
     held = {"plain": activations // 2, "refitted": all_activations}
     if not on_gpu:
         if place == "disk":
             held = dict.fromkeys(held, 0)
-        refitted = rss + held["refitted"] + computing + fitting
+        head = vocabulary * 4 + (0 if place == "disk" else streams)
+        refitted = max(held["refitted"] + computing + fitting, head, whole if writes else 0)
         return MemoryNeed(
             Memory(rss + held["plain"] + computing, 0),
-            Memory(max(refitted, rss + whole if writes else 0), 0),
+            Memory(rss + refitted, 0),
             place,
             held["refitted"],
         )
     reading = 2 * weights * dense.dtype.itemsize
     there = {name: size if place == "device" else 0 for name, size in held.items()}
     here = {name: size if place == "host" else 0 for name, size in held.items()}
-    refitted = max(computing + fitting + there["refitted"], whole if writes else 0)
+    head = vocabulary * 4 + (streams if place == "device" else 0)
+    refitted = max(computing + fitting + there["refitted"], head, whole if writes else 0)
     return MemoryNeed(
         Memory(rss + reading + here["plain"], computing + there["plain"]),
         Memory(rss + reading + here["refitted"], refitted),

@@ -4,7 +4,7 @@ On the tokens that its layers were fitted on, a sliced model looks better than o
 held-out sequences, and the gain before the head is fitted on them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from eigenslice.algebra.covariance import normalize
 from eigenslice.cut.ends import GlobalCut
 from eigenslice.data.batches import HELD_OUT_GROUP
 from eigenslice.model.dense import DenseModel
+from eigenslice.runtime.device import trim_memory
 from eigenslice.runtime.offload import OffloadedTensors
 from eigenslice.runtime.ranks import Ranks
 from eigenslice.stream.walk import Site
@@ -27,19 +28,32 @@ ROWS = 2048
 
 @dataclass(frozen=True)
 class Head:
-    """Logits from the normalized stream, scale * (x W^T + b).
+    """Logits from the normalized stream, scale * (x R^T W^T + b).
+
+    W is the largest matrix of many models. So the heads of all models that are compared share it, as it is stored, and
+    differ in R.
 
     Attributes:
-        weight: W, (vocabulary, width), float32; the final norm's gain is in it.
+        weight: W, (vocabulary, D), float32.
+        reading: R, which brings rows to W's coordinates: a matrix (D, width), or the diagonal of one, (D,); float32.
         bias: b, (vocabulary,), float32, or None.
         scale: The config's.
         cap: The config's bound of the logits (Gemma's c * tanh(logits / c)), or None.
     """
 
     weight: Tensor
+    reading: Tensor
     bias: Tensor | None
     scale: float
     cap: float | None = None
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return rows x R^T in W's coordinates, (n, D), from rows x (n, width)."""
+        return rows * self.reading if self.reading.dim() == 1 else rows @ self.reading.T
+
+    def read_back(self, rows: Tensor) -> Tensor:
+        """Return rows y R, (n, width), from rows y (n, D): the gradient's way back through `read`."""
+        return rows * self.reading if self.reading.dim() == 1 else rows @ self.reading
 
     def parts(self, rows: int) -> list[slice]:
         """Return parts of the vocabulary of which `LOGITS` logits of so many rows are held at once."""
@@ -47,13 +61,13 @@ class Head:
         return [slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size)]
 
     def logits(self, rows: Tensor, part: slice = EVERY, *, bounded: bool = True) -> Tensor:
-        """Return logits of a part of the vocabulary, (n, part), from rows (n, width), with the bound or without it."""
+        """Return logits of a part of the vocabulary, (n, part), from read rows (n, D), with the bound or without it."""
         logits = rows @ self.weight[part].T
         logits = self.scale * (logits if self.bias is None else logits + self.bias[part])
         return self._bound(logits) if bounded else logits
 
     def chosen_logits(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """Return one logit of each row, (n,), from rows (n, width) and the tokens' ids (n,)."""
+        """Return one logit of each row, (n,), from read rows (n, D) and the tokens' ids (n,)."""
         logits = torch.linalg.vecdot(rows, self.weight[ids])
         return self._bound(self.scale * (logits if self.bias is None else logits + self.bias[ids]))
 
@@ -61,7 +75,7 @@ class Head:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
     def log_total(self, rows: Tensor, *, bounded: bool = True) -> Tensor:
-        """Return the logarithm of the sum of exp(logits) over the vocabulary, (n,), from rows (n, width)."""
+        """Return the logarithm of the sum of exp(logits) over the vocabulary, (n,), from read rows (n, D)."""
         total = rows.new_full((len(rows),), -torch.inf)
         for part in self.parts(len(rows)):
             total = torch.logaddexp(total, self.logits(rows, part, bounded=bounded).logsumexp(-1))
@@ -69,7 +83,7 @@ class Head:
 
 
 def make_heads(dense: DenseModel, cuts: Sequence[tuple[GlobalCut, Tensor | None]] = ()) -> tuple[Head, list[Head]]:
-    """Return the dense model's head and those of sliced models. The vocabulary's rows are read once for all heads.
+    """Return the dense model's head and those of sliced models, which share the vocabulary's matrix.
 
     The heads don't depend on the classes that the models are saved as.
 
@@ -78,19 +92,21 @@ def make_heads(dense: DenseModel, cuts: Sequence[tuple[GlobalCut, Tensor | None]
         cuts: For each sliced model its plan and basis, and an untied head's map from the sliced stream to dense
             coordinates, (D, width); None takes the basis.
     """
+    trim_memory()  # what fits have left is in the way of the matrix
     gain = dense.final_gain()
 
-    def sliced(cut: GlobalCut, reading: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def sliced(cut: GlobalCut, reading: Tensor | None) -> Tensor:
         basis, tied_gain = cut.basis.site, cut.basis.tied_gain
         if tied_gain is not None:  # the rows are the embedding's, too, and the norm's gain is behind the basis
-            return lambda rows: (rows @ basis.reading) * tied_gain
-        return lambda rows: (rows * gain) @ (basis.reading if reading is None else reading)
+            return basis.reading * tied_gain
+        return gain[:, None] * (basis.reading if reading is None else reading)
 
-    matrices, bias = dense.head_matrices([lambda rows: rows * gain, *(sliced(*cut) for cut in cuts)])
+    (matrix,), bias = dense.head_matrices([lambda rows: rows])
     bias = None if bias is None else bias.float()
     scale = dense.table.logit_scale(dense.config) if dense.table.logit_scale else 1.0
     cap = getattr(dense.config, "final_logit_softcapping", None)
-    whole, *heads = (Head(matrix, bias, scale, cap) for matrix in matrices)
+    readings = (gain, *(sliced(*cut) for cut in cuts))
+    whole, *heads = (Head(matrix, reading.float(), bias, scale, cap) for reading in readings)
     return whole, heads
 
 
@@ -123,6 +139,7 @@ def kl_of_rows(whole: Head, rows: Tensor, heads: Sequence[Head], others: Sequenc
         heads: The sliced models' heads.
         others: Their rows, (n, width) each.
     """
+    rows, others = whole.read(rows), [head.read(other) for head, other in zip(heads, others, strict=True)]
     total = whole.log_total(rows)
     differences = [torch.zeros_like(total) for _ in heads]
     totals = [torch.full_like(total, -torch.inf) for _ in heads]

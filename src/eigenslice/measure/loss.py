@@ -110,7 +110,8 @@ def measure_loss(
 
 def _cross_entropy(head: Head, rows: Tensor, ids: Tensor) -> Tensor:
     """Return the sum of -log p(id) over rows (n, width) and their next tokens' ids (n,), in nats."""
-    return (head.log_total(rows) - head.chosen_logits(rows, ids)).double().sum()
+    read = head.read(rows)
+    return (head.log_total(read) - head.chosen_logits(read, ids)).double().sum()
 
 
 def _exp(nats: float) -> float:

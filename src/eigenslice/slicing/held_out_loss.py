@@ -53,7 +53,7 @@ def loss_beside(
     """
     whole, head = heads
     if gain is not None:
-        head = replace(head, weight=head.weight * gain.to(head.weight))
+        head = replace(head, reading=head.reading * gain.to(head.reading))
     texts = list(held_out_texts(share_batches(batches, run.ranks)))
 
     def rows() -> Iterator[tuple[Batch, Tensor, Tensor]]:
