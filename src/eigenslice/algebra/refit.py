@@ -77,7 +77,7 @@ class NormalEquations:
             del regular, missing
         missing = self.cross - self.gram @ base.T
         self.gram.diagonal().add_(level)
-        change = torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram))
+        change = torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram, out=self.gram))
         return Solution(base + change.T, torch.float64, condition)
 
 
