@@ -45,7 +45,7 @@ class TensorCores(TorchDispatchMode):
         self.solved: set[torch.dtype] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.linalg_cholesky_ex.default:
+        if func.overloadpacket is torch.ops.aten.linalg_cholesky_ex:  # into a tensor of its own, or in place
             self.solved.add(args[0].dtype)
         places = MATRICES.get(func, ())
         if places and args[places[0]].dtype == torch.float32:

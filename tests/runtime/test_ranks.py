@@ -59,9 +59,9 @@ def counted_solves(*arguments: str) -> None:
     counts = {"factored": 0, "columns": 0}
     factor, solve = torch.linalg.cholesky, torch.cholesky_solve
 
-    def counted_factor(matrix: torch.Tensor) -> torch.Tensor:
+    def counted_factor(matrix: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         counts["factored"] += 1
-        return factor(matrix)
+        return factor(matrix, **kwargs)
 
     def counted_solve(right: torch.Tensor, lower: torch.Tensor) -> torch.Tensor:
         counts["columns"] += right.shape[1]
