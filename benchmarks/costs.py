@@ -7,7 +7,7 @@ compares them with the products of a run). Each kind is divided by the rate that
 as its maker and published measurements tell. Nothing overlaps here, and nothing waits: the figures are a rough guide.
 
 The models are Llamas, of which no weight is needed. Each GPU of several passes its share of the tokens, and solves its
-share of the regressions.
+share of the regressions. Memory is that of `fit/working_memory.py`, which `inspect` shows, too.
 """
 
 import argparse
@@ -16,13 +16,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import LlamaConfig
 
 from eigenslice.algebra.refit import COMBINATIONS, RIDGES
 from eigenslice.checkpoint.empty import empty_model
+from eigenslice.fit.working_memory import working_bytes
 from eigenslice.inspection.estimate import PASSES, STREAMS_OF_A_BLOCK
-from eigenslice.inspection.work import Work, passing_tokens, work_by_stage
+from eigenslice.inspection.work import Work, kept_neurons, passing_tokens, work_by_stage
 from eigenslice.model.anatomy import Anatomy
+from eigenslice.runtime.offload import fits_beside
 from eigenslice.slicing.memory import WRITING
 
 SAMPLES, LENGTH = 128, 2048
@@ -64,6 +67,14 @@ LLAMAS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128_256,
     },
+    "32B": {
+        "hidden_size": 5120,
+        "intermediate_size": 27648,
+        "num_hidden_layers": 64,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+        "vocab_size": 152_064,
+    },
     "70B": {
         "hidden_size": 8192,
         "intermediate_size": 28672,
@@ -72,8 +83,23 @@ LLAMAS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "vocab_size": 128_256,
     },
+    "405B": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 128_256,
+    },
 }
-COLUMNS = (("8B", H100, 1), ("8B", RTX4090, 1), ("70B", H100, 1), ("70B", H100, 8))
+COLUMNS = (
+    ("8B", H100, 1),
+    ("8B", RTX4090, 1),
+    ("32B", RTX4090, 1),
+    ("70B", H100, 1),
+    ("70B", H100, 8),
+    ("405B", H100, 8),
+)
 
 
 def anatomy_of(name: str) -> Anatomy:
@@ -115,7 +141,8 @@ def column(name: str, gpu: Gpu, devices: int) -> dict[str, Any]:
     passing = passing_tokens(tokens, writes=writes)
     held = passing / devices * (2 * anatomy.width + 2 * anatomy.neuron_count) * BYTES
     weights = PASSES * anatomy.parameters * BYTES
-    streams = 0 if held < gpu.memory / 2 else passing / devices * anatomy.width * BYTES
+    working = working_bytes(anatomy, torch.bfloat16, kept_neurons(anatomy))[1]
+    streams = 0 if fits_beside(held, working, gpu.memory) else passing / devices * anatomy.width * BYTES
     bus = (weights + STREAMS_OF_A_BLOCK * anatomy.block_count * streams) / gpu.bus
     kinds = {kind: sum(stage[kind] for stage in stages.values()) / 60 for kind in next(iter(stages.values()))}
     return {
@@ -124,6 +151,7 @@ def column(name: str, gpu: Gpu, devices: int) -> dict[str, Any]:
         "devices": devices,
         "writes_text": writes,
         "activations": "device" if not streams else "host",
+        "working_bytes": working,
         "minutes": sum(kinds.values()) + bus / 60,
         "kinds": kinds | {"bus": bus / 60},
         "stages": {stage: sum(times.values()) / 60 for stage, times in stages.items()},
@@ -137,6 +165,7 @@ def table(columns: list[dict[str, Any]]) -> str:
     lines.append(["**all**", *(f"**{c['minutes']:.0f}**" for c in columns)])
     lines += [[kind, *(f"{c['kinds'][kind]:.1f}" for c in columns)] for kind in columns[0]["kinds"]]
     lines.append(["activations live on", *(c["activations"] for c in columns)])
+    lines.append(["GB beside the activations", *(f"{c['working_bytes'] / 1e9:.0f}" for c in columns)])
     lines.append(["the model writes text", *("yes" if c["writes_text"] else "no" for c in columns)])
     heading = (
         f"Counted, not measured, a rough guide: `slice --keep 0.75` with all defaults ({SAMPLES} x {LENGTH} tokens), "

@@ -1,10 +1,11 @@
-"""Solving in float32 against float64, over the conditions that regressions meet."""
+"""Factors and solutions in place; solving in float32 against float64, over the conditions that regressions meet."""
 
 import pytest
 import torch
 from torch import Tensor
+from torch.profiler import profile
 
-from eigenslice.algebra.cholesky import LARGEST_CONDITION, solve_in_float32
+from eigenslice.algebra.cholesky import LARGEST_CONDITION, factor_in_place, solve_in_float32, solve_in_place
 from eigenslice.algebra.refit import NormalEquations
 
 SIZE = 40
@@ -20,6 +21,29 @@ def matrix(condition: float, seed: int = 0) -> Tensor:
 
 def right() -> Tensor:
     return torch.randn(SIZE, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_factors_and_solutions_take_no_memory(dtype: torch.dtype) -> None:
+    size = 4 * SIZE
+    a = torch.eye(size, dtype=dtype)
+    a[:SIZE, :SIZE] += matrix(1e2).to(dtype)
+    b = torch.randn(size, 7, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    exact, whole = torch.linalg.solve(a, b), a.clone()
+    with profile(profile_memory=True) as measured:
+        lower = factor_in_place(a)
+        found = solve_in_place(lower, b)
+    assert sum(max(0, event.self_cpu_memory_usage) for event in measured.events() or ()) < a.nbytes / 10
+    assert lower.data_ptr() == a.data_ptr()
+    assert found.data_ptr() == b.data_ptr()
+    torch.testing.assert_close(lower @ lower.T, whole)
+    torch.testing.assert_close(lower, lower.tril())
+    torch.testing.assert_close(found, exact)
+
+
+def test_what_is_not_positive_definite_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="positive-definite"):
+        factor_in_place(-torch.eye(SIZE))
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e3, 1e4])

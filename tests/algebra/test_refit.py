@@ -161,7 +161,7 @@ def test_older_fits_fade() -> None:
 def fit_error(pair: tuple[NormalEquations, list[InputsOutputs]], ridge: float) -> float:
     """Error on what was held out as a share of that before the fit."""
     fitted, held = pair
-    weight = NormalEquations(fitted.gram.clone(), fitted.cross).solve(ZERO, ridge).weights
+    weight = NormalEquations(fitted.gram.clone(), fitted.cross.clone()).solve(ZERO, ridge).weights
     error = sum(float((y - a @ weight.T).square().sum()) for a, y in held)
     return error / sum(float(y.square().sum()) for _, y in held)
 

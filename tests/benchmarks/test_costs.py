@@ -11,7 +11,7 @@ import costs
 def test_counts_of_large_models(tmp_path: Path) -> None:
     costs.main(["-o", str(tmp_path / "costs")])
     columns = json.loads((tmp_path / "costs.json").read_text())["columns"]
-    small, slow, large, shared = columns
+    small, slow, _, large, shared, _ = columns
     parameters = costs.anatomy_of("8B").parameters
     assert parameters == pytest.approx(8.03e9, rel=0.01)
     passes = 60 * small["kinds"]["forward"] * costs.H100.bfloat16 / (2 * parameters * costs.SAMPLES * costs.LENGTH)
@@ -21,4 +21,6 @@ def test_counts_of_large_models(tmp_path: Path) -> None:
     alone, eighth = (sum(c["kinds"].values()) - c["kinds"]["bus"] for c in (large, shared))
     assert eighth == pytest.approx(alone / 8)
     assert small["minutes"] == pytest.approx(sum(small["stages"].values()) + small["kinds"]["bus"])
-    assert (tmp_path / "costs.md").read_text().count("\n") == 13
+    assert (tmp_path / "costs.md").read_text().count("\n") == 14
+    for gpu, column in zip((80, 24, 24, 80, 80, 80), columns, strict=True):
+        assert column["working_bytes"] < 0.9e9 * gpu

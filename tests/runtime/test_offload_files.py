@@ -1,4 +1,4 @@
-"""Files of activations are removed as soon as nobody needs them: their peak doesn't grow with the number of blocks."""
+"""The place of activations. Files are removed as soon as nobody needs them: their peak doesn't grow with the blocks."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from eigenslice.fit.neuron_readers import curvature_stride
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.options.slicing import SliceOptions
-from eigenslice.runtime.offload import Offload, OffloadedTensors
+from eigenslice.runtime.offload import Offload, OffloadedTensors, Place, choose_place
 from eigenslice.slicing import slice_model
 from eigenslice.slicing.memory import activation_bytes
 from tests import tiny
@@ -23,6 +23,25 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "mixtures": ({"width": 24, "neurons": 16}, {"num_local_experts": 4}),
     "per block": ({"width": 24, "basis": "per-block"}, {}),
 }
+
+
+@pytest.mark.parametrize(
+    ("device", "needed", "working", "expected"),
+    [
+        ("cuda", 40, 40, "device"),
+        ("cuda", 40, 60, "host"),  # it would fit alone
+        ("cuda", 60, 0, "host"),
+        ("cuda", 600, 0, "disk"),
+        ("cpu", 400, 400, "device"),
+        ("cpu", 400, 600, "disk"),
+    ],
+)
+def test_activations_leave_room_for_the_rest(
+    device: str, needed: int, working: int, expected: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = {"cuda": 100, "cpu": 1000}
+    monkeypatch.setattr("eigenslice.runtime.offload.free_bytes", lambda device: free[device.type])
+    assert choose_place("auto", needed, torch.device(device), working) == expected
 
 
 def folder_bytes(folder: Path) -> int:

@@ -13,6 +13,7 @@ from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.plan import Plan
 from eigenslice.search import choose as choosing
 from eigenslice.search.choose import choose_plan
+from eigenslice.search.trials import TOGETHER
 
 RUN: Any = SimpleNamespace(
     tokens=SimpleNamespace(batches=[Batch(torch.zeros(4, 8, dtype=torch.int64))]),
@@ -40,6 +41,7 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[list[tuple[int | None, int]]]
         return [10.0 * abs((kind or 0) - 2) + abs(width - 5) for kind, width in numbers]
 
     monkeypatch.setattr(choosing, "try_plans", try_plans)
+    monkeypatch.setattr(choosing, "plans_at_once", lambda run, plans: TOGETHER)
     return calls
 
 
@@ -55,6 +57,15 @@ def test_kinds_are_tried_at_their_first_width_and_the_best_one_at_others(tried: 
         [(2, 4), (2, 3)],  # the last one wasn't tried for nothing: it could have been better still
     ]
     assert [trial["kl"] for trial in trials][:5] == [14, 4, 14, 24, 34]
+
+
+def test_where_memory_is_short_fewer_are_tried_at_once(tried: list, monkeypatch: pytest.MonkeyPatch) -> None:
+    families = [family(kind, 9, 8, 7, 6, 5, 4, 3) for kind in (1, 2, 3, 4, 5)]
+    usual = choose_plan(RUN, families, MEASUREMENT, WIDE)
+    tried.clear()
+    monkeypatch.setattr(choosing, "plans_at_once", lambda run, plans: 1)
+    assert choose_plan(RUN, families, MEASUREMENT, WIDE) == usual
+    assert [len(plans) for plans in tried] == [1] * 11
 
 
 def test_it_ends_where_more_of_the_width_loses_more(tried: list) -> None:

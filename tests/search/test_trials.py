@@ -16,12 +16,14 @@ from eigenslice.data import holdout
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.data.holdout import trial_batches
 from eigenslice.fit import neuron_readers as neuronfit
+from eigenslice.fit.working_memory import working_bytes
 from eigenslice.measure.importance import measure
 from eigenslice.model.dense import DenseModel
 from eigenslice.options.calibration_text import CalibrationOptions
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Plan, Sizes
-from eigenslice.search.trials import try_plans
+from eigenslice.search import trials
+from eigenslice.search.trials import TOGETHER, plans_at_once, try_plans
 from eigenslice.stream.run import Run
 from tests import tiny
 from tests.conftest import Folders, Slicer
@@ -105,6 +107,25 @@ def test_each_plan_is_tried_as_if_alone(dense_folder: Folders, tmp_path: Path) -
     together = tried(run_of(dense, batches, tmp_path), plans, batches)
     alone = [tried(run_of(dense, batches, tmp_path), [plan], batches)[0] for plan in plans]
     assert together == pytest.approx(alone, rel=1e-6)
+
+
+def test_as_many_plans_at_once_as_fit_into_memory(
+    dense_folder: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = DenseModel(open_source(str(dense_folder("llama"))))
+    plans = plans_of(dense, [(24, 56), (20, 32)])
+
+    def at_once(free: int, run: Run | None = None) -> int:
+        monkeypatch.setattr(trials, "free_bytes", lambda device: free)
+        return plans_at_once(run or run_of(dense, [], tmp_path), plans)
+
+    one, two, four = (working_bytes(dense.anatomy, torch.float32, 56, count)[1] for count in (1, 2, TOGETHER))
+    assert two - one == 4 * max(dense.anatomy.block_sizes)
+    assert at_once(10**9) == at_once(int(1.2 * four)) == TOGETHER
+    assert at_once(0) == 1
+    run = run_of(dense, [], tmp_path)
+    assert at_once(int(1.2 * two), run) == 2
+    assert at_once(10**9, run) == 2, "the number lasts as long as the run"
 
 
 @pytest.mark.parametrize(("rows", "padding"), [(1, []), (2, []), (3, [2]), (3, [0, 1])])

@@ -25,19 +25,6 @@ def inverse_size(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def gram_matrix(rows: Tensor) -> Tensor:
-    """A^T A (n, n) of rows A (T, n). The part below the diagonal is mirrored, strip by strip, not multiplied."""
-    n = rows.shape[1]
-    if n < STRIPS * STRIP:
-        return rows.T @ rows
-    result = rows.new_empty(n, n)
-    ends = [n * strip // STRIPS for strip in range(STRIPS + 1)]
-    for start, end in pairwise(ends):
-        result[start:end, start:] = rows[:, start:end].T @ rows[:, start:]
-        result[start:end, :start] = result[:start, start:end].T
-    return result
-
-
 def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add A^T A of rows A (T, n) to a float64 sum (n, n), in place.
 
@@ -45,11 +32,24 @@ def add_gram(total: Tensor, rows: Tensor) -> None:
     tokens, the small eigenvectors drown; section 4 of the paper reports the loss.
     """
     for chunk in rows.split(CHUNK):
-        total += gram_matrix(chunk)
+        _add_strips(total, chunk)
+
+
+def _add_strips(total: Tensor, rows: Tensor) -> None:
+    """Add A^T A of rows A (T, n) to a sum (n, n), in place.
+
+    The sum is made strip by strip, so that a product takes little memory. The part below the diagonal isn't multiplied.
+    """
+    n = rows.shape[1]
+    strips = STRIPS if n >= STRIPS * STRIP else 1
+    for start, end in pairwise(n * strip // strips for strip in range(strips + 1)):
+        product = rows[:, start:end].T @ rows[:, start:]
+        total[start:end, start:] += product
+        total[end:, start:end] += product[:, end - start :].T
 
 
 def add_cross(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add A^T B of rows A (T, n) and B (T, m) to a float64 sum (n, m), in place, as `add_gram` does."""
+    """Add A^T B of rows A (T, n) and B (T, m) to a sum (n, m), in place, chunk by chunk as `add_gram` does."""
     for a, b in zip(left.split(CHUNK), right.split(CHUNK), strict=True):
         total += a.T @ b
 

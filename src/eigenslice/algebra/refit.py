@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from eigenslice.algebra.cholesky import solve_in_float32
+from eigenslice.algebra.cholesky import factor_in_place, solve_in_float32, solve_in_place
 from eigenslice.algebra.covariance import add_cross, add_gram
 
 RIDGES = (3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
@@ -59,7 +59,7 @@ class NormalEquations:
 
             W = base + (cross - gram base^T)^T (gram + r I)^-1
 
-        The Gram matrix is overwritten, because a second Gram matrix of a wide MLP may not fit into memory.
+        The sums are overwritten, because a second Gram matrix of a wide MLP may not fit into memory.
 
         Args:
             base: The known weights, (m, n).
@@ -75,9 +75,9 @@ class NormalEquations:
             if change is not None:
                 return Solution(base + change.T, torch.float32, condition)
             del regular, missing
-        missing = self.cross - self.gram @ base.T
+        missing = self.cross.addmm_(self.gram, base.T, alpha=-1)
         self.gram.diagonal().add_(level)
-        change = torch.cholesky_solve(missing, torch.linalg.cholesky(self.gram, out=self.gram))
+        change = solve_in_place(factor_in_place(self.gram), missing)
         return Solution(base + change.T, torch.float64, condition)
 
 
@@ -134,19 +134,16 @@ class RidgeChoice:
             combine = torch.randn(outputs, COMBINATIONS, generator=generator).to(base.device) / COMBINATIONS**0.5
         start = base.float().T
         missing = (fitted.cross @ combine.double() - fitted.gram @ (base.T @ combine.double())).float()
-        regular = fitted.gram.float()
         mean = fitted.gram.diagonal().mean().float().clamp_min(1e-30)
-        changes = []
-        level = 0.0
         process, processes = part
+        change = missing.new_zeros(len(missing), len(self.errors), missing.shape[1])
         for number, ridge in enumerate(self.errors):
-            regular.diagonal().add_((ridge - level) * mean)
-            level = ridge
             if number % processes == process:
-                changes.append(torch.cholesky_solve(missing, torch.linalg.cholesky(regular)))
-            else:
-                changes.append(torch.zeros_like(missing))
-        change = torch.cat(changes, dim=1)
+                regular = fitted.gram.float()
+                regular.diagonal().add_(ridge * mean)
+                change[:, number] = solve_in_place(factor_in_place(regular), missing.clone())
+                del regular  # before the next one
+        change = change.flatten(1)
         if processes > 1:
             change = add_up(change)
         # Error of the unfitted weights, energy of all outputs, and the change of the error by each ridge

@@ -110,10 +110,11 @@ def slice_head(
         if bias is not None:
             yield head + ".bias", bias
         return
-    matrix = basis.reading if reading is None else reading
     names = head + ".weight", head + ".bias"
     carried = plan.stock is not None and bias is not None and not dense.anatomy.keeps_bias(names[1], stock=True)
-    weight = rows.map(lambda chunk: chunk @ matrix, torch.float64 if carried else dtype)
+    computed = torch.float64 if carried else torch.float32
+    matrix = (basis.reading if reading is None else reading).to(computed)
+    weight = rows.map(lambda chunk: chunk.to(computed) @ matrix, computed if carried else dtype)
     tensors = {names[0]: weight} | ({} if bias is None else {names[1]: bias})
     if plan.stock:
         tensors = _stock_norm(dense.anatomy, "", norm, [names], tensors, basis.width)

@@ -174,12 +174,12 @@ def fit_readers(
 
     def product(change: Tensor) -> Tensor:
         trim_memory()
-        total = torch.zeros_like(change, dtype=torch.float64)
+        total = torch.zeros_like(change)  # few steps follow a direction: float32 is exact enough
         for slopes, read in zip(*curved, strict=True):
             slopes, read = slopes.to(columns.dtype), read.to(columns.dtype)
             given = (read @ change.T).mul_(slopes).unflatten(1, (-1, neurons)).sum(1)
             _add_backward(total, slopes, read, given @ columns.T @ columns)
-        return ranks.sum(total).div_(share).to(change.dtype).add_(change, alpha=float(level))
+        return ranks.sum(total).div_(share).add_(change, alpha=float(level))
 
     change = conjugate_gradients(product, gradient, _preconditioner(kinds, moment), CONJUGATE_GRADIENTS)
     for tensors in curved:
@@ -222,7 +222,7 @@ def _add_backward(total: Tensor, slopes: Tensor, read: Tensor, errors: Tensor) -
     """Add the gradient of a sum over tokens with respect to readers.
 
     Args:
-        total: The sum of gradients, (rows, width), float64.
+        total: The sum of gradients, (rows, width).
         slopes: Slopes of the neurons' outputs, (tokens, rows).
         read: Input of the readers, (tokens, width).
         errors: Gradient with respect to the neurons' outputs, (tokens, neurons).

@@ -45,7 +45,7 @@ class FittedWriters:
     """The writers of a site, as a regression has fitted them.
 
     Attributes:
-        weights: Weights of all writers beside each other, and the bias, (m, n), float64.
+        weights: Weights of all writers beside each other, and the bias, (m, n).
         inputs_outputs: Function that gives the regression's inputs, (tokens, n), and outputs, (tokens, m), weighted.
         columns: Columns of the MLP's neurons, (m, neurons).
         weight: Function that gives the weight of each token of a batch, (tokens, 1).

@@ -84,9 +84,10 @@ class RidgeFits:
             inputs_outputs: Function that gives a batch's inputs (T, n) and outputs (T, m).
 
         Returns:
-            The weights, (m, n), float64.
+            The weights, (m, n), float32.
         """
         trim_memory()
+        base = base.double()
         choosing = self._ridge is None and len(self._held_out) > 1
         held_out = self._held_out[fit_number % len(self._held_out)] if choosing else None
         batches = [(n, batch) for n, batch in enumerate(activations) if batch.group in self.groups]
@@ -111,7 +112,7 @@ class RidgeFits:
             for n, batch in tried:
                 self._add(sums, inputs_outputs(n, batch))
             sums.add_up(self._ranks.sum)
-        return self._solve(sums, base, ridge)
+        return self._solve(sums, base, ridge).float()
 
     def _add(self, sums: NormalEquations, inputs_outputs: InputsOutputs) -> None:
         """Add tokens to sums."""

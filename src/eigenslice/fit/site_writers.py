@@ -36,7 +36,7 @@ def fit_site_writers(block: SlicedBlock, site: Site, before: int, fits: Fits) ->
     kind = "neurons" if any(sublayer.can_cut_neurons for sublayer in sites[before]) else "write"
     fitted = fits.fit(kind, site, torch.cat(parts, dim=1), inputs_outputs)
     pieces = fitted.split([part.shape[1] for part in parts], dim=1)
-    block.weights |= {module + ".weight": piece for module, piece in zip(writers, pieces, strict=False)}
+    block.keep({module + ".weight": piece for module, piece in zip(writers, pieces, strict=False)})
     if biases:
         # Together they are the fitted bias; the others stay as they are
         block.weights[biases[0]] = block.weights[biases[0]] + pieces[-1][:, 0] - parts[-1][:, 0]

@@ -25,7 +25,8 @@ class SlicedBlock:
         streams: The sliced stream before the sublayers that ran last, one tensor (B, T, width) a batch.
         basis: The basis of the stream.
         place: Number of the block in the result.
-        weights: Weights of the block so far, out x in; names relative to the block.
+        weights: Weights of the block so far, out x in, in float32, the widest dtype that results are stored in; names
+            relative to the block.
         inputs: Inputs of each writer to be fitted of the sublayers that ran last, (B, T, n) for each batch. Of a
             mixture of experts, its output, (B, T, width).
         mixture: Inputs of the writers of the mixture that ran last; None if none ran.
@@ -57,10 +58,14 @@ class SlicedBlock:
         """Let the layer run with weights that the block doesn't keep."""
         self._runner.assign(self.layer, self._dense.as_modules(weights.items(), self.basis.width))
 
+    def keep(self, weights: Tensors) -> None:
+        """Change weights of the block, but not what the layer runs with."""
+        self.weights |= {name: weight.float() for name, weight in weights.items()}
+
     def put(self, weights: Tensors) -> None:
-        """Change weights of the block."""
-        self.assign(weights)
-        self.weights |= weights
+        """Change weights of the block, and what the layer runs with."""
+        self.keep(weights)
+        self.assign({name: self.weights[name] for name in weights})
 
     def finish(self) -> Tensors:
         """Return the weights of the block, which takes no more memory then."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from eigenslice.fit.working_memory import working_bytes
 from eigenslice.model.dense import DenseModel
 from eigenslice.runtime.offload import Place, choose_place, free_bytes
 from eigenslice.slicing.memory import activation_bytes, room_for_model, whole_bytes
@@ -30,9 +31,9 @@ class MemoryNeed:
     """The memory of a run.
 
     Attributes:
-        plain: Without refit: a block being run while the next one is read, the embeddings, or the activations.
-        refitted: With refit. It adds one Gram matrix in float64 and its factor; or the whole model, which writes text;
-            or the head in float32, beside two streams.
+        plain: Without refit: `working_bytes`, and the activations.
+        refitted: With refit: the same; or the whole model, which writes text; or the head in float32, beside two
+            streams.
         place: The place of the activations.
         activations: Their bytes, with refit.
     """
@@ -69,34 +70,31 @@ def memory_need(dense: DenseModel, tokens: int, dtype: torch.dtype, passing: int
     """
     passing = passing or tokens
     anatomy, device, on_gpu = dense.anatomy, dense.device, dense.device.type == "cuda"
-    weights, rss = max(anatomy.block_sizes), psutil.Process().memory_info().rss
+    rss = psutil.Process().memory_info().rss
     activations = activation_bytes(anatomy, tokens, dtype)
     all_activations = activation_bytes(anatomy, passing, dtype, refitted=True)
-    place = choose_place("auto", all_activations, device)
+    computing, fitting = working_bytes(anatomy, dtype, anatomy.neuron_count)
+    place = choose_place("auto", all_activations, device, fitting)
     vocabulary = torch.Size(anatomy.shapes[anatomy.table.embeddings[0] + ".weight"]).numel()
     streams = 2 * passing * anatomy.width * dtype.itemsize
-    gram = max(anatomy.width, anatomy.neuron_count) ** 2 * 8
     whole = whole_bytes(dense, dtype)
     writes = whole <= room_for_model(device)
-    computing = max(2 * weights * max(4, dtype.itemsize) + 6 * anatomy.width**2 * 8, vocabulary * dtype.itemsize)
-    fitting = weights * 8 + 5 * gram // 2
+    head = vocabulary * 4 + (streams if place == "device" else 0)
     held = {"plain": activations // 2, "refitted": all_activations}
     if not on_gpu:
         if place == "disk":
             held = dict.fromkeys(held, 0)
-        head = vocabulary * 4 + (0 if place == "disk" else streams)
-        refitted = max(held["refitted"] + computing + fitting, head, whole if writes else 0)
+        refitted = max(held["refitted"] + fitting, head, whole if writes else 0)
         return MemoryNeed(
             Memory(rss + held["plain"] + computing, 0),
             Memory(rss + refitted, 0),
             place,
             held["refitted"],
         )
-    reading = 2 * weights * dense.dtype.itemsize
+    reading = 2 * max(anatomy.block_sizes) * dense.dtype.itemsize
     there = {name: size if place == "device" else 0 for name, size in held.items()}
     here = {name: size if place == "host" else 0 for name, size in held.items()}
-    head = vocabulary * 4 + (streams if place == "device" else 0)
-    refitted = max(computing + fitting + there["refitted"], head, whole if writes else 0)
+    refitted = max(fitting + there["refitted"], head, whole if writes else 0)
     return MemoryNeed(
         Memory(rss + reading + here["plain"], computing + there["plain"]),
         Memory(rss + reading + here["refitted"], refitted),

@@ -3,10 +3,11 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from eigenslice.algebra.covariance import gram_matrix
+from eigenslice.algebra.covariance import add_gram
 from eigenslice.algebra.refit import NormalEquations, RidgeChoice
 from eigenslice.data.batches import Batch
 from eigenslice.data.tokens import longest_sequence
@@ -98,7 +99,9 @@ class Probe:
                 "head": timed(lambda: rows @ head.T) * vocabulary / len(head),
             }
             with products(precision.gram):
-                times |= {"narrow": timed(lambda: gram_matrix(rows)), "broad": timed(lambda: gram_matrix(wide))}
+                for name, inputs in (("narrow", rows), ("broad", wide)):
+                    total = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=torch.float64, device=device)
+                    times[name] = timed(partial(add_gram, total, inputs))
             with products(precision.neurons):
                 times["product"] = timed(lambda: rows @ writer.T)
             for name, size in (("narrow_fit", anatomy.width), ("broad_fit", broad)):

@@ -16,8 +16,9 @@ from eigenslice.options.slicing import OWN_SHARE, RANDOM_SHARE
 from eigenslice.plan.candidates import DROPS
 from eigenslice.plan.forms import choose_form
 from eigenslice.plan.plan import Sizes
-from eigenslice.search.choose import CANDIDATES, TOGETHER
+from eigenslice.search.choose import CANDIDATES
 from eigenslice.search.parted import TOKENS as PARTED_TOKENS
+from eigenslice.search.trials import TOGETHER
 
 KEPT = 0.75
 """Share of the parameters that the counts are for."""
@@ -120,6 +121,11 @@ def work_by_stage(anatomy: Anatomy, tokens: int, *, writes: bool) -> dict[str, W
     return ({"sampling": Work(written=anatomy.block_count * OWN_SHARE * tokens)} if writes else {}) | stages
 
 
+def kept_neurons(anatomy: Anatomy) -> int:
+    """Return how many neurons the counted result keeps in an MLP."""
+    return round(_Sizes.of(anatomy).neurons * anatomy.neuron_count)
+
+
 def passing_tokens(tokens: int, *, writes: bool) -> int:
     """Return how many tokens pass in the last pass: texts, the model's own or random ones, and beginnings."""
     return int((1 + BEGINNINGS_SHARE) * (1 + (OWN_SHARE if writes else RANDOM_SHARE)) * tokens)
@@ -145,6 +151,11 @@ def _twin(sizes: _Sizes) -> Work:
     )
 
 
+def _regressions(sizes: _Sizes) -> Work:
+    """The regressions of all blocks, for the readers at each site and the writers behind it."""
+    return Work(narrow_fits=2 * sizes.sites - 1, broad_fits=sizes.neurons**3).times(sizes.blocks)
+
+
 def _readers(sizes: _Sizes, stride: int) -> Work:
     """A token of the fit of neurons' readers (`neuron_readers`), in products of the size of the writer.
 
@@ -159,14 +170,13 @@ def _last_pass(sizes: _Sizes, tokens: float) -> Work:
     each = Work(blocks=1, squares=1) + _twin(sizes)
     if sizes.neurons:
         each += _readers(sizes, curvature_stride(int(tokens)))
-    fits = Work(narrow_fits=2 * sizes.sites - 1, broad_fits=sizes.neurons**3)
-    return each.times(sizes.blocks * tokens) + fits.times(sizes.blocks)
+    return each.times(sizes.blocks * tokens) + _regressions(sizes)
 
 
 def _trials(sizes: _Sizes, tokens: float, plans: int) -> Work:
     """Plans that are tried; their ridge is given, and readers of neurons aren't fitted."""
     twin = _twin(sizes).times(sizes.blocks * tokens)
-    solutions = Work(narrow_fits=2 * sizes.sites - 1, broad_fits=sizes.neurons**3).times(sizes.blocks * SOLVED)
+    solutions = _regressions(sizes).times(SOLVED)
     passes = -(-plans // TOGETHER)
     dense = Work(blocks=sizes.blocks * tokens * passes)
     heads = Work(head=min(TRIAL_TOKENS, tokens / 3) * (2 * passes + plans))

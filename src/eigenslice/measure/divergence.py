@@ -101,7 +101,7 @@ def make_heads(dense: DenseModel, cuts: Sequence[tuple[GlobalCut, Tensor | None]
             return basis.reading * tied_gain
         return gain[:, None] * (basis.reading if reading is None else reading)
 
-    (matrix,), bias = dense.head_matrices([lambda rows: rows])
+    matrix, bias = dense.stored_head()
     bias = None if bias is None else bias.float()
     scale = dense.table.logit_scale(dense.config) if dense.table.logit_scale else 1.0
     cap = getattr(dense.config, "final_logit_softcapping", None)

@@ -6,7 +6,7 @@ architectures are alike: x <- x + sublayer(RMSN(x)).
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -173,26 +173,24 @@ class DenseModel:
     def lm_head(self) -> tuple["Rows", Tensor | None]:
         """The head's weight (V, D) and bias (V,) with the final norm folded in."""
         gain = self.final_gain()
-        return self._rows(self._head, lambda rows: rows * gain), self.head_matrices([])[1]
+        return self._rows(self._head, lambda rows: rows * gain), self._head_bias(self._rows(self._head).pieces())
 
-    def head_matrices(self, makes: Sequence[Callable[[Tensor], Tensor]]) -> tuple[list[Tensor], Tensor | None]:
-        """Make matrices from the head's rows as they are stored, which are read once for all of them.
+    def stored_head(self) -> tuple[Tensor, Tensor | None]:
+        """The head's weight (V, D) as stored, in float32, and its bias (V,) with the final norm's shift folded in."""
+        weight = self._rows(self._head).to(torch.float32)
+        return weight, self._head_bias(weight.split(ROWS))
+
+    def _head_bias(self, pieces: Iterable[Tensor]) -> Tensor | None:
+        """The head's bias with the final norm's shift folded in, (V,).
 
         Args:
-            makes: Functions from rows (n, D) to rows (n, m), in float64.
-
-        Returns:
-            The matrices, (V, m) in float32, and the head's bias with the final norm's shift folded in, (V,) or None.
+            pieces: The head's weight as it is stored, (n, D) at a time; read only if there is a shift.
         """
         bias, shift = self.raw(self.table.lm_head + ".bias"), self.raw(self.table.final_norm + ".bias")
-        parts = [(make, torch.float32) for make in makes]
-        if shift is not None:
-            parts.append((lambda rows: (rows @ shift)[:, None], torch.float64))
-        matrices = self._rows(self._head).map_each(parts) if parts else []
-        if shift is not None:
-            shifted = matrices.pop()[:, 0]
-            bias = shifted if bias is None else bias + shifted
-        return matrices, bias
+        if shift is None:
+            return bias
+        shifted = torch.cat([moved(piece, self.device, torch.float64) @ shift for piece in pieces])
+        return shifted if bias is None else bias + shifted
 
     @property
     def _head(self) -> str:

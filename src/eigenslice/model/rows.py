@@ -1,6 +1,6 @@
 """A matrix with a row for each token, read a few thousand rows at a time."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,23 +30,17 @@ class Rows:
 
     def map(self, then: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Tensor:
         """All rows, changed by `changes` and then by `then`, from (n, D) to (n, m); (V, m) of a dtype on the device."""
-        return self.map_each([(then, dtype)])[0]
-
-    def map_each(self, parts: Sequence[tuple[Callable[[Tensor], Tensor], torch.dtype]]) -> list[Tensor]:
-        """Several matrices as `map` makes them, each by its function and in its dtype; the rows are read once."""
-        results: list[Tensor] = []
-        start = 0
+        result, start = torch.empty(0), 0
         for piece in self.pieces():
             rows = moved(piece, self.device, torch.float64)
             for change in self.changes:
                 rows = change(rows)
-            for number, (then, dtype) in enumerate(parts):
-                made = then(rows)
-                if start == 0:
-                    results.append(torch.empty(self.count, made.shape[1], dtype=dtype, device=self.device))
-                results[number][start : start + len(made)] = made
-            start += len(rows)
-        return results
+            made = then(rows)
+            if start == 0:
+                result = torch.empty(self.count, made.shape[1], dtype=dtype, device=self.device)
+            result[start : start + len(made)] = made
+            start += len(made)
+        return result
 
     def to(self, dtype: torch.dtype) -> Tensor:
         """All rows, changed."""

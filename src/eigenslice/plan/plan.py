@@ -1,5 +1,6 @@
 """The sizes and the form of a sliced model, decided before a weight is touched."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -118,6 +119,11 @@ def widths(anatomy: Anatomy, basis: BasisKind, width: int, blocks: int | None = 
     """
     sites = (anatomy.block_count if blocks is None else blocks) * len(anatomy.sites)
     return (width,) * sites + (width if basis == "global" or anatomy.table.one_width else anatomy.width,)
+
+
+def most_neurons(plans: Iterable[Plan]) -> int:
+    """Return the largest number of neurons that an MLP has in any of the plans."""
+    return max(count for plan in plans for count in plan.neurons_per_block)
 
 
 def full_plan(anatomy: Anatomy, *, tied: bool) -> Plan:

@@ -17,6 +17,8 @@ OffloadChoice = Literal["auto", "none", "disk"]
 Place = Literal["device", "host", "disk"]
 FREE_SHARE = 0.5
 """Share of the memory that is free now which activations, or a model that writes text, may take."""
+MOST = 0.9
+"""Share of the memory that is free now which activations may take together with everything else."""
 KEY = "x"
 
 
@@ -36,20 +38,26 @@ def free_bytes(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] + kept
 
 
-def choose_place(choice: OffloadChoice, needed: int, device: torch.device) -> Place:
+def fits_beside(needed: float, working: float, free: float) -> bool:
+    """Return whether activations fit into memory, beside what a run needs as well; all in bytes."""
+    return needed < FREE_SHARE * free and needed + working < MOST * free
+
+
+def choose_place(choice: OffloadChoice, needed: int, device: torch.device, working: int = 0) -> Place:
     """Choose the place of activations of this size.
 
     Args:
         choice: The user's choice; auto takes the device if the activations fit, else host memory, else files.
         needed: Size of the activations in bytes.
         device: The model's device.
+        working: Memory that the run needs beside the activations on the device, in bytes.
     """
     if choice != "auto":
         return "device" if choice == "none" else "disk"
-    if device.type == "cuda" and needed < FREE_SHARE * free_bytes(device):
+    if fits_beside(needed, working, free_bytes(device)):
         return "device"
-    if needed < FREE_SHARE * free_bytes(torch.device("cpu")):
-        return "device" if device.type == "cpu" else "host"
+    if device.type == "cuda" and fits_beside(needed, 0, free_bytes(torch.device("cpu"))):
+        return "host"
     return "disk"
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eigenslice.algebra.cholesky import factor_in_place, solve_in_place
 from eigenslice.algebra.covariance import add_gram, inverse_size
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
@@ -150,15 +151,15 @@ def _cut(run: Run, site: Site, importance: Tensor, neurons: int) -> tuple[Tensor
             with products(run.precision.gram):
                 add_gram(gram, batch.rows(inputs[mlp.neuron_writer]) * weight)
     order = importance.argsort(descending=True)
-    gram = ranks.sum(gram)[order][:, order]
+    gram = ranks.sum(gram)[order[:, None], order]
     gram.diagonal().add_(DEFAULT_RIDGE * gram.diagonal().mean().clamp_min(1e-30))
     gram = gram.to(run.precision.solve_dtype)  # this ridge bounds the condition
     writer, added = (of(dense, mlp, site)[:, order].to(gram.dtype) for of in (writer_weight, added_weight))
     with products("float32"):
-        factor = torch.linalg.cholesky(gram)
-        error = (added @ factor).square().sum(0).double().flip(0).cumsum(0).flip(0)
         missing = gram[:neurons, neurons:] @ writer[:, neurons:].T
-        fitted = writer[:, :neurons] + torch.cholesky_solve(missing, factor[:neurons, :neurons]).T
+        factor = factor_in_place(gram)
+        error = (added @ factor).square().sum(0).double().flip(0).cumsum(0).flip(0)
+        fitted = writer[:, :neurons] + solve_in_place(factor[:neurons, :neurons], missing).T
     cut = torch.zeros_like(writer).index_copy(1, order[:neurons], fitted).double()
     return torch.cat([error, error.new_zeros(1)]), ranks.decide(cut)
 

@@ -11,11 +11,9 @@ from eigenslice.plan.candidates import without_blocks
 from eigenslice.plan.plan import Plan
 from eigenslice.search.allocation import block_losses
 from eigenslice.search.depth import missed_least
-from eigenslice.search.trials import try_plans
+from eigenslice.search.trials import plans_at_once, try_plans
 from eigenslice.stream.run import Run
 
-TOGETHER = 4
-"""Plans that are tried beside one pass of the dense model, at most."""
 WIDTHS = 2
 """Plans of the best kind that are tried next, and again while the last one is the best; they cut more of the width."""
 CANDIDATES = 4
@@ -44,14 +42,17 @@ def choose_plan(
     trials: list[tuple[Plan, float]] = []
 
     def attempt(plans: list[Plan]) -> float:
-        """Try up to TOGETHER plans; the loss of the last one."""
-        losses = try_plans(run, plans, measurement, batches, number=len(trials), fits=options.fits)
-        trials.extend(zip(plans, losses, strict=True))
-        return losses[-1]
+        """Try plans, and return the loss of the last one."""
+        together = plans_at_once(run, plans)
+        for start in range(0, len(plans), together):
+            some = plans[start : start + together]
+            losses = try_plans(run, some, measurement, batches, number=len(trials), fits=options.fits)
+            trials.extend(zip(some, losses, strict=True))
+        return trials[-1][1]
 
     first = [family[0] for family in families]
-    for start in range(0, len(first), TOGETHER) if len(first) > 1 else ():
-        attempt(first[start : start + TOGETHER])
+    if len(first) > 1:
+        attempt(first)
     best = min(range(len(trials)), key=lambda n: trials[n][1]) if trials else 0
     others = families[best][1:] if trials else families[best]
     if not trials and len(others) == 1:

@@ -2,17 +2,39 @@
 
 from collections import deque
 
+import torch
+
 from eigenslice.algebra.refit import DEFAULT_RIDGE
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.fit.beside import run_beside
 from eigenslice.fit.ridges import Fitting
 from eigenslice.fit.twin import SlicedTwin
+from eigenslice.fit.working_memory import working_bytes
 from eigenslice.measure.divergence import divergences, make_heads
 from eigenslice.measure.importance import Measurement
-from eigenslice.plan.plan import Plan
+from eigenslice.plan.plan import Plan, most_neurons
+from eigenslice.runtime.offload import MOST, free_bytes
 from eigenslice.stream.run import Run
 
 PLANNING_STAGE = "planning"
+TOGETHER = 4
+"""Plans that are tried beside one pass of the dense model, where memory allows it."""
+
+
+def plans_at_once(run: Run, plans: list[Plan]) -> int:
+    """Return how many plans are tried beside one pass of the dense model: `TOGETHER`, or as many as fit into memory.
+
+    The number lasts as long as the run, which may go on where less memory is free.
+    """
+    dense, stage = run.dense, f"{PLANNING_STAGE}-at-once"
+    finished = run.state.result(stage)
+    if finished:
+        return finished[1]["plans"]
+    free, neurons = MOST * free_bytes(dense.device), most_neurons(plans)
+    fitting = (n for n in range(TOGETHER, 1, -1) if working_bytes(dense.anatomy, run.dtype, neurons, n)[1] < free)
+    count = int(run.ranks.decide(torch.tensor(next(fitting, 1), device=dense.device)))
+    run.state.finish(stage, {}, {"plans": count})
+    return count
 
 
 def try_plans(

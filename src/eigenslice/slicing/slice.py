@@ -13,6 +13,7 @@ from eigenslice.checkpoint.companions import write_modeling_file
 from eigenslice.checkpoint.source import Source, open_source
 from eigenslice.checkpoint.writer import check_space, write_json
 from eigenslice.data import Tokens, calibration_tokens
+from eigenslice.fit.working_memory import working_bytes
 from eigenslice.measure.importance import Measurement, measure
 from eigenslice.model.anatomy import Anatomy
 from eigenslice.model.dense import DenseModel
@@ -20,7 +21,7 @@ from eigenslice.modeling import MODELING_FILE
 from eigenslice.options.slicing import SliceOptions
 from eigenslice.plan.candidates import make_plans
 from eigenslice.plan.layout import stored_parameters
-from eigenslice.plan.plan import Plan
+from eigenslice.plan.plan import Plan, most_neurons
 from eigenslice.plan.result_config import custom_config, stock_config
 from eigenslice.report.card import CARD, read_card_metadata, write_card
 from eigenslice.report.manifest import NAME, finished_manifest, manifest, resumable, run_identity
@@ -224,7 +225,8 @@ def _begin(job: _Job, work: WorkFolder) -> Run:
     state = RunState(work.state, ranks)
     tokens = add_sequences(job.given, dense, options, job.compute, state, ranks, job.progress)
     needed = activation_bytes(dense.anatomy, tokens.count, job.compute, refitted=options.fits) // ranks.size
-    place = choose_place(options.offload, needed, dense.device)
+    working = working_bytes(dense.anatomy, job.compute, most_neurons(job.plans))[options.fits]
+    place = choose_place(options.offload, needed, dense.device, working)
     offload = Offload(place, dense.device, work.offload / str(ranks.rank))
     return Run(dense, tokens, job.compute, offload, ranks, state, job.progress, job.machine.precision)
 
