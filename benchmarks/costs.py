@@ -120,10 +120,11 @@ def seconds(anatomy: Anatomy, work: Work, gpu: Gpu, devices: int) -> dict[str, f
     vocabulary = anatomy.tokens
     block = 2 * sum(anatomy.block_sizes) / anatomy.block_count + 2 * LENGTH * width  # half of attention is masked
     fits = work.narrow_fits * fit_operations(width, width) + work.broad_fits * fit_operations(neurons, width)
+    # The stream and the targets of fits are bfloat16; products with float32 numbers, such as tokens' weights, are TF32
     times = {
         "forward": block * (work.blocks + WRITING * work.written) / gpu.bfloat16,
         "Gram matrices": (width**2 * work.narrow + neurons**2 * work.broad) / gpu.tf32,  # half of each is mirrored
-        "products of fits": 2 * width * (width * work.squares / gpu.float32 + neurons * work.neurons / gpu.tf32),
+        "products of fits": 2 * width * (width * work.squares + neurons * work.neurons) / gpu.tf32,
         "head": 2 * width * vocabulary * work.head / gpu.float32,
         "solutions": fits / gpu.factor,
     }

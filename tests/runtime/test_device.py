@@ -1,14 +1,15 @@
 """A device that isn't there is refused before any work; memory is given back."""
 
 import platform
-import subprocess
-import sys
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from eigenslice.errors import OptionsError
-from eigenslice.runtime.device import resolve_device
+from eigenslice.runtime.device import resolve_device, unmap_freed_tensors
+from tests import processes
 
 
 def test_cpu_is_taken_by_name() -> None:
@@ -63,28 +64,28 @@ def test_one_process_takes_the_current_gpu_or_the_one_named(four_gpus: list[int]
     assert not four_gpus
 
 
-FREEING = """
-import psutil, torch
-from eigenslice.runtime.device import unmap_freed_tensors
-{call}
-pins, before = [], psutil.Process().memory_info().rss
-for _ in range(2):  # from the second time on, glibc takes 8 MiB from its heap
-    large = []
-    for _ in range(16):
-        large.append(torch.ones(2**21))
-        pins.append(torch.ones(2**14))
-    del large
-print(psutil.Process().memory_info().rss - before)
-"""
+def free_large_tensors(unmaps: str, result: str) -> None:
+    """Free 128 MiB, with small tensors between them that stay; write by how much the process has grown."""
+    if unmaps:
+        unmap_freed_tensors()
+    pins, before = [], psutil.Process().memory_info().rss
+    for _ in range(2):  # from the second time on, glibc takes 8 MiB from its heap
+        large = []
+        for _ in range(16):
+            large.append(torch.ones(2**21))
+            pins.append(torch.ones(2**14))
+        del large
+    Path(result).write_text(str(psutil.Process().memory_info().rss - before))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is meant")
-def test_freed_tensors_go_back_to_the_system() -> None:
-    """Of 128 MiB, with small tensors between them that stay."""
+def test_freed_tensors_go_back_to_the_system(tmp_path: Path) -> None:
+    def left(unmaps: str) -> int:
+        result, log = tmp_path / f"left{unmaps}", tmp_path / "log"
+        process = processes.call(free_large_tensors, unmaps, str(result), log=log)
+        process.join(120)
+        assert process.exitcode == 0, log.read_text()
+        return int(result.read_text())
 
-    def left(call: str) -> int:
-        script = FREEING.format(call=call)
-        return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
-
-    assert left("unmap_freed_tensors()") < 2**24
+    assert left("unmaps") < 2**24
     assert left("") > 2**26  # else there is nothing to show

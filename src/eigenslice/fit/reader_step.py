@@ -84,8 +84,9 @@ def fit_neuron_readers(
 
     def error() -> float:
         squares = torch.zeros(1, dtype=torch.float64, device=writers.weights.device)
-        for _, _, missing in left():
-            squares += missing.square().sum()
+        with products(fits.run.precision.neurons):  # as the error was measured that it is compared with
+            for _, _, missing in left():
+                squares += missing.square().sum()
         return float(fits.run.ranks.decide(fits.run.ranks.sum(squares)))
 
     def put(changed: Tensors) -> None:
