@@ -5,7 +5,7 @@
 
 writes NAME.json and NAME.md. A run is NAME=OPTIONS, as `eigenslice slice` takes them. Each run is a process of its own,
 on 8 sequences of 256 random tokens. Peak memory is the process's largest resident memory, a few files of Python and
-torch included.
+torch included. Beside it stands what `eigenslice inspect` counts.
 """
 
 import argparse
@@ -21,6 +21,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from eigenslice.checkpoint.source import open_source
+from eigenslice.inspection.memory_need import memory_need
+from eigenslice.model.dense import DenseModel
 
 MIB = 1024**2
 VOCABULARY, SEQUENCES, TOKENS, HEAD = 1000, 8, 256, 64
@@ -60,11 +64,18 @@ def slice_and_watch(model: Path, options: str, calibration: Path) -> tuple[int, 
         return peak, time.perf_counter() - start
 
 
+def counted_bytes(model: Path, options: str) -> int:
+    """The peak that is counted before a run."""
+    need = memory_need(DenseModel(open_source(str(model))), SEQUENCES * TOKENS, torch.float32)
+    return (need.plain if "--no-refit" in options or "per-block" in options else need.refitted).host
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| width | dtype | block, MiB | run | blocks | peak memory, MiB | seconds |", "| --- " * 7 + "|"]
+    heads = ("width", "dtype", "block, MiB", "run", "blocks", "peak memory, MiB", "counted, MiB", "seconds")
+    lines = ["| " + " | ".join(heads) + " |", "| --- " * len(heads) + "|"]
     for row in rows:
         sizes = f"{row['width']} | {row['dtype']} | {row['block_bytes'] / MIB:.1f}"
-        found = f"{row['peak_bytes'] / MIB:.0f} | {row['seconds']:.1f}"
+        found = f"{row['peak_bytes'] / MIB:.0f} | {row['counted_bytes'] / MIB:.0f} | {row['seconds']:.1f}"
         lines.append(f"| {sizes} | {row['run']} | {row['blocks']} | {found} |")
     return "\n".join(lines) + "\n"
 
@@ -90,6 +101,7 @@ def main() -> None:
                 title, _, options = run.partition("=")
                 peak, seconds = slice_and_watch(model, options, calibration)
                 row = {"width": width, "dtype": dtype, "block_bytes": size, "run": title, "blocks": blocks}
+                row["counted_bytes"] = counted_bytes(model, options)
                 rows.append(row | {"peak_bytes": peak, "seconds": seconds})
                 print(rows[-1], flush=True)
     content = {"torch": torch.__version__, "threads": torch.get_num_threads(), "rows": rows}
