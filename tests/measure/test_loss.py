@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eigenslice.algebra.refit import NormalEquations
 from eigenslice.data.batches import HELD_OUT_GROUP, Batch
 from eigenslice.data.holdout import hold_out
 from eigenslice.evaluation.perplexity import perplexity
@@ -69,6 +70,13 @@ CASES = [
     ("granitemoe", "unfitted", False),
     ("gpt2", "per-block", False),
 ]
+
+
+@pytest.mark.parametrize("case", ["llama", "gemma3_text", "mixtral"])
+def test_without_refit_nothing_is_solved(case: str, run_slice: Slicer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that measures the loss holds no Gram matrix."""
+    monkeypatch.setattr(NormalEquations, "zeros", lambda *_: pytest.fail("a regression"))
+    assert run_slice(case, width=24, refit=False).manifest["loss"]["kl"] > 0
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,8 @@ class RidgeFits:
     ) -> Tensor:
         """Solve a ridge regression towards known weights; once its ridge is chosen, on all tokens.
 
+        Without groups to fit on, the weights stay as they are.
+
         Args:
             kind: The kind of the fit; each kind has a ridge of its own.
             fit_number: Number of the fit, which says which group is held out.
@@ -87,6 +89,8 @@ class RidgeFits:
             The weights, (m, n), float32.
         """
         trim_memory()
+        if not self.groups:
+            return base.float()
         base = base.double()
         choosing = self._ridge is None and len(self._held_out) > 1
         held_out = self._held_out[fit_number % len(self._held_out)] if choosing else None
