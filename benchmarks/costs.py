@@ -142,7 +142,7 @@ def column(name: str, gpu: Gpu, devices: int) -> dict[str, Any]:
     passing = passing_tokens(tokens, writes=writes)
     held = passing / devices * (2 * anatomy.width + 2 * anatomy.neuron_count) * BYTES
     weights = PASSES * anatomy.parameters * BYTES
-    working = working_bytes(anatomy, torch.bfloat16, kept_neurons(anatomy))[1]
+    working = working_bytes(anatomy, torch.bfloat16, kept_neurons(anatomy), 1)
     streams = 0 if fits_beside(held, working, gpu.memory) else passing / devices * anatomy.width * BYTES
     bus = (weights + STREAMS_OF_A_BLOCK * anatomy.block_count * streams) / gpu.bus
     kinds = {kind: sum(stage[kind] for stage in stages.values()) / 60 for kind in next(iter(stages.values()))}

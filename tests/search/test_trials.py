@@ -119,7 +119,7 @@ def test_as_many_plans_at_once_as_fit_into_memory(
         monkeypatch.setattr(trials, "free_bytes", lambda device: free)
         return plans_at_once(run or run_of(dense, [], tmp_path), plans)
 
-    one, two, four = (working_bytes(dense.anatomy, torch.float32, 56, count)[1] for count in (1, 2, TOGETHER))
+    one, two, four = (working_bytes(dense.anatomy, torch.float32, 56, count) for count in (1, 2, TOGETHER))
     assert two - one == 4 * max(dense.anatomy.block_sizes)
     assert at_once(10**9) == at_once(int(1.2 * four)) == TOGETHER
     assert at_once(0) == 1

@@ -181,7 +181,9 @@ def keep_inner(sublayer: Sublayer, folded: Mapping[str, Tensor], kept: Kept = AL
 def rotate_end(
     sublayer: Sublayer, part: str, tensor: Tensor, reading: Tensor, writing: SiteBasis
 ) -> tuple[str, Tensor]:
-    """Return the name and value of what `keep_units` gave, for the stream in bases; in the tensor's dtype.
+    """Return the name and value of what `keep_units` gave, for the stream in bases, in float32.
+
+    That is the widest dtype that results are stored in. On consumer GPUs, products in float64 are 64 times slower.
 
     The gain of a post norm becomes the projection behind the norm, c Q^T diag(gain), if the stream is rotated.
 
@@ -192,6 +194,7 @@ def rotate_end(
         reading: The readers' view of the normalized stream, (D, width).
         writing: The basis that writers write in.
     """
+    tensor = tensor.to(torch.float32)
     if part in (sublayer.weight(name) for name in sublayer.readers):
         return part, tensor @ reading.to(tensor.dtype)
     if part in (sublayer.weight(name) for name in sublayer.writers):
@@ -211,8 +214,6 @@ def slice_block(
 ) -> Iterator[tuple[str, Tensor]]:
     """Rotate and slice one decoder layer, one tensor after the other.
 
-    In float32, the widest dtype that results are stored in: on consumer GPUs, products in float64 are 64 times slower.
-
     Args:
         sites: The sublayers at each of its sites.
         folded: Canonical weights of the layer; names relative to the layer.
@@ -228,7 +229,7 @@ def slice_block(
         for sublayer in sublayers:
             for name, tensor in keep_units(sublayer, folded, kept):
                 done.add(name)
-                yield rotate_end(sublayer, name, tensor.to(torch.float32), basis.reading, following)
+                yield rotate_end(sublayer, name, tensor, basis.reading, following)
             yield from keep_inner(sublayer, folded, kept).items()
             done.update(name for name in folded if is_inside(name, sublayer.inner))
         if shortcuts:

@@ -39,7 +39,7 @@ def fit_site_writers(block: SlicedBlock, site: Site, before: int, fits: Fits) ->
     block.keep({module + ".weight": piece for module, piece in zip(writers, pieces, strict=False)})
     if biases:
         # Together they are the fitted bias; the others stay as they are
-        block.weights[biases[0]] = block.weights[biases[0]] + pieces[-1][:, 0] - parts[-1][:, 0]
+        block.keep({biases[0]: block.weights[biases[0]] + pieces[-1][:, 0] - parts[-1][:, 0]})
     if fits.reader_stride:
         for sublayer in sites[before]:
             if sublayer.can_cut_neurons and sublayer.neuron_writer in writers:

@@ -127,7 +127,7 @@ class SlicedTwin:
         kept = self._kept[block.place]
         for sublayer in self._sites[site.index]:
             ends = keep_units(sublayer, folded, kept)
-            rotated = (rotate_end(sublayer, name, weight.float(), reading, self._basis) for name, weight in ends)
+            rotated = (rotate_end(sublayer, name, weight, reading, self._basis) for name, weight in ends)
             block.put(dict(rotated) | keep_inner(sublayer, folded, kept))
             if sublayer.post_norm:
                 self._normed = NormedWriter(folded[sublayer.post_gain], self._basis, site.eps)

@@ -5,8 +5,8 @@ import torch
 from eigenslice.model.anatomy import Anatomy
 
 
-def working_bytes(anatomy: Anatomy, dtype: torch.dtype, neurons: int, twins: int = 1) -> tuple[int, int]:
-    """Count the memory beside the activations: first without, then with refit.
+def working_bytes(anatomy: Anatomy, dtype: torch.dtype, neurons: int, twins: int) -> int:
+    """Count the memory that slicing takes beside the activations.
 
     Without refit, that is a block being run while the next one is read, beside matrices of the basis; or the
     embeddings. With refit, a block of each sliced model that is fitted, whose weights are kept in float32, one Gram
@@ -16,14 +16,13 @@ def working_bytes(anatomy: Anatomy, dtype: torch.dtype, neurons: int, twins: int
         anatomy: The model's anatomy.
         dtype: The dtype of the forward pass.
         neurons: Number of neurons that the result keeps in an MLP.
-        twins: Number of sliced models that are fitted beside each other.
+        twins: Number of sliced models that are fitted beside each other; 0 without refit.
     """
-    vocabulary = torch.Size(anatomy.shapes[anatomy.table.embeddings[0] + ".weight"]).numel()
     weights, item, bases = max(anatomy.block_sizes), dtype.itemsize, 6 * anatomy.width**2 * 8
-    plain = max(2 * weights * max(4, item) + bases, vocabulary * item)
+    plain = max(2 * weights * max(4, item) + bases, anatomy.tokens * anatomy.width * item)
     cut = (anatomy.neuron_count - neurons) * anatomy.width if not anatomy.expert_count else 0
     kept = weights - cut - cut * anatomy.neuron_rows // max(1, anatomy.neuron_count)
     block = kept * (item if dtype == torch.float32 else item + 4)
     inputs = max(anatomy.width, neurons)
     fitting = inputs**2 * (8 + 4) + 3 * inputs * anatomy.width * 8
-    return plain, max(plain, weights * max(4, item) + twins * block + bases + fitting)
+    return max(plain, weights * max(4, item) + twins * block + bases + fitting) if twins else plain

@@ -73,13 +73,12 @@ def memory_need(dense: DenseModel, tokens: int, dtype: torch.dtype, passing: int
     rss = psutil.Process().memory_info().rss
     activations = activation_bytes(anatomy, tokens, dtype)
     all_activations = activation_bytes(anatomy, passing, dtype, refitted=True)
-    computing, fitting = working_bytes(anatomy, dtype, anatomy.neuron_count)
+    computing, fitting = (working_bytes(anatomy, dtype, anatomy.neuron_count, twins) for twins in (0, 1))
     place = choose_place("auto", all_activations, device, fitting)
-    vocabulary = torch.Size(anatomy.shapes[anatomy.table.embeddings[0] + ".weight"]).numel()
     streams = 2 * passing * anatomy.width * dtype.itemsize
     whole = whole_bytes(dense, dtype)
     writes = whole <= room_for_model(device)
-    head = vocabulary * 4 + (streams if place == "device" else 0)
+    head = anatomy.tokens * anatomy.width * 4 + (streams if place == "device" else 0)
     held = {"plain": activations // 2, "refitted": all_activations}
     if not on_gpu:
         if place == "disk":

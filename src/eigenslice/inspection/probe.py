@@ -67,7 +67,6 @@ class Probe:
         site = next(iter(Stream(dense, dtype).walk([Batch(ids)])))
         batch = site.activations[0]
         broad = max(anatomy.width, anatomy.neuron_count)
-        vocabulary = anatomy.shapes[anatomy.table.embeddings[0] + ".weight"][0]
         rows, wide, square, writer, head = (
             torch.randn(*shape, device=device)
             for shape in (
@@ -75,7 +74,7 @@ class Probe:
                 (ids.numel(), broad),
                 (anatomy.width, anatomy.width),
                 (broad, anatomy.width),
-                (min(vocabulary, HEAD_ROWS), anatomy.width),
+                (min(anatomy.tokens, HEAD_ROWS), anatomy.width),
             )
         )
 
@@ -96,7 +95,7 @@ class Probe:
                 "block": timed(run_block),
                 "fold": timed(fold_block),
                 "square": timed(lambda: rows @ square),
-                "head": timed(lambda: rows @ head.T) * vocabulary / len(head),
+                "head": timed(lambda: rows @ head.T) * anatomy.tokens / len(head),
             }
             with products(precision.gram):
                 for name, inputs in (("narrow", rows), ("broad", wide)):

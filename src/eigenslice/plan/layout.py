@@ -37,11 +37,10 @@ def layout(anatomy: Anatomy, plan: Plan) -> dict[str, tuple[Role, Shape]]:
         name = f"{table.final_norm}.{kind}"
         if name in anatomy.shapes if stock else plan.tied and kind == "weight":
             result[name] = ("norm", (final,))
-    vocabulary = anatomy.shapes[table.embeddings[0] + ".weight"][0]
     if not plan.tied:
-        result[table.lm_head + ".weight"] = ("head", (vocabulary, final))
+        result[table.lm_head + ".weight"] = ("head", (anatomy.tokens, final))
     if anatomy.keeps_bias(table.lm_head + ".bias", stock=stock is not None):
-        result[table.lm_head + ".bias"] = ("head", (vocabulary,))
+        result[table.lm_head + ".bias"] = ("head", (anatomy.tokens,))
     return result
 
 

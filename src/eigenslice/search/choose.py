@@ -39,11 +39,14 @@ def choose_plan(
     if options.keep is not None and options.trials:
         families = _leave_out(run, families, batches, options)
         families = _allocate(run, families, measurement, batches, options.multiple)
+    candidates = [plan for family in families for plan in family]
+    if len(candidates) == 1:
+        return candidates[0], []
     trials: list[tuple[Plan, float]] = []
+    together = plans_at_once(run, candidates)
 
     def attempt(plans: list[Plan]) -> float:
         """Try plans, and return the loss of the last one."""
-        together = plans_at_once(run, plans)
         for start in range(0, len(plans), together):
             some = plans[start : start + together]
             losses = try_plans(run, some, measurement, batches, number=len(trials), fits=options.fits)
@@ -55,8 +58,6 @@ def choose_plan(
         attempt(first)
     best = min(range(len(trials)), key=lambda n: trials[n][1]) if trials else 0
     others = families[best][1:] if trials else families[best]
-    if not trials and len(others) == 1:
-        return others[0], []
     while others:
         count = sum(plan.site_widths == others[0].site_widths for plan in others)  # neurons shared out in two ways
         tried, others = others[: count - 1 + WIDTHS], others[count - 1 + WIDTHS :]

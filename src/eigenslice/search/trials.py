@@ -31,7 +31,7 @@ def plans_at_once(run: Run, plans: list[Plan]) -> int:
     if finished:
         return finished[1]["plans"]
     free, neurons = MOST * free_bytes(dense.device), most_neurons(plans)
-    fitting = (n for n in range(TOGETHER, 1, -1) if working_bytes(dense.anatomy, run.dtype, neurons, n)[1] < free)
+    fitting = (n for n in range(TOGETHER, 1, -1) if working_bytes(dense.anatomy, run.dtype, neurons, n) < free)
     count = int(run.ranks.decide(torch.tensor(next(fitting, 1), device=dense.device)))
     run.state.finish(stage, {}, {"plans": count})
     return count

@@ -225,7 +225,7 @@ def _begin(job: _Job, work: WorkFolder) -> Run:
     state = RunState(work.state, ranks)
     tokens = add_sequences(job.given, dense, options, job.compute, state, ranks, job.progress)
     needed = activation_bytes(dense.anatomy, tokens.count, job.compute, refitted=options.fits) // ranks.size
-    working = working_bytes(dense.anatomy, job.compute, most_neurons(job.plans))[options.fits]
+    working = working_bytes(dense.anatomy, job.compute, most_neurons(job.plans), int(options.fits))
     place = choose_place(options.offload, needed, dense.device, working)
     offload = Offload(place, dense.device, work.offload / str(ranks.rank))
     return Run(dense, tokens, job.compute, offload, ranks, state, job.progress, job.machine.precision)
